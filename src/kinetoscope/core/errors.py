@@ -1,0 +1,34 @@
+"""Every error a user can cause or meet.
+
+A message says what was wrong, where, and what to do. The command line prints it as one line without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class KinetoscopeError(Exception):
+    """Base of all errors raised on purpose. `str(error)` is one line, fit to show to a user."""
+
+
+class InputError(KinetoscopeError):
+    """A request field (prompt, size, frames, seed, ...) is out of range or of the wrong kind."""
+
+
+class ConfigError(KinetoscopeError):
+    """A setting, recipe or option has an unknown name or a value of the wrong kind."""
+
+
+class ModelLoadError(KinetoscopeError):
+    """A model directory, component, configuration or weight file is missing or does not fit."""
+
+
+class OutputError(KinetoscopeError):
+    """A result could not be written where it was asked for."""
+
+
+class CompositionError(KinetoscopeError):
+    """Two options, hooks or parts that cannot work together were asked for; the message names both."""
+
+
+class RunCancelled(KinetoscopeError):
+    """A run was cancelled before its last step."""

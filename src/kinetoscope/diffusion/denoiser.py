@@ -1,0 +1,105 @@
+"""A network and the language it speaks, as one object for training and for sampling."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kinetoscope.diffusion.convention import Convention
+
+
+class Network(Protocol):
+    """Anything that maps noisy latents [R, C, T, H, W] and timesteps [R] to an output of the latents' shape."""
+
+    def __call__(self, latents: Tensor, timestep: Tensor, **conditioning: Any) -> Tensor: ...
+
+
+class Denoiser:
+    """Reads a network's output by its family's convention. All arithmetic outside the network is float32.
+
+    Noise levels `s` are float tensors of shape [R] (one a sample), or any shape that broadcasts against the latents
+    once trailing axes are added, for instance [R, T] for one level a latent frame (then axis 2 of the latents).
+
+    Args:
+        network: the transformer.
+        convention: what its output means.
+    """
+
+    def __init__(self, network: Network, convention: Convention) -> None:
+        self.network = network
+        self.convention = convention
+
+    def predict(self, x: Tensor, s: Tensor, **conditioning: Any) -> Tensor:
+        """Network output in the convention's own terms (sign applied), float32, shape of `x`."""
+        out = self.network(x, s * self.convention.timestep_scale, **conditioning)
+        return out.float() * self.convention.sign
+
+    def predict_x0(self, x: Tensor, s: Tensor, **conditioning: Any) -> Tensor:
+        """Estimate of the clean sample, float32, shape of `x`."""
+        return self.to_x0(self.predict(x, s, **conditioning), x, s)
+
+    def predict_noise(self, x: Tensor, s: Tensor, **conditioning: Any) -> Tensor:
+        """Estimate of the noise, float32, shape of `x`."""
+        return self.to_noise(self.predict(x, s, **conditioning), x, s)
+
+    def to_x0(self, output: Tensor, x: Tensor, s: Tensor) -> Tensor:
+        """Clean-sample estimate from a prediction made at `x`, `s`."""
+        sigma, alpha = self._levels(s, x)
+        x = x.float()
+        match self.convention.prediction:
+            case "x0":
+                return output
+            case "flow":  # n = (x - alpha x0) / s and output = n - x0
+                return (x - sigma * output) / (alpha + sigma)
+            case "epsilon":
+                return (x - sigma * output) / alpha
+            case "v":
+                return (alpha * x - sigma * output) / (alpha * alpha + sigma * sigma)
+
+    def to_noise(self, output: Tensor, x: Tensor, s: Tensor) -> Tensor:
+        """Noise estimate from a prediction made at `x`, `s`."""
+        sigma, alpha = self._levels(s, x)
+        x = x.float()
+        match self.convention.prediction:
+            case "epsilon":
+                return output
+            case "flow":  # x0 = n - output
+                return (x + alpha * output) / (alpha + sigma)
+            case "x0":
+                return (x - alpha * output) / sigma
+            case "v":
+                return (sigma * x + alpha * output) / (alpha * alpha + sigma * sigma)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
+        """Noisy sample at level `s`, float32: alpha(s) x0 + s noise."""
+        sigma, alpha = self._levels(s, x0)
+        return alpha * x0.float() + sigma * noise.float()
+
+    def target(self, x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
+        """What `predict` should return at `add_noise(x0, noise, s)`, float32."""
+        sigma, alpha = self._levels(s, x0)
+        x0, noise = x0.float(), noise.float()
+        match self.convention.prediction:
+            case "x0":
+                return x0
+            case "flow":
+                return noise - x0
+            case "epsilon":
+                return noise
+            case "v":
+                return alpha * noise - sigma * x0
+
+    def loss(self, x0: Tensor, noise: Tensor, s: Tensor, **conditioning: Any) -> Tensor:
+        """Mean squared error of the prediction, one value a sample: [R] float32, differentiable in the network."""
+        output = self.predict(self.add_noise(x0, noise, s), s, **conditioning)
+        return (output - self.target(x0, noise, s)).square().flatten(1).mean(1)
+
+    def _levels(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma and alpha shaped to broadcast against x: [R] -> [R,1,1,1,1], [R,T] -> [R,1,T,1,1]."""
+        sigma = s.to(device=x.device, dtype=torch.float32)
+        if sigma.ndim == 2:
+            sigma = sigma.unsqueeze(1)
+        sigma = sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
+        return sigma, self.convention.alpha(sigma)
