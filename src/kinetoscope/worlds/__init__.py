@@ -1,0 +1,22 @@
+"""Worlds: procedural sources of captioned clips, each with a judge that reads the attributes back from pixels."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from kinetoscope.core.errors import InputError
+from kinetoscope.worlds.base import Clip, Spec, World
+from kinetoscope.worlds.shapes import ShapesWorld
+
+__all__ = ["WORLDS", "Clip", "Spec", "World", "get_world"]
+
+WORLDS = {"shapes": ShapesWorld}
+
+
+@lru_cache(maxsize=None)
+def get_world(name: str) -> World[Any]:
+    """The world called `name`. Raises InputError, naming the known worlds, when there is none."""
+    if name not in WORLDS:
+        raise InputError(f"unknown world {name!r}; the known worlds are: {', '.join(sorted(WORLDS))}")
+    return WORLDS[name]()

@@ -1,0 +1,284 @@
+"""The shapes world: one moving shape on a steady background.
+
+3,200 specs (5 shapes x 8 colours x 8 motions x 5 backgrounds x 2 sizes). Start position, speed and phase come from the
+seed, within limits that keep the shape wholly inside the frame and every motion readable. All lengths are fractions
+of the shorter side, so that any size shows the same picture; all speeds are fractions of the clip, so that any number
+of frames shows the same motion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+
+from kinetoscope.core.errors import InputError
+from kinetoscope.worlds.base import SPLITS, Clip
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (222, 38, 38),
+    "orange": (248, 140, 20),
+    "yellow": (246, 224, 48),
+    "green": (34, 160, 60),
+    "cyan": (40, 205, 222),
+    "blue": (48, 92, 236),
+    "purple": (148, 52, 188),
+    "pink": (255, 140, 196),
+}
+# Two greys of a pattern are steady and colourless, so that no object colour is near any background.
+BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    "black": ((10, 10, 10), (10, 10, 10)),
+    "white": ((242, 242, 242), (242, 242, 242)),
+    "navy": ((18, 26, 78), (18, 26, 78)),
+    "striped": ((64, 64, 64), (112, 112, 112)),
+    "checkered": ((156, 156, 156), (204, 204, 204)),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+MOTIONS = (
+    "moving left",
+    "moving right",
+    "moving up",
+    "moving down",
+    "circling clockwise",
+    "circling counterclockwise",
+    "bouncing up and down",
+    "standing still",
+)
+SIZES: dict[str, float] = {"small": 0.12, "large": 0.2}  # radius / shorter side
+
+_MOTION_WORDS: dict[str, tuple[str, ...]] = {
+    "moving left": ("moving left", "moving to the left", "going left", "moves left"),
+    "moving right": ("moving right", "moving to the right", "going right", "moves right"),
+    "moving up": ("moving up", "moving upwards", "going up", "moves up"),
+    "moving down": ("moving down", "moving downwards", "going down", "moves down"),
+    "circling clockwise": ("circling clockwise", "going around clockwise", "circles clockwise"),
+    "circling counterclockwise": (
+        "circling counterclockwise",
+        "going around counterclockwise",
+        "circles counterclockwise",
+    ),
+    "bouncing up and down": ("bouncing up and down", "bouncing", "bounces up and down"),
+    "standing still": ("standing still", "not moving", "stands still"),
+}
+_SIZE_WORDS: dict[str, tuple[str, ...]] = {"small": ("small", "little"), "large": ("large", "big")}
+_EXTENT = 1.12  # the farthest point of any outline from its centre, in radii
+_CELL = 0.125  # width of a stripe or check / shorter side
+_SUB = 8  # supersampling per axis; also the steps of sub-pixel position
+_MIN_SIDE = 16
+
+
+def _article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+@dataclass(frozen=True)
+class ShapeSpec:
+    """One clip's attributes; see `ShapesWorld.attributes` for the values."""
+
+    shape: str
+    colour: str
+    motion: str
+    background: str
+    size: str
+
+    def attributes(self) -> dict[str, str]:
+        """Attribute name to value, in the world's order."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def caption(self, rng: np.random.Generator | None = None) -> str:
+        """The canonical sentence, e.g. "a small red circle moving left on a black background".
+
+        With `rng`: a random wording, which leaves out the size and the background in some sentences (each in three of
+        ten), so that "a red circle moving left" is as natural a prompt as the full one.
+        """
+        if rng is None:
+            thing = _article(f"{self.size} {self.colour} {self.shape}")
+            return f"{thing} {self.motion} on a {self.background} background"
+        size = "" if rng.random() < 0.3 else self._pick(rng, _SIZE_WORDS[self.size]) + " "
+        motion = self.motion if rng.random() < 0.5 else self._pick(rng, _MOTION_WORDS[self.motion])
+        sentence = f"{_article(f'{size}{self.colour} {self.shape}')} {motion}"
+        if rng.random() < 0.7:
+            place = f"on a {self.background} background"
+            sentence = f"{place}, {sentence}" if rng.random() < 0.15 else f"{sentence} {place}"
+        if rng.random() < 0.15:
+            sentence = sentence[0].upper() + sentence[1:]
+        return sentence + "." if rng.random() < 0.15 else sentence
+
+    @staticmethod
+    def _pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+
+def _is_heldout(spec: ShapeSpec) -> bool:
+    return int.from_bytes(hashlib.sha256(spec.caption().encode()).digest()[:8], "big") % 10 == 0
+
+
+@lru_cache(maxsize=None)
+def _split() -> dict[str, tuple[ShapeSpec, ...]]:
+    combinations = itertools.product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS, SIZES)
+    specs = [ShapeSpec(*values) for values in combinations]
+    heldout = tuple(s for s in specs if _is_heldout(s))
+    return {"train": tuple(s for s in specs if not _is_heldout(s)), "heldout": heldout}
+
+
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points (in radii, y down) lie inside the outline of a shape centred on the origin."""
+    if shape == "circle":
+        return x * x + y * y <= 1
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.88
+    if shape == "cross":
+        return (np.maximum(abs(x), abs(y)) <= 1.05) & (np.minimum(abs(x), abs(y)) <= 0.34)
+    if shape == "triangle":
+        corners = [(0.0, -1.08), (1.08, 0.88), (-1.08, 0.88)]
+    else:
+        radii = [_EXTENT, 0.46] * 5
+        angles = np.arange(10) * np.pi / 5 - np.pi / 2
+        corners = [(r * np.cos(a), r * np.sin(a)) for r, a in zip(radii, angles, strict=True)]
+    crossings = np.zeros(x.shape, int)
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+        if ay != by:
+            crossings += ((ay > y) != (by > y)) & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
+    return crossings % 2 == 1
+
+
+@lru_cache(maxsize=64)
+def stamps(shape: str, radius: float) -> np.ndarray:
+    """Coverage of a shape at every sub-pixel position: float32 [8, 8, P, P] in [0, 1].
+
+    `stamps(...)[j, i]` is the shape centred at pixel coordinate (P // 2 + j / 8, P // 2 + i / 8) (y, x), each pixel
+    the exact mean of 8 x 8 samples. `radius` is in pixels.
+    """
+    half = int(np.ceil(radius * _EXTENT)) + 1
+    side = 2 * half + 1
+    axis = (np.arange((side + 1) * _SUB) + 0.5) / _SUB - half - 1  # one pixel of slack for the shifts below
+    y, x = np.meshgrid(axis / radius, axis / radius, indexing="ij")
+    inside = _inside(shape, x, y)
+    result = np.empty((_SUB, _SUB, side, side), np.float32)
+    for j, i in itertools.product(range(_SUB), repeat=2):
+        window = inside[_SUB - j :, _SUB - i :][: side * _SUB, : side * _SUB]
+        result[j, i] = window.reshape(side, _SUB, side, _SUB).mean((1, 3))
+    result.setflags(write=False)
+    return result
+
+
+@lru_cache(maxsize=32)
+def background_image(background: str, height: int, width: int) -> np.ndarray:
+    """The steady background as float32 [H, W, 3] in grey levels."""
+    cell = max(1, round(_CELL * min(height, width)))
+    rows, columns = np.arange(height)[:, None] // cell, np.arange(width)[None] // cell
+    odd = (columns + (rows if background == "checkered" else 0 * rows)) % 2 == 1
+    first, second = (np.array(c, np.float32) for c in BACKGROUNDS[background])
+    image = np.where(odd[..., None], second, first)
+    image.setflags(write=False)
+    return image
+
+
+def _path(
+    motion: str, rng: np.random.Generator, u: np.ndarray, reach_y: float, reach_x: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets (y, x) of the shape from the middle of the frame at clip times `u`, within +-reach of each axis."""
+    zero = np.zeros_like(u)
+    if motion.startswith("circling"):
+        radius = rng.uniform(0.6, 0.95) * min(reach_y, reach_x)
+        sense = 1 if motion == "circling clockwise" else -1  # y points down, so growing angles turn clockwise
+        angle = rng.uniform(0, 2 * np.pi) + sense * 2 * np.pi * rng.uniform(0.95, 1.3) * u
+        rest_y, rest_x = reach_y - radius, reach_x - radius
+        return (
+            rng.uniform(-rest_y, rest_y) + radius * np.sin(angle),
+            rng.uniform(-rest_x, rest_x) + radius * np.cos(angle),
+        )
+    if motion == "standing still":
+        return zero + rng.uniform(-reach_y, reach_y), zero + rng.uniform(-reach_x, reach_x)
+    if motion == "bouncing up and down":
+        height = rng.uniform(0.6, 0.95) * 2 * reach_y
+        ground = rng.uniform(-reach_y + height, reach_y)
+        phase = (rng.uniform(0, 1) + rng.uniform(1.7, 2.2) * u) % 1.0
+        return ground - height * 4 * phase * (1 - phase), zero + rng.uniform(-reach_x, reach_x)
+    along_x = motion in ("moving left", "moving right")
+    reach, across = (reach_x, reach_y) if along_x else (reach_y, reach_x)
+    distance = rng.uniform(0.6, 0.95) * 2 * reach
+    sign = 1 if motion in ("moving right", "moving down") else -1
+    along = rng.uniform(-1, 1) * (reach - distance / 2) + sign * distance * (u - 0.5)
+    fixed = zero + rng.uniform(-across, across)
+    return (fixed, along) if along_x else (along, fixed)
+
+
+class ShapesWorld:
+    """One shape with a colour, a size and a motion, on a steady background."""
+
+    name = "shapes"
+
+    @property
+    def attributes(self) -> dict[str, tuple[str, ...]]:
+        """Attribute name to its possible values."""
+        values = (SHAPES, tuple(COLOURS), MOTIONS, tuple(BACKGROUNDS), tuple(SIZES))
+        return {f.name: v for f, v in zip(fields(ShapeSpec), values, strict=True)}
+
+    def captions(self, split: str = "train") -> list[ShapeSpec]:
+        """Every spec of "train" or "heldout" (a fixed tenth, chosen by a hash of the caption), in a fixed order."""
+        if split not in SPLITS:
+            raise InputError(f"unknown split {split!r}; use one of: {', '.join(SPLITS)}")
+        return list(_split()[split])
+
+    def render(
+        self, spec: ShapeSpec, seed: int, *, height: int = 64, width: int = 64, num_frames: int = 33
+    ) -> np.ndarray:
+        """The clip as uint8 [T, H, W, 3]; start, speed and phase come from (spec, seed).
+
+        Raises InputError for unknown attribute values, a negative seed, sides under 16 pixels or no frames.
+        """
+        self._check(spec, seed, height, width, num_frames)
+        digest = hashlib.sha256(spec.caption().encode()).digest()
+        rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+        short = min(height, width)
+        radius = SIZES[spec.size] * short
+        stamp = stamps(spec.shape, radius)
+        side = stamp.shape[-1]
+        extent = radius * _EXTENT + 1
+        u = np.arange(num_frames) / max(num_frames - 1, 1)
+        y, x = _path(spec.motion, rng, u, height / 2 - extent, width / 2 - extent)
+        # Positions in eighths of a pixel, of the corner of the stamp that puts its centre at (y, x).
+        steps_y = np.floor((y + height / 2 - side // 2) * _SUB).astype(int)
+        steps_x = np.floor((x + width / 2 - side // 2) * _SUB).astype(int)
+        # The stamp is a little wider than the shape, so near an edge it hangs over: draw on a padded canvas.
+        pad = 3
+        background = background_image(spec.background, height, width)
+        canvas = np.pad(background, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
+        frames = np.empty((num_frames, *canvas.shape), np.uint8)
+        frames[:] = np.round(canvas)
+        colour = np.array(COLOURS[spec.colour], np.float32)
+        for t in range(num_frames):
+            top, left = steps_y[t] // _SUB + pad, steps_x[t] // _SUB + pad
+            coverage = stamp[steps_y[t] % _SUB, steps_x[t] % _SUB][..., None]
+            under = canvas[top : top + side, left : left + side]
+            frames[t, top : top + side, left : left + side] = under + coverage * (colour - under) + 0.5
+        return np.ascontiguousarray(frames[:, pad:-pad, pad:-pad])
+
+    def sample(
+        self, seed: int, split: str = "train", *, height: int = 64, width: int = 64, num_frames: int = 33
+    ) -> Clip[ShapeSpec]:
+        """A random clip of a split with a randomly worded caption, the same for the same seed."""
+        if seed < 0:
+            raise InputError(f"seed must not be negative, got {seed}")
+        specs = _split()[split] if split in SPLITS else self.captions(split)
+        rng = np.random.default_rng(seed)
+        spec = specs[int(rng.integers(len(specs)))]
+        caption = spec.caption(rng)
+        frames = self.render(spec, seed, height=height, width=width, num_frames=num_frames)
+        return Clip(frames, caption, spec)
+
+    def _check(self, spec: ShapeSpec, seed: int, height: int, width: int, num_frames: int) -> None:
+        for name, values in self.attributes.items():
+            if getattr(spec, name) not in values:
+                raise InputError(f"unknown {name} {getattr(spec, name)!r}; use one of: {', '.join(values)}")
+        if seed < 0:
+            raise InputError(f"seed must not be negative, got {seed}")
+        if min(height, width) < _MIN_SIDE or num_frames < 1:
+            raise InputError(
+                f"cannot draw {num_frames} frames of {width}x{height}: use sides of at least {_MIN_SIDE} pixels "
+                "and at least one frame"
+            )
