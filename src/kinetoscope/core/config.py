@@ -1,0 +1,54 @@
+"""Settings from the environment: the only module that reads it.
+
+Each field is `KINETOSCOPE_<FIELD NAME IN CAPITALS>`; `settings()` reads them once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+
+from kinetoscope.core.errors import ConfigError
+
+PREFIX = "KINETOSCOPE_"
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"", "0", "false", "no", "off"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of a process.
+
+    Attributes:
+        denoising_perf_logging: log time per denoising step and in all (also `VideoGenerator(..., perf_logging=True)`).
+        offline: never ask the hub; only local paths, embedded models and what is already in the hub's cache.
+    """
+
+    denoising_perf_logging: bool = False
+    offline: bool = False
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Settings from a mapping such as `os.environ`.
+
+    Raises:
+        ConfigError: a known variable has a value that is neither true nor false.
+    """
+    values: dict[str, bool] = {}
+    for field in fields(Settings):
+        name = PREFIX + field.name.upper()
+        text = environment.get(name)
+        if text is None:
+            continue
+        if text.strip().lower() not in _TRUE | _FALSE:
+            raise ConfigError(f"environment variable {name}={text!r} is not a switch; use 1 or 0")
+        values[field.name] = text.strip().lower() in _TRUE
+    return Settings(**values)
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read once."""
+    return read_settings(os.environ)

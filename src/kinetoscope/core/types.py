@@ -1,0 +1,102 @@
+"""Values that travel from the request to the video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinetoscope.core.context import AttentionFn
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample, the same for every sample of a batch. None means: the model's default.
+
+    Attributes:
+        height, width: pixels.
+        num_frames: frames of the video.
+        fps: frames a second of the written file.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance w in u + w (c - u); 1 switches guidance off.
+        guidance_rescale: phi of arXiv 2305.08891 in [0, 1]; 0 is off.
+        flow_shift: shift of the sigma schedule.
+        scheduler: "unipc", "euler" or "dpm++".
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    flow_shift: float | None = None
+    scheduler: str | None = None
+
+    def over(self, defaults: SamplingParams) -> SamplingParams:
+        """These values where given, else those of `defaults`."""
+        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return replace(defaults, **given)
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """One run on its way through the stages: B samples of one size and one schedule.
+
+    Attributes:
+        params: resolved sampling parameters, shared by all samples.
+        prompts, negative_prompts: B strings each.
+        seeds: B seeds.
+        prompt_embeds: [B, L, D] encoded prompts, zero beyond the true length.
+        prompt_lengths: [B] true token counts (int64, CPU).
+        negative_embeds, negative_lengths: the same for the negative prompts; None when guidance is off.
+        timesteps: [S] the schedule the run will follow (CPU).
+        latents: [B, C, T, H, W] float32; noise before denoising, the result in the transformer's normalised space after.
+        frames: B arrays uint8 [T, H, W, 3] after decoding.
+        timings: stage name -> seconds.
+        logging_info: what hooks report (perf logging, step trace).
+        family: the typed extension of a model family that needs more, else None.
+    """
+
+    params: SamplingParams
+    prompts: list[str]
+    negative_prompts: list[str]
+    seeds: list[int]
+    prompt_embeds: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    negative_embeds: Tensor | None = None
+    negative_lengths: Tensor | None = None
+    timesteps: Tensor | None = None
+    latents: Tensor | None = None
+    frames: list[Any] = field(default_factory=list[Any])
+    timings: dict[str, float] = field(default_factory=dict[str, float])
+    logging_info: dict[str, Any] = field(default_factory=dict[str, Any])
+    family: object | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of samples B."""
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionArgs:
+    """How to compute, the same for every request of a generator.
+
+    Attributes:
+        device: where modules and latents live.
+        dtype: what the transformer computes in.
+        autocast: run the transformer under `torch.autocast(dtype)`, for weights kept in float32; off computes in the weights' dtype.
+        cfg: "sequential" (one forward a branch), "batched" (all rows in one forward) or "auto".
+        attention: role -> attention function, from `attention.resolve_attention`.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
+    cfg: str = "auto"
+    attention: Mapping[str, AttentionFn] = field(default_factory=dict[str, AttentionFn])

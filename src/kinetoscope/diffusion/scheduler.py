@@ -1,0 +1,111 @@
+"""Schedulers: diffusers' arithmetic, one private instance a run.
+
+A `SchedulerAdapter` is a prototype (a class and its configuration). `start` makes a `ScheduleRun`, which owns all mutable
+state (step index, multistep history), so that interleaved runs never touch each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import diffusers
+import torch
+from torch import Tensor
+
+from kinetoscope.core.errors import ConfigError
+
+SCHEDULERS: dict[str, str] = {
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}
+_SHIFT_FIELD = {
+    "UniPCMultistepScheduler": "flow_shift",
+    "FlowMatchEulerDiscreteScheduler": "shift",
+    "DPMSolverMultistepScheduler": "flow_shift",
+}
+
+
+class _DiffusersScheduler(Protocol):
+    """The part of a diffusers scheduler that a run uses."""
+
+    timesteps: Tensor
+    sigmas: Tensor
+    config: Mapping[str, Any]
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None: ...
+    def set_begin_index(self, begin_index: int) -> None: ...
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool) -> tuple[Tensor, ...]: ...
+
+
+class SchedulerAdapter:
+    """A scheduler class and configuration from which private runs are made.
+
+    Args:
+        class_name: a value of `SCHEDULERS`.
+        config: the published `scheduler_config.json` fields.
+
+    Raises:
+        ConfigError: the class is not known.
+    """
+
+    def __init__(self, class_name: str, config: Mapping[str, Any] | None = None) -> None:
+        if class_name not in _SHIFT_FIELD:
+            raise ConfigError(f"unknown scheduler {class_name!r}; known: {', '.join(SCHEDULERS.values())}")
+        self.class_name = class_name
+        self.config = dict(config or {})
+
+    @property
+    def shift(self) -> float:
+        """The sigma shift of this configuration."""
+        return float(self.config.get(_SHIFT_FIELD[self.class_name], 1.0))
+
+    def override(self, scheduler: str | None = None, shift: float | None = None) -> SchedulerAdapter:
+        """This prototype with another solver (a key of `SCHEDULERS`) and/or another shift; the rest is kept.
+
+        A new solver keeps the shift and the number of training steps, and is set to flow prediction with flow sigmas.
+        """
+        name = self.class_name
+        if scheduler is not None:
+            if scheduler not in SCHEDULERS:
+                raise ConfigError(f"unknown scheduler {scheduler!r}; known: {', '.join(SCHEDULERS)}")
+            name = SCHEDULERS[scheduler]
+        if name == self.class_name:
+            config = dict(self.config)
+        else:
+            config = {"num_train_timesteps": self.config.get("num_train_timesteps", 1000)}
+            if _SHIFT_FIELD[name] == "flow_shift":
+                config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        config[_SHIFT_FIELD[name]] = self.shift if shift is None else float(shift)
+        return SchedulerAdapter(name, config)
+
+    def start(self, num_steps: int, device: torch.device | str = "cpu") -> ScheduleRun:
+        """A private run of `num_steps` steps from pure noise."""
+        scheduler = cast(Any, getattr(diffusers, self.class_name)).from_config(self.config)
+        return ScheduleRun(scheduler, num_steps, torch.device(device))
+
+
+class ScheduleRun:
+    """The schedule and the solver state of one run.
+
+    Attributes:
+        timesteps: [S] on the run's device, as the scheduler gives them to the network.
+        times: the same as Python numbers; decisions are made on these, so that no step waits for the device.
+        sigmas: S + 1 Python floats, the last is the final noise level.
+    """
+
+    def __init__(self, scheduler: _DiffusersScheduler, num_steps: int, device: torch.device) -> None:
+        scheduler.set_timesteps(num_steps, device=device)
+        scheduler.set_begin_index(0)
+        self._scheduler = scheduler
+        self.timesteps: Tensor = scheduler.timesteps
+        self.times: list[float] = scheduler.timesteps.tolist()
+        self.sigmas: list[float] = scheduler.sigmas.tolist()
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def step(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
+        """The sample after step `index`, float32: [B, ...] prediction and sample in float32."""
+        return self._scheduler.step(prediction, self.timesteps[index], sample, return_dict=False)[0]

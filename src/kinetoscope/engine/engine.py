@@ -1,0 +1,204 @@
+"""The only denoising loop.
+
+The primitive is a generator of events, `iterate`. `run` and `run_blocks` drain it, `streaming_*` advance it a block at a
+time, and closing it at any point runs every hook's `on_run_end`. There is one step body, `_step`, for all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinetoscope.core.context import ForwardContext, forward_context
+from kinetoscope.core.errors import CompositionError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.engine.hooks.base import Hook, Interceptor, arrange
+from kinetoscope.engine.protocols import (
+    BlockContext,
+    BlockDenoisingStrategy,
+    DenoisingStrategy,
+    Event,
+    ModelInputs,
+    Step,
+    StrategyState,
+)
+from kinetoscope.engine.rows import plan_rows
+
+_UNTIL_CLOSED = object()
+
+
+class DenoisingEngine:
+    """Runs a strategy, step by step or block by block, with hooks.
+
+    The engine keeps no state of a run: many runs may be open on one engine, interleaved in any order.
+
+    Args:
+        strategy: what to run.
+        hooks: observers and interceptors; they fire in the order each declares, whatever the order given here.
+
+    Raises:
+        CompositionError: two hooks conflict, or one is given twice.
+    """
+
+    def __init__(self, strategy: DenoisingStrategy, hooks: Sequence[Hook] = ()) -> None:
+        self.strategy = strategy
+        self.hooks = arrange(hooks)
+        self._interceptors = [h for h in self.hooks if isinstance(h, Interceptor)]
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def iterate(self, state: StrategyState) -> Generator[Event, None, None]:
+        """Denoise `state` to the end, yielding as it goes. Closing the generator stops the run and ends its hooks."""
+        if isinstance(self.strategy, BlockDenoisingStrategy):
+            items = self.strategy.block_plan(state).items
+            return self._run(state, self._blocks(state, self.strategy, iter(items), len(items)))
+        return self._run(state, self._steps(state, state.times))
+
+    def run(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """A whole run, in steps or in blocks as the strategy asks."""
+        state = self.strategy.prepare(batch, args)
+        for _ in self.iterate(state):
+            pass
+        return self.strategy.postprocess(state)
+
+    def run_blocks(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """A whole run of a block strategy.
+
+        Raises:
+            CompositionError: the strategy does not work in blocks.
+        """
+        self._block_strategy()
+        return self.run(batch, args)
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    def streaming_reset(self, batch: ForwardBatch, args: ExecutionArgs) -> Stream:
+        """Open a stream: the run is prepared and its hooks started; blocks come one at a time from `streaming_step`."""
+        strategy = self._block_strategy()
+        state = strategy.prepare(batch, args)
+        inbox: deque[Any] = deque()
+        items = iter(lambda: inbox.popleft() if inbox else _UNTIL_CLOSED, _UNTIL_CLOSED)
+        stream = Stream(state, inbox, self._run(state, self._blocks(state, strategy, items, None)))
+        next(stream.events)  # run_start
+        return stream
+
+    def streaming_step(self, stream: Stream, item: Any, on_event: Callable[[Event], None] | None = None) -> Tensor:
+        """Denoise one block described by `item`; returns its result [B, C, t, H, W]."""
+        if stream.closed:
+            raise CompositionError("this stream is closed; open a new one with streaming_reset")
+        stream.inbox.append(item)
+        try:
+            for event in stream.events:
+                if on_event:
+                    on_event(event)
+                if event.kind == "block_end":
+                    assert event.latents is not None
+                    return event.latents
+        except BaseException:
+            stream.closed = True  # the generator has ended its hooks on the way out
+            raise
+        raise RuntimeError("the strategy ended its run inside a stream")
+
+    def streaming_clear(self, stream: Stream) -> ForwardBatch:
+        """Close a stream: hooks end, and the strategy puts what it keeps into the batch."""
+        stream.closed = True
+        for _ in stream.events:  # no item is left, so the block loop ends and the hooks see a run that succeeded
+            pass
+        return self.strategy.postprocess(stream.state)
+
+    def _block_strategy(self) -> BlockDenoisingStrategy:
+        if not isinstance(self.strategy, BlockDenoisingStrategy):
+            raise CompositionError(f"{type(self.strategy).__name__} denoises in steps, not in blocks; use run")
+        return self.strategy
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _run(self, state: StrategyState, body: Iterator[Event]) -> Generator[Event, None, None]:
+        with ExitStack() as ends:  # every started hook ends, even when another one's end fails
+            ends.callback(state.scratch.clear)
+            for hook in self.hooks:
+                ends.push(_end_of(hook, state))
+                hook.on_run_start(state)
+            yield Event("run_start")
+            yield from body
+        yield Event("run_end")
+
+    def _blocks(
+        self, state: StrategyState, strategy: BlockDenoisingStrategy, items: Iterator[Any], count: int | None
+    ) -> Iterator[Event]:
+        for index, item in enumerate(items):
+            context = strategy.init_block_context(state, item, index)
+            context.steps = partial(self._steps, state, context=context, num_blocks=count)
+            context.forward = partial(self._forward, state)
+            for hook in self.hooks:
+                hook.on_block_start(state, context)
+            yield Event("block_start", block=index, num_blocks=count)
+            yield from strategy.process_block(state, context, item)
+            strategy.update_context(state, context, item)
+            for hook in self.hooks:
+                hook.on_block_end(state, context)
+            yield Event("block_end", block=index, num_blocks=count, latents=context.result)
+
+    def _steps(
+        self,
+        state: StrategyState,
+        times: Sequence[float],
+        context: BlockContext | None = None,
+        num_blocks: int | None = None,
+    ) -> Iterator[Event]:
+        block = context.index if context else None
+        for index, t in enumerate(times):
+            step = state.step = Step(index, len(times), t, block=block)
+            self._step(state, step)
+            yield Event("step", step, block, num_blocks, state.latents)
+
+    def _step(self, state: StrategyState, step: Step) -> None:
+        for hook in self.hooks:
+            hook.on_step_start(state, step)
+        inputs = self.strategy.make_model_inputs(state, step.timestep, step.index)
+        step.branches = inputs.branches
+        step.rows = plan_rows(inputs, state.args.cfg)
+        outputs = [self._forward(state, inputs.select(*rows)) for rows in step.rows]
+        step.prediction = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        step.guided = self.strategy.cfg_combine(state, step.prediction)
+        state.latents = self.strategy.scheduler_step(state, step.guided, step.timestep)
+        for hook in reversed(self.hooks):
+            hook.on_step_end(state, step)
+
+    def _forward(self, state: StrategyState, inputs: ModelInputs) -> Tensor:
+        call = self.strategy.forward
+        for interceptor in reversed(self._interceptors):
+            call = interceptor.bind(call)
+        args = state.args
+        with (
+            forward_context(ForwardContext(args.attention)),
+            torch.autocast(args.device.type, args.dtype, enabled=args.autocast),
+        ):
+            return call(state, inputs)
+
+
+class Stream:
+    """An open stream of an engine. Use it only with that engine's `streaming_*` methods."""
+
+    def __init__(self, state: StrategyState, inbox: deque[Any], events: Generator[Event, None, None]) -> None:
+        self.state = state
+        self.inbox = inbox
+        self.events = events
+        self.closed = False
+
+
+def _end_of(hook: Hook, state: StrategyState) -> Callable[..., bool]:
+    """An exit callback that tells `hook` how the run ended and lets the error through."""
+
+    def end(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        hook.on_run_end(state, error)
+        return False
+
+    return end

@@ -1,0 +1,75 @@
+"""Hooks: observers watch a run, interceptors stand around the network's forward. Neither edits the sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from kinetoscope.core.errors import CompositionError
+from kinetoscope.engine.protocols import BlockContext, ModelInputs, Step, StrategyState
+
+Forward = Callable[[StrategyState, ModelInputs], Tensor]
+
+
+class Hook:
+    """An observer. Override what you need; the defaults do nothing.
+
+    What a hook keeps for a run belongs in `state.scratch[self]`, since one hook may watch several open runs.
+
+    Attributes:
+        name: how users and messages call it.
+        order: hooks with a smaller order start earlier and end later (the outer layers of an onion).
+        conflicts: names of hooks that cannot be on the same engine.
+    """
+
+    name: ClassVar[str] = ""
+    order: ClassVar[int] = 100
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+
+    def on_run_start(self, state: StrategyState) -> None:
+        """Before the first step or block."""
+
+    def on_run_end(self, state: StrategyState, error: BaseException | None) -> None:
+        """Once for each started run: after success (`error` None), an error, or a close (`GeneratorExit`)."""
+
+    def on_block_start(self, state: StrategyState, context: BlockContext) -> None:
+        """After the strategy set the block up."""
+
+    def on_block_end(self, state: StrategyState, context: BlockContext) -> None:
+        """After the strategy took the block into its memory; `context.result` is set."""
+
+    def on_step_start(self, state: StrategyState, step: Step) -> None:
+        """Before the rows of a step are made."""
+
+    def on_step_end(self, state: StrategyState, step: Step) -> None:
+        """After the scheduler step; `step` holds the predictions, `state.latents` the new sample."""
+
+
+class Interceptor(Hook):
+    """A hook that stands around each forward: it may call through, change how, or answer from a cache."""
+
+    def around_forward(self, call: Forward, state: StrategyState, inputs: ModelInputs) -> Tensor:
+        """The output for `inputs` [r, ...]; `call(state, inputs)` asks the next layer."""
+        return call(state, inputs)
+
+    def bind(self, call: Forward) -> Forward:
+        """`call` with this interceptor around it."""
+        return lambda state, inputs: self.around_forward(call, state, inputs)
+
+
+def arrange(hooks: Sequence[Hook]) -> tuple[Hook, ...]:
+    """`hooks` in firing order.
+
+    Raises:
+        CompositionError: one is given twice, or two conflict; the message names both.
+    """
+    ordered = tuple(sorted(hooks, key=lambda h: h.order))
+    for i, first in enumerate(ordered):
+        for second in ordered[i + 1 :]:
+            if first.name == second.name:
+                raise CompositionError(f"hook {first.name!r} is given twice")
+            if second.name in first.conflicts or first.name in second.conflicts:
+                raise CompositionError(f"hooks {first.name!r} and {second.name!r} cannot be used together")
+    return ordered

@@ -1,0 +1,26 @@
+"""How the rows of a step are put into forwards: an execution plan, never a change of result beyond rounding."""
+
+from __future__ import annotations
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.engine.protocols import ModelInputs
+
+CFG_PLANS = ("auto", "sequential", "batched")
+BATCH_POSITIONS = 16_384
+"""`auto` batches the branches while a forward stays under this many latent positions (C excluded): below it a forward is
+bound by the number of operations, above it by arithmetic that batching cannot save (benchmarks/vs_diffusers.py)."""
+
+
+def plan_rows(inputs: ModelInputs, plan: str) -> tuple[tuple[int, int], ...]:
+    """Branch ranges [start, stop), one a forward.
+
+    Raises:
+        ConfigError: `plan` is not one of `CFG_PLANS`.
+    """
+    if plan not in CFG_PLANS:
+        raise ConfigError(f"unknown cfg plan {plan!r}; known: {', '.join(CFG_PLANS)}")
+    count = len(inputs.branches)
+    positions = inputs.latents.numel() // inputs.latents.shape[1] if inputs.latents.ndim > 1 else 0
+    if plan == "batched" or (plan == "auto" and positions <= BATCH_POSITIONS):
+        return ((0, count),)
+    return tuple((i, i + 1) for i in range(count))

@@ -1,0 +1,132 @@
+"""Step-by-step denoising with classifier-free guidance and a scheduler: most bidirectional models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
+from kinetoscope.diffusion.noise import NoiseSource
+from kinetoscope.diffusion.scheduler import SchedulerAdapter
+from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree, take_rows
+
+
+class VideoTransformer(Protocol):
+    """What a family's transformer offers: a forward, and its run-constant parts computed ahead.
+
+    Whatever a `prepare_*` method returns is passed back to the forward by name; computing it ahead changes no bit.
+    """
+
+    def __call__(self, latents: Tensor, timestep: Tensor, **conditioning: Tree) -> Tensor: ...
+
+    def prepare_conditioning(self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None) -> dict[str, Tree]:
+        """Row-first trees that depend on the prompt alone."""
+        ...
+
+    def prepare_timesteps(self, timesteps: Tensor) -> dict[str, Tree]:
+        """Trees with a leading axis S for the S timesteps of a run."""
+        ...
+
+    def prepare_shared(self, latent_shape: Sequence[int]) -> dict[str, Tree]:
+        """Trees that depend on the latents' shape [R, C, T, H, W] alone (not on R)."""
+        ...
+
+
+class DenoisingParts(Protocol):
+    """What a strategy needs of the stage that owns it."""
+
+    @property
+    def transformer(self) -> VideoTransformer: ...
+
+    @property
+    def scheduler(self) -> SchedulerAdapter: ...
+
+
+class StandardStrategy:
+    """Rows [uncond, cond] of the noisy sample, classifier-free guidance, one scheduler step.
+
+    Args:
+        parts: the transformer and the scheduler prototype, usually the denoising stage.
+    """
+
+    def __init__(self, parts: DenoisingParts) -> None:
+        self.parts = parts
+
+    def prepare(self, batch: ForwardBatch, args: ExecutionArgs) -> StrategyState:
+        """Private scheduler; text K/V, modulation of every step and RoPE tables, once."""
+        params = batch.params
+        assert batch.latents is not None and params.num_inference_steps is not None
+        prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
+        scheduler = prototype.start(params.num_inference_steps, args.device)
+        guidance = Guidance(params.guidance_scale or 1.0, params.guidance_rescale or 0.0)
+        latents = batch.latents.to(args.device, torch.float32)
+        transformer = self.parts.transformer
+        embeds, lengths = _stack_text(batch, guidance.branches)
+        return StrategyState(
+            batch=batch,
+            args=args,
+            latents=latents,
+            guidance=guidance,
+            noise=NoiseSource(batch.seeds),
+            times=scheduler.times,
+            scheduler=scheduler,
+            conditioning=transformer.prepare_conditioning(
+                encoder_hidden_states=embeds.to(args.device, args.dtype), text_lengths=lengths
+            ),
+            tables={
+                "steps": transformer.prepare_timesteps(scheduler.timesteps),
+                "shared": transformer.prepare_shared(latents.shape),
+            },
+        )
+
+    def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
+        """The sample once for each branch."""
+        assert state.scheduler is not None
+        branches = state.guidance.branches
+        batch = state.latents.shape[0]
+        latents = state.latents.to(state.args.dtype)
+        if len(branches) > 1:
+            latents = latents.repeat(len(branches), 1, 1, 1, 1)
+        timestep = state.scheduler.timesteps[step_idx].expand(len(branches) * batch)
+        step = take_rows(state.tables["steps"], slice(step_idx, step_idx + 1))
+        return ModelInputs(latents, timestep, branches, batch, state.conditioning, state.tables["shared"] | step)
+
+    def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
+        """One forward of the transformer."""
+        return self.parts.transformer(
+            model_inputs.latents, model_inputs.timestep, **model_inputs.conditioning, **model_inputs.shared
+        )
+
+    def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
+        """Classifier-free guidance in float32."""
+        return state.guidance.combine(split_branches(state, noise_pred))
+
+    def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
+        """One step of the run's own scheduler, float32."""
+        assert state.scheduler is not None
+        return state.scheduler.step(noise_pred, state.active.index, state.latents)
+
+    def postprocess(self, state: StrategyState) -> ForwardBatch:
+        """The final sample into `batch.latents`."""
+        state.batch.latents = state.latents
+        return state.batch
+
+
+def split_branches(state: StrategyState, noise_pred: Tensor) -> Mapping[str, Tensor]:
+    """branch -> its [B, ...] rows of `noise_pred`, as views."""
+    branches = state.active.branches
+    return dict(zip(branches, noise_pred.chunk(len(branches)), strict=True))
+
+
+def _stack_text(batch: ForwardBatch, branches: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+    """Embeddings [R, L, D] and true lengths [R] of all rows, branch-major."""
+    embeds = {COND: batch.prompt_embeds, UNCOND: batch.negative_embeds}
+    lengths = {COND: batch.prompt_lengths, UNCOND: batch.negative_lengths}
+    rows = [e for b in branches if (e := embeds[b]) is not None]
+    counts = [n for b in branches if (n := lengths[b]) is not None]
+    assert len(rows) == len(branches), "text encoding left a branch without embeddings"
+    return torch.cat(rows), torch.cat(counts) if len(counts) == len(branches) else None
