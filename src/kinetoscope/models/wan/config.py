@@ -1,0 +1,114 @@
+"""The published `transformer/config.json` of a Wan model, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kinetoscope.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class WanConfig:
+    """Sizes of a Wan transformer, named as in the published file (defaults are the published class's, the 14B model).
+
+    Attributes:
+        patch_size: latent frames, rows and columns a token covers.
+        num_attention_heads, attention_head_dim: their product is the width d.
+        in_channels, out_channels: latent channels in and out.
+        text_dim: width of the text encoder.
+        freq_dim: width of the sinusoidal timestep embedding.
+        ffn_dim: hidden width of the feed-forward layers.
+        num_layers: number of blocks.
+        cross_attn_norm: whether the cross-attention input has an affine layer norm.
+        qk_norm: normalisation of queries and keys; every published model has "rms_norm_across_heads".
+        eps: epsilon of all norms.
+        rope_max_seq_len: largest number of positions along an axis.
+        image_dim, added_kv_proj_dim, pos_embed_seq_len: image conditioning of Wan 2.1 image-to-video; None in text-to-video.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    pos_embed_seq_len: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width d of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WanConfig:
+        """Read a parsed `config.json`; fields that begin with an underscore are diffusers' bookkeeping and are skipped.
+
+        Raises:
+            ConfigError: unknown field, value of the wrong kind, or a variant this class does not build.
+        """
+        known = {f.name: f for f in fields(cls)}
+        given = {name: value for name, value in config.items() if not name.startswith("_")}
+        if unknown := sorted(given.keys() - known.keys()):
+            raise ConfigError(
+                f"Wan transformer config has unknown fields {unknown}; known are {sorted(known)}"
+            )
+        for name, value in given.items():
+            if name == "patch_size":
+                given[name] = _patch_size(value)
+            elif not _fits(str(known[name].type), value):
+                raise ConfigError(
+                    f"Wan transformer config: {name}={value!r} should be of type {known[name].type}"
+                )
+        result = cls(**given)
+        result.check()
+        return result
+
+    def check(self) -> None:
+        """Raise ConfigError where the values do not describe a model that `WanTransformer3DModel` builds."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) in (int, float) and value <= 0:
+                raise ConfigError(f"Wan transformer config: {f.name}={value} should be positive")
+        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
+            raise ConfigError(
+                f"Wan transformer config: attention_head_dim={self.attention_head_dim} should be even and at least 6 "
+                "(three rotary axes of whole pairs)"
+            )
+        if self.freq_dim % 2:
+            raise ConfigError(f"Wan transformer config: freq_dim={self.freq_dim} should be even")
+        if self.qk_norm != "rms_norm_across_heads":
+            raise ConfigError(
+                f"Wan transformer config: qk_norm={self.qk_norm!r}; only 'rms_norm_across_heads' exists"
+            )
+        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"Wan transformer config: {name}={getattr(self, name)} asks for image conditioning, "
+                    "which this text-to-video transformer does not have"
+                )
+
+
+def _patch_size(value: Any) -> tuple[int, int, int]:
+    if not isinstance(value, list | tuple) or [type(v) for v in value] != [int] * 3 or min(value) < 1:
+        raise ConfigError(f"Wan transformer config: patch_size={value!r} should be three positive integers")
+    return (value[0], value[1], value[2])
+
+
+def _fits(annotation: str, value: Any) -> bool:
+    if value is None:
+        return "None" in annotation
+    kind = annotation.removesuffix(" | None")
+    if kind == "float":
+        return type(value) in (int, float)
+    return type(value).__name__ == kind

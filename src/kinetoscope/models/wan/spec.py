@@ -1,0 +1,43 @@
+"""The Wan 2.1 text-to-video family as data."""
+
+from __future__ import annotations
+
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.diffusion.convention import Convention
+from kinetoscope.models.wan.config import WanConfig
+
+__all__ = ["CONVENTION", "KEY_MAP", "NEGATIVE_PROMPT", "PRESETS", "TEXT_LENGTH", "TEXT_MODE", "WanConfig"]
+
+KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
+CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=3.0)
+TEXT_MODE = "padded"  # zeros up to TEXT_LENGTH are part of what the model learned
+TEXT_LENGTH = 512
+NEGATIVE_PROMPT = (  # published with the model (Wan2.1 repository, shared configuration)
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+# Sampling settings of the published models (model cards; shift 3 for 480p and 5 for 720p by diffusers' Wan page).
+PRESETS: dict[str, SamplingParams] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": SamplingParams(
+        height=480,
+        width=832,
+        num_frames=81,
+        fps=16.0,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        flow_shift=3.0,
+        scheduler="unipc",
+    ),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": SamplingParams(
+        height=720,
+        width=1280,
+        num_frames=81,
+        fps=16.0,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        flow_shift=5.0,
+        scheduler="unipc",
+    ),
+}

@@ -1,0 +1,313 @@
+"""The Wan video transformer (arXiv 2503.20314), parameter names as in the published diffusers checkpoints.
+
+R rows, F modulation groups of M tokens each (F = 1: one timestep a row), N = F M tokens, d width, H heads of D channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kinetoscope.attention import attention
+from kinetoscope.core.errors import InputError
+from kinetoscope.models.wan.config import WanConfig
+from kinetoscope.nn.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
+from kinetoscope.nn.feed_forward import FeedForward
+from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
+from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+
+
+class TextContext(NamedTuple):
+    """What cross-attention needs of the text, one entry a block; rows first."""
+
+    keys: list[Tensor]  # [R, L, H, D] each
+    values: list[Tensor]  # [R, L, H, D] each
+    key_bias: Tensor | None  # [R, L] float32, None: all tokens count once
+
+
+class Modulation(NamedTuple):
+    """What the timestep sets, float32. Scales include their 1."""
+
+    blocks: Tensor  # [R or 1, F, layers, 6, d]: shift, scale, gate of self-attention, then of the feed-forward layer
+    out: Tensor  # [R or 1, F, 2, d]: shift, scale of the last norm
+
+
+class SelfAttention(nn.Module):
+    """Attention over the tokens of the video, RMS norm over all heads at once, rotary positions."""
+
+    def __init__(self, dim: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """[R, F, M, d] -> [R, F, M, d]"""
+        heads = (x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
+        q = apply_rope(self.norm_q(self.to_q(x)).view(heads), rope)  # [R, N, H, D]
+        k = apply_rope(self.norm_k(self.to_k(x)).view(heads), rope)  # [R, N, H, D]
+        v = self.to_v(x).view(heads)  # [R, N, H, D]
+        return self.to_out(attention(q, k, v, role="self").reshape(x.shape))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the tokens of the video to those of the text."""
+
+    def __init__(self, dim: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def project(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of embedded text: [R, L, d] -> two of [R, L, H, D]"""
+        heads = (-1, self.head_dim)
+        return self.norm_k(self.to_k(text)).unflatten(-1, heads), self.to_v(text).unflatten(-1, heads)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None) -> Tensor:
+        """[R, F, M, d] -> [R, F, M, d]"""
+        q = self.norm_q(self.to_q(x)).view(x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
+        return self.to_out(attention(q, keys, values, role="cross", key_bias=key_bias).reshape(x.shape))
+
+
+class WanTransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each on a residual."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim, head_dim, eps = config.dim, config.attention_head_dim, config.eps
+        self.norm1 = ModulatedNorm(dim, eps)
+        self.attn1 = SelfAttention(dim, head_dim, eps)
+        self.attn2 = CrossAttention(dim, head_dim, eps)
+        self.norm2 = FP32LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, config.ffn_dim)
+        self.norm3 = ModulatedNorm(dim, eps)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key_bias: Tensor | None,
+        modulation: Tensor,
+        rope: Tensor,
+    ) -> Tensor:
+        """x [R, F, M, d], modulation [R or 1, F, 6, d] -> [R, F, M, d]"""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unsqueeze(3).unbind(
+            2
+        )  # [R, F, 1, d] each
+        x = gated_add(x, self.attn1(self.norm1(x, shift_a, scale_a), rope), gate_a)
+        x = x + self.attn2(self.norm2(x), keys, values, key_bias)
+        return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y gate in float32, result in the dtype of x."""
+    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeddings of timestep and text."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TimestepEmbedding(config.freq_dim, config.dim)
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = TextProjection(config.text_dim, config.dim)
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, F] -> embedding [R, F, d] and its six-way projection [R, F, 6, d]"""
+        emb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim)).to(
+            self.time_proj.weight.dtype
+        )
+        return emb, self.time_proj(nn.functional.silu(emb)).unflatten(-1, (6, -1))
+
+
+class WanTransformer3DModel(nn.Module):
+    """Wan text-to-video transformer.
+
+    Built on the meta device it has exactly the names and shapes of a published checkpoint; `keep_in_float32` names the
+    parts whose weights stay float32 when the rest is in bfloat16.
+
+    Args:
+        config: published sizes.
+    """
+
+    keep_in_float32 = ("time_embedder", "scale_shift_table", "norm2")
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        config.check()
+        self.config = config
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList(WanTransformerBlock(config) for _ in range(config.num_layers))
+        self.norm_out = ModulatedNorm(config.dim, config.eps)
+        self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill all parameters for training from nothing, from a CPU `generator`.
+
+        Linear layers Xavier uniform with zero bias, text and time embeddings normal 0.02, modulation tables normal
+        d^-1/2, output projection zero: the initialisation of the original Wan code.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
+            elif isinstance(module, FP32LayerNorm | RMSNorm):
+                module.reset_parameters()
+        for part in (self.condition_embedder.text_embedder, self.condition_embedder.time_embedder):
+            nn.init.normal_(part.linear_1.weight, std=0.02, generator=generator)
+            nn.init.normal_(part.linear_2.weight, std=0.02, generator=generator)
+        for name, parameter in self.named_parameters():
+            if name.endswith("scale_shift_table"):
+                nn.init.normal_(parameter, std=self.config.dim**-0.5, generator=generator)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def prepare_conditioning(
+        self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None = None
+    ) -> dict[str, TextContext]:
+        """Keys and values of the text for all blocks, once a run.
+
+        Wan attends to its zero padding: the tokens beyond the true length are part of what it learned. They are equal, so
+        are their keys and values, so attention to n of them is attention to one with log n added to its logit. With
+        `text_lengths` only the tokens up to the longest text are kept and the last one stands for the rest.
+
+        Args:
+            encoder_hidden_states: [R, L, text_dim].
+            text_lengths: [R] true lengths; every token beyond must be zero. None: use all L tokens as they are.
+
+        Raises:
+            InputError: a length is not in [0, L].
+        """
+        total = encoder_hidden_states.shape[1]
+        key_bias = None
+        if text_lengths is not None:
+            longest = int(text_lengths.max())
+            if int(text_lengths.min()) < 0 or longest > total:
+                raise InputError(
+                    f"text_lengths must be in [0, {total}], the text given; got {text_lengths.tolist()}"
+                )
+            if longest + 1 < total:
+                encoder_hidden_states = encoder_hidden_states[:, : longest + 1]
+                key_bias = encoder_hidden_states.new_zeros(
+                    encoder_hidden_states.shape[:2], dtype=torch.float32
+                )
+                key_bias[:, longest] = math.log(total - longest)
+        embedder = self.condition_embedder.text_embedder
+        text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))  # [R, L', d]
+        pairs = [block.attn2.project(text) for block in self._blocks()]
+        return {"text": TextContext([k for k, _ in pairs], [v for _, v in pairs], key_bias)}
+
+    def prepare_timesteps(self, timesteps: Tensor) -> dict[str, Modulation]:
+        """Modulation of each of S timesteps, once a run: [S] -> tensors with leading dimension S.
+
+        Each is computed alone, so a step has the same bits as a forward of one row that was given its timestep.
+        """
+        steps = [self._modulation(t.view(1, 1)) for t in timesteps]
+        return {
+            "modulation": Modulation(torch.cat([s.blocks for s in steps]), torch.cat([s.out for s in steps]))
+        }
+
+    def prepare_shared(self, latent_shape: Sequence[int]) -> dict[str, Tensor]:
+        """Rotary table of a latent shape [..., T, H, W], once a run.
+
+        Raises:
+            InputError: a size is not a multiple of the patch, or has more positions than the model knows.
+        """
+        return {"rope": self._rope(latent_shape)}
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        text_lengths: Tensor | None = None,
+        text: TextContext | None = None,
+        modulation: Modulation | None = None,
+        rope: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted flow velocity.
+
+        Args:
+            latents: [R, C, T, H, W].
+            timestep: [R] in [0, 1000], or [R, F]: one for each of F groups of consecutive tokens (latent frames).
+            encoder_hidden_states: [R, L, text_dim]; needed unless `text` is given.
+            text_lengths: see `prepare_conditioning`.
+            text, modulation, rope: what the `prepare_*` methods return, to spare computing them again.
+
+        Returns:
+            [R, C, T, H, W] in the dtype of `latents`.
+        """
+        if rope is None:
+            rope = self._rope(latents.shape)
+        if modulation is None:
+            modulation = self._modulation(timestep if timestep.ndim == 2 else timestep.unsqueeze(1))
+        if text is None:
+            if encoder_hidden_states is None:
+                raise InputError("the Wan transformer needs encoder_hidden_states or prepared text")
+            text = self.prepare_conditioning(
+                encoder_hidden_states=encoder_hidden_states, text_lengths=text_lengths
+            )["text"]
+
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
+        grid = x.shape[2:]
+        groups = modulation.out.shape[1]
+        x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
+        tables = modulation.blocks.unbind(2)
+        for block, keys, values, table in zip(self.blocks, text.keys, text.values, tables, strict=True):
+            x = block(x, keys, values, text.key_bias, table, rope)  # [R, F, M, d]
+        shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
+        x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, pt ph pw C]
+        return self._unpatchify(x, grid).to(latents.dtype)
+
+    def _blocks(self) -> list[WanTransformerBlock]:
+        return [block for block in self.blocks if isinstance(block, WanTransformerBlock)]
+
+    def _modulation(self, timestep: Tensor) -> Modulation:
+        """[R, F] -> tables of all blocks"""
+        embedding, projected = self.condition_embedder.embed_time(timestep)  # [R, F, d], [R, F, 6, d]
+        tables = torch.cat([block.scale_shift_table for block in self._blocks()])  # [layers, 6, d]
+        blocks = tables.float() + projected.float().unsqueeze(2)  # [R, F, layers, 6, d]
+        out = self.scale_shift_table.float() + embedding.float().unsqueeze(2)  # [R, F, 2, d]
+        one_b = blocks.new_tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).unsqueeze(-1)
+        return Modulation(blocks + one_b, out + out.new_tensor([0.0, 1.0]).unsqueeze(-1))
+
+    def _rope(self, latent_shape: Sequence[int]) -> Tensor:
+        """[..., T, H, W] -> complex64 [N, D/2]"""
+        positions: list[Tensor] = []
+        for axis, size, patch in zip("THW", latent_shape[-3:], self.config.patch_size, strict=True):
+            if size % patch or size < 1 or size // patch > self.config.rope_max_seq_len:
+                raise InputError(
+                    f"latent {axis}={size} must be a multiple of the patch size {patch}, "
+                    f"at most {self.config.rope_max_seq_len * patch}"
+                )
+            positions.append(torch.arange(size // patch, device=self.proj_out.weight.device))
+        return rope_table(positions, split_rope_dims(self.config.attention_head_dim))
+
+    def _unpatchify(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """[R, F, M, pt ph pw C] -> [R, C, T, H, W]"""
+        pt, ph, pw = self.config.patch_size
+        x = x.reshape(x.shape[0], *grid, pt, ph, pw, -1)
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [R, C, T', pt, H', ph, W', pw]
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

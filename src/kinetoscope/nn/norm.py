@@ -1,0 +1,49 @@
+"""Norms whose statistics are float32 whatever the dtype of the stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm that keeps the dtype of its input also where its weight has another one (float32 weights in autocast)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]"""
+        weight = self.weight
+        return F.rms_norm(
+            x, self.normalized_shape, weight.to(x.dtype) if weight is not None else None, self.eps
+        )
+
+
+class FP32LayerNorm(nn.LayerNorm):
+    """Layer norm with float32 arithmetic and parameters, result in the dtype of the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]"""
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class ModulatedNorm(nn.Module):
+    """Layer norm without parameters, then `x * scale + shift` given by the timestep (adaLN, arXiv 2212.09748).
+
+    Args:
+        dim: width d.
+        eps: epsilon of the norm.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x [..., d]; shift and scale float32, broadcastable to x (scale is the whole factor, 1 included) -> like x."""
+        if (
+            scale.numel() == self.dim
+        ):  # one modulation for all tokens is an affine layer norm: one pass, one rounding
+            return F.layer_norm(x, (self.dim,), scale.view(self.dim), shift.view(self.dim), self.eps)
+        normed = F.layer_norm(x.float(), (self.dim,), None, None, self.eps)
+        return torch.addcmul(shift, normed, scale).to(x.dtype)
