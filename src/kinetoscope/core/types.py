@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class SamplingParams:
         guidance_rescale: phi of arXiv 2305.08891 in [0, 1]; 0 is off.
         flow_shift: shift of the sigma schedule.
         scheduler: "unipc", "euler" or "dpm++".
+        negative_prompt: what the unconditional row reads, unless a request says otherwise.
     """
 
     height: int | None = None
@@ -36,11 +37,20 @@ class SamplingParams:
     guidance_rescale: float | None = None
     flow_shift: float | None = None
     scheduler: str | None = None
+    negative_prompt: str | None = None
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
         """These values where given, else those of `defaults`."""
         given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
         return replace(defaults, **given)
+
+
+class Noise(Protocol):
+    """What a run asks of its source of random numbers (`diffusion.noise.NoiseSource`)."""
+
+    def draw(self, shape: Sequence[int]) -> Tensor: ...
+
+    def fork(self, *key: int) -> Noise: ...
 
 
 @dataclass(slots=True)
@@ -54,6 +64,8 @@ class ForwardBatch:
         prompt_embeds: [B, L, D] encoded prompts, zero beyond the true length.
         prompt_lengths: [B] true token counts (int64, CPU).
         negative_embeds, negative_lengths: the same for the negative prompts; None when guidance is off.
+        noise: the run's random numbers; `latents` is their first draw unless the caller gave latents.
+        hooks: engine hooks of this request alone.
         timesteps: [S] the schedule the run will follow (CPU).
         latents: [B, C, T, H, W] float32; noise before denoising, the result in the transformer's normalised space after.
         frames: B arrays uint8 [T, H, W, 3] after decoding.
@@ -70,6 +82,8 @@ class ForwardBatch:
     prompt_lengths: Tensor | None = None
     negative_embeds: Tensor | None = None
     negative_lengths: Tensor | None = None
+    noise: Noise | None = None
+    hooks: list[Any] = field(default_factory=list[Any])
     timesteps: Tensor | None = None
     latents: Tensor | None = None
     frames: list[Any] = field(default_factory=list[Any])

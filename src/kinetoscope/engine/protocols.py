@@ -13,9 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise
 from kinetoscope.diffusion.guidance import Guidance
-from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import ScheduleRun
 
 Tree = Any
@@ -123,7 +122,7 @@ class StrategyState:
     args: ExecutionArgs
     latents: Tensor
     guidance: Guidance
-    noise: NoiseSource
+    noise: Noise
     times: Sequence[float]
     scheduler: ScheduleRun | None = None
     conditioning: dict[str, Tree] = field(default_factory=dict[str, Tree])

@@ -71,7 +71,7 @@ class StandardStrategy:
             args=args,
             latents=latents,
             guidance=guidance,
-            noise=NoiseSource(batch.seeds),
+            noise=batch.noise or NoiseSource(batch.seeds),
             times=scheduler.times,
             scheduler=scheduler,
             conditioning=transformer.prepare_conditioning(

@@ -1,0 +1,26 @@
+"""Kinetoscope: one engine for video diffusion models.
+
+    from kinetoscope import VideoGenerator
+    VideoGenerator.from_pretrained("tiny-t2v").generate_video("a red circle moving left", output_path="out.mp4")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kinetoscope.core.errors import KinetoscopeError
+
+if TYPE_CHECKING:
+    from kinetoscope.runtime.generator import GenerationResult, VideoGenerator
+
+__version__ = "0.1.0"
+__all__ = ["GenerationResult", "KinetoscopeError", "VideoGenerator", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the generator (and torch with it) only when it is asked for, so that `kinetoscope --help` is quick."""
+    if name in ("GenerationResult", "VideoGenerator"):
+        from kinetoscope.runtime import generator
+
+        return getattr(generator, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

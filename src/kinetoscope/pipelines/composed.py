@@ -1,0 +1,155 @@
+"""A pipeline is a list of stages over the components of a model directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kinetoscope.core.errors import ConfigError, ModelLoadError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.engine.hooks.base import Hook
+from kinetoscope.engine.protocols import Event
+from kinetoscope.loading import ModelDir, load_component
+from kinetoscope.pipelines.lazy import Lazy
+from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.validation import VideoGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class StageEvent:
+    """A stage of a pipeline began, or ended after `seconds`."""
+
+    kind: str
+    stage: str
+    seconds: float | None = None
+
+
+class ComposedPipeline:
+    """Stages in order over lazily loaded components.
+
+    A subclass names what it needs and builds its stages; a user adds, replaces or removes stages by name.
+
+    Args:
+        model: the directory.
+        args: how to compute.
+        hooks: engine hooks of every run.
+        modules: components given ready-made, for instance shared with another pipeline.
+        on_load: called with (component name, module) after each load, before first use.
+
+    Raises:
+        ModelLoadError: a required component is neither in the directory nor given.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ()
+    tasks: ClassVar[tuple[str, ...]] = ()
+    attention_roles: ClassVar[tuple[str, ...]] = ()
+    geometry: VideoGeometry
+
+    def __init__(
+        self,
+        model: ModelDir,
+        args: ExecutionArgs,
+        *,
+        hooks: Sequence[Hook] = (),
+        modules: Mapping[str, Any] | None = None,
+        on_load: Callable[[str, Any], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.hooks = tuple(hooks)
+        self._on_load = on_load
+        given = dict(modules or {})
+        missing = [n for n in self.required if n not in given and n not in model.components()]
+        if missing:
+            raise ModelLoadError(
+                f"{model.path}: {type(self).__name__} needs {', '.join(missing)}, which model_index.json does not list"
+            )
+        self._modules = {n: Lazy(self._loader(n)) for n in {*model.components(), *given}}
+        for name, module in given.items():
+            self._modules[name] = Lazy(lambda module=module: module)
+        self.stages: dict[str, Stage] = {}
+        self.create_stages()
+
+    # -- for subclasses -----------------------------------------------------------------------------------------------
+
+    def create_stages(self) -> None:
+        """Add the stages, in order."""
+        raise TypeError(f"{type(self).__name__} does not override create_stages")
+
+    def defaults(self) -> SamplingParams:
+        """Sampling defaults of this model; every field a request needs has a value."""
+        raise TypeError(f"{type(self).__name__} does not override defaults")
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    def lazy(self, name: str) -> Lazy[Any]:
+        """The component as something that loads on first use.
+
+        Raises:
+            ModelLoadError: the model has no such component.
+        """
+        if name not in self._modules:
+            raise ModelLoadError(
+                f"{self.model.path} has no component {name!r}; it has {', '.join(sorted(self._modules))}"
+            )
+        return self._modules[name]
+
+    def get_module(self, name: str) -> Any:
+        """The component, loaded now if it was not."""
+        return self.lazy(name).get()
+
+    def loaded_modules(self) -> dict[str, Any]:
+        """The components loaded so far; pass them as `modules=` to share them with another pipeline."""
+        return {n: m.get() for n, m in self._modules.items() if m.loaded}
+
+    def _loader(self, name: str) -> Callable[[], Any]:
+        def load() -> Any:
+            module = load_component(self.model, name, dtype=self.args.dtype, device=self.args.device)
+            if self._on_load:
+                self._on_load(name, module)
+            return module
+
+        return load
+
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    def add_stage(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
+        """Add a stage at the end, or before or after another; a stage of the same name is replaced where it stands.
+
+        Raises:
+            ConfigError: the stage named by `before` or `after` does not exist.
+        """
+        if name in self.stages and before is None and after is None:
+            self.stages[name] = stage
+            return
+        anchor = before or after
+        names = [n for n in self.stages if n != name]
+        if anchor is not None and anchor not in names:
+            raise ConfigError(f"no stage {anchor!r} to put {name!r} next to; stages: {', '.join(names)}")
+        place = len(names) if anchor is None else names.index(anchor) + (after is not None)
+        names.insert(place, name)
+        everything = {**self.stages, name: stage}
+        self.stages = {n: everything[n] for n in names}
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def iterate(self, batch: ForwardBatch) -> Generator[StageEvent | Event, None, ForwardBatch]:
+        """Run all stages, yielding their events; the return value is the finished batch. Closing it stops the run."""
+        for name, stage in self.stages.items():
+            yield StageEvent("stage_start", name)
+            start = time.perf_counter()
+            batch = yield from stage.iterate(batch, self.args)
+            batch.timings[name] = time.perf_counter() - start
+            yield StageEvent("stage_end", name, batch.timings[name])
+        return batch
+
+    def run(self, batch: ForwardBatch) -> ForwardBatch:
+        """Run all stages."""
+        events = self.iterate(batch)
+        while True:
+            try:
+                next(events)
+            except StopIteration as stop:
+                return stop.value

@@ -1,0 +1,24 @@
+"""A stage: one step of the path from a request to frames."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.engine.protocols import Event
+
+
+class Stage:
+    """Takes a batch, fills in its part, hands it on.
+
+    Override `forward`; a stage that has progress to tell overrides `iterate` instead.
+    """
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The batch with this stage's part done."""
+        raise TypeError(f"{type(self).__name__} overrides neither forward nor iterate")
+
+    def iterate(self, batch: ForwardBatch, args: ExecutionArgs) -> Generator[Event, None, ForwardBatch]:
+        """As `forward`, yielding events on the way; the generator's return value is the batch."""
+        yield from ()
+        return self.forward(batch, args)

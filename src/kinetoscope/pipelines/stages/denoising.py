@@ -1,0 +1,71 @@
+"""The stage that runs the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+
+from kinetoscope.core.errors import KinetoscopeError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.scheduler import SchedulerAdapter
+from kinetoscope.engine.engine import DenoisingEngine
+from kinetoscope.engine.hooks.base import Hook
+from kinetoscope.engine.protocols import DenoisingStrategy, Event
+from kinetoscope.engine.strategies.standard import StandardStrategy
+from kinetoscope.pipelines.lazy import Lazy, resolve
+from kinetoscope.pipelines.stages.base import Stage
+
+
+class DenoisingStage(Stage):
+    """Denoises the latents with one strategy.
+
+    Args:
+        transformer: the network, or lazy.
+        scheduler: the prototype, or lazy.
+        strategy_cls: makes the strategy from this stage.
+        hooks: hooks of every run; a batch may bring more.
+    """
+
+    def __init__(
+        self,
+        transformer: Any | Lazy[Any],
+        scheduler: SchedulerAdapter | Lazy[SchedulerAdapter],
+        strategy_cls: Callable[[DenoisingStage], DenoisingStrategy] = StandardStrategy,
+        hooks: Sequence[Hook] = (),
+    ) -> None:
+        self._transformer = transformer
+        self._scheduler = scheduler
+        self.strategy_cls = strategy_cls
+        self.hooks = tuple(hooks)
+
+    @property
+    def transformer(self) -> Any:
+        """The network, loaded on first use."""
+        return resolve(self._transformer)
+
+    @property
+    def scheduler(self) -> SchedulerAdapter:
+        """The scheduler prototype."""
+        return resolve(self._scheduler)
+
+    def engine(self, batch: ForwardBatch) -> DenoisingEngine:
+        """An engine with this stage's hooks and the batch's."""
+        return DenoisingEngine(self.strategy_cls(self), [*self.hooks, *batch.hooks])
+
+    @torch.no_grad()
+    def iterate(self, batch: ForwardBatch, args: ExecutionArgs) -> Generator[Event, None, ForwardBatch]:
+        """The batch with denoised `latents`.
+
+        Raises:
+            KinetoscopeError: the result is not finite (broken weights, or a dtype that overflows).
+        """
+        engine = self.engine(batch)
+        state = engine.strategy.prepare(batch, args)
+        yield from engine.iterate(state)
+        batch = engine.strategy.postprocess(state)
+        assert batch.latents is not None
+        if not torch.isfinite(batch.latents).all():
+            raise KinetoscopeError("denoising gave values that are not finite; try dtype float32, or check the weights")
+        return batch

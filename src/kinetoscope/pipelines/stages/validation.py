@@ -1,0 +1,133 @@
+"""Is this request one the model can serve? Asked before anything is loaded or computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kinetoscope.core.errors import InputError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.diffusion.scheduler import SCHEDULERS
+from kinetoscope.pipelines.stages.base import Stage
+
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+MAX_SHIFT = 100.0
+MAX_FPS = 240.0
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class VideoGeometry:
+    """How pixels become latents.
+
+    Attributes:
+        spatial: pixels per latent position, each way.
+        temporal: frames per latent frame after the first.
+        patch: latent positions per token (T, H, W).
+        max_positions: the longest axis, in tokens, that position embeddings cover.
+    """
+
+    spatial: int = 8
+    temporal: int = 4
+    patch: tuple[int, int, int] = (1, 2, 2)
+    max_positions: int = 1024
+
+    def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T, H, W) of the latents."""
+        return (num_frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial
+
+    def tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Tokens of one row."""
+        size = self.latent_size(num_frames, height, width)
+        return math.prod(n // p for n, p in zip(size, self.patch, strict=True))
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse a size that does not divide into tokens; the message names the nearest sizes that do.
+
+        Raises:
+            InputError: size or frame count out of range or not a multiple.
+        """
+        for name, value, patch in (("height", params.height, self.patch[1]), ("width", params.width, self.patch[2])):
+            step = self.spatial * patch
+            _check_grid(name, value, step, 0, step * self.max_positions)
+        step = self.temporal * self.patch[0]
+        _check_grid("num_frames", params.num_frames, step, 1, step * (self.max_positions - 1) + 1)
+
+
+def _check_grid(name: str, value: int | None, step: int, offset: int, largest: int) -> None:
+    """`value` must be offset + k * step, positive and at most `largest`."""
+    smallest = offset or step
+    rule = f"a multiple of {step}" if offset == 0 else f"{offset} + a multiple of {step}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{name}={value!r} is not a whole number; it must be {rule}")
+    if not smallest <= value <= largest:
+        raise InputError(f"{name}={value} is outside [{smallest}, {largest}]; it must be {rule}")
+    if (value - offset) % step:
+        below = value - (value - offset) % step
+        near = [str(v) for v in (below, below + step) if smallest <= v <= largest]
+        raise InputError(f"{name}={value} is not {rule}; nearest: {' or '.join(near)}")
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, whole: bool = False, hint: str = "") -> None:
+    kind = int if whole else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{name}={value!r} is not a {'whole ' if whole else ''}number")
+    if not low <= value <= high:
+        raise InputError(f"{name}={value} is outside [{low:g}, {high:g}]{hint}")
+
+
+def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
+    """Refuse sampling parameters that no run could follow.
+
+    Raises:
+        InputError: names the field, its value and what it may be.
+    """
+    geometry.check(params)
+    _check_number("num_inference_steps", params.num_inference_steps, 1, MAX_STEPS, whole=True)
+    _check_number("guidance_scale", params.guidance_scale, 1, MAX_GUIDANCE, hint="; 1 switches guidance off")
+    _check_number("guidance_rescale", params.guidance_rescale or 0.0, 0, 1)
+    _check_number("fps", params.fps, 1, MAX_FPS)
+    if params.flow_shift is not None:
+        _check_number("flow_shift", params.flow_shift, 0.01, MAX_SHIFT)
+    if params.scheduler is not None and params.scheduler not in SCHEDULERS:
+        raise InputError(f"unknown scheduler {params.scheduler!r}; known: {', '.join(SCHEDULERS)}")
+
+
+def check_text(prompt: object, seed: object) -> None:
+    """Refuse a prompt or seed of the wrong kind.
+
+    Raises:
+        InputError: the prompt is not text or is empty, or the seed is no integer in [0, 2**63).
+    """
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt={prompt!r} is not text")
+    if not prompt.strip():
+        raise InputError("the prompt is empty; describe the video in a sentence")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed={seed!r} is not a whole number in [0, 2**63)")
+
+
+class InputValidationStage(Stage):
+    """Checks the whole request.
+
+    Args:
+        geometry: of the model.
+    """
+
+    def __init__(self, geometry: VideoGeometry) -> None:
+        self.geometry = geometry
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The same batch, or an `InputError`."""
+        if not batch.prompts:
+            raise InputError("the list of prompts is empty")
+        if not batch.size == len(batch.seeds) == len(batch.negative_prompts):
+            raise InputError(
+                f"{batch.size} prompts, {len(batch.negative_prompts)} negative prompts and {len(batch.seeds)} seeds; "
+                "there must be one of each for every video"
+            )
+        check_params(batch.params, self.geometry)
+        for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
+            check_text(prompt, seed)
+        return batch

@@ -1,0 +1,296 @@
+"""The Python API: a model, and videos from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinetoscope.attention import capabilities, resolve_attention
+from kinetoscope.core.config import settings
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.engine.hooks import Hook, PerfLoggingHook
+from kinetoscope.engine.protocols import Event
+from kinetoscope.engine.rows import CFG_PLANS
+from kinetoscope.loading import ModelDir, resolve_model
+from kinetoscope.media import write_video
+from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
+from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
+from kinetoscope.pipelines.stages.validation import check_params
+from kinetoscope.runtime.device import resolve_device, resolve_dtype
+from kinetoscope.runtime.record import make_record
+from kinetoscope.runtime.request import VideoPlan, VideoRequest
+
+BATCH_TOKENS = 2048
+"""Prompts of a list share a run while its rows stay under this many tokens in all; beyond, a batch only costs memory."""
+
+RunEvent = StageEvent | Event
+
+
+@dataclass(slots=True)
+class GenerationResult:
+    """One generated video.
+
+    Attributes:
+        frames: uint8 [T, H, W, 3].
+        latents: float32 [C, T, H, W] on the CPU: the final sample in the transformer's normalised space, as diffusers'
+            `output_type="latent"`.
+        path: the written file, if one was asked for.
+        timings: stage -> seconds of the run that made it (shared by the prompts of one batch); "writing" is the file's.
+        seed, prompt, params: what made it.
+        logging_info: what hooks report: `denoising_perf`, `step_trace`.
+        record: everything `replay` needs; also stored in the mp4.
+    """
+
+    frames: np.ndarray[Any, Any]
+    latents: Tensor
+    path: Path | None
+    timings: dict[str, float]
+    seed: int
+    prompt: str
+    params: SamplingParams
+    logging_info: dict[str, Any] = field(default_factory=dict[str, Any])
+    record: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class VideoGenerator:
+    """Makes videos with one model; made by `VideoGenerator.from_pretrained`.
+
+    Args:
+        pipeline: the model's pipeline.
+        options: the settings it was opened with, as the replay record keeps them.
+    """
+
+    def __init__(self, pipeline: ComposedPipeline, options: Mapping[str, Any]) -> None:
+        self.pipeline = pipeline
+        self.options = dict(options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | ModelDir,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        *,
+        scheduler: str | None = None,
+        attention: str | Mapping[str, str] = "auto",
+        cfg: str = "auto",
+        compile: bool = False,
+        autocast: bool = False,
+        hooks: Sequence[Hook] = (),
+        perf_logging: bool | None = None,
+        threads: int | None = None,
+        modules: Mapping[str, Any] | None = None,
+    ) -> VideoGenerator:
+        """Open a model. Weights load when they are first used.
+
+        Args:
+            model: an embedded name ("tiny-t2v"), a directory in diffusers layout, or a hub id.
+            device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
+            dtype: what the transformer computes in: "auto" (bfloat16 on CUDA, float32 on CPU), "float32", "bfloat16", "float16".
+            scheduler: "unipc", "euler" or "dpm++" instead of the directory's own.
+            attention: a backend for all roles, or role -> backend; "auto" chooses and `kinetoscope doctor` says why.
+            cfg: "sequential", "batched" or "auto": how the branches of guidance are executed.
+            compile: compile the transformer's blocks with `torch.compile`; needs a C++ compiler, and the first step takes
+                seconds to minutes.
+            autocast: keep weights in float32 and compute under `torch.autocast(dtype)`.
+            hooks: engine hooks of every run.
+            perf_logging: log step times; None reads `KINETOSCOPE_DENOISING_PERF_LOGGING`.
+            threads: CPU threads of torch, for the whole process; None leaves them.
+            modules: components to share instead of loading (`other.pipeline.loaded_modules()`).
+
+        Raises:
+            ModelLoadError: there is no such model, or the directory does not hold what it should.
+            ConfigError: an unknown device, dtype, scheduler or plan.
+            CompositionError: a named attention backend cannot serve on this device and dtype.
+        """
+        place = resolve_device(device)
+        number = resolve_dtype(dtype, place)
+        if cfg not in CFG_PLANS:
+            raise ConfigError(f"unknown cfg plan {cfg!r}; known: {', '.join(CFG_PLANS)}")
+        if threads is not None:
+            if threads < 1:
+                raise ConfigError(f"threads={threads} is not a positive number")
+            torch.set_num_threads(threads)
+        directory = model if isinstance(model, ModelDir) else resolve_model(str(model))
+        roles = pipeline_class(directory).attention_roles
+        table = resolve_attention(attention, capabilities(place.type, number), roles)
+        watch = settings().denoising_perf_logging if perf_logging is None else perf_logging
+        pipeline = build_pipeline(
+            directory,
+            ExecutionArgs(place, number, autocast=autocast, cfg=cfg, attention=table),
+            hooks=[*hooks, *([PerfLoggingHook()] if watch else [])],
+            modules=modules,
+            on_load=_compile_blocks if compile else None,
+        )
+        generator = cls(
+            pipeline,
+            {
+                "scheduler": scheduler,
+                "attention": attention if isinstance(attention, str) else dict(attention),
+                "cfg": cfg,
+                "compile": compile,
+                "autocast": autocast,
+            },
+        )
+        generator.defaults()  # refuses an unknown scheduler, or bad defaults of the directory, now
+        return generator
+
+    def defaults(self) -> SamplingParams:
+        """What a request gets for the fields it leaves out."""
+        params = SamplingParams(scheduler=self.options.get("scheduler")).over(self.pipeline.defaults())
+        check_params(params, self.pipeline.geometry)
+        return params
+
+    @overload
+    def generate_video(self, prompt: str, *args: Any, **fields: Any) -> GenerationResult: ...
+    @overload
+    def generate_video(self, prompt: Sequence[str], *args: Any, **fields: Any) -> list[GenerationResult]: ...
+    def generate_video(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] = 0,
+        latents: Tensor | None = None,
+        output_path: str | Path | Sequence[str | Path] | None = None,
+        on_event: Callable[[RunEvent], None] | None = None,
+        *,
+        guidance_rescale: float | None = None,
+        flow_shift: float | None = None,
+        scheduler: str | None = None,
+        trace: bool = False,
+        hooks: Sequence[Hook] = (),
+        batch_size: int | None = None,
+    ) -> GenerationResult | list[GenerationResult]:
+        """A video from a prompt, or a list of videos from a list of prompts. What is None comes from `defaults()`.
+
+        Args:
+            prompt: one prompt, or several; several run in batches, and each video is, to rounding, what it would be alone.
+            negative_prompt: one for all, or one each.
+            height, width: pixels, in multiples of what the model needs (16 for Wan).
+            num_frames: 1 + a multiple of 4 for Wan.
+            fps: frames a second of the file.
+            num_inference_steps: denoising steps.
+            guidance_scale: w in u + w (c - u); 1 switches guidance off.
+            seed: one for all, or one each, in [0, 2**63).
+            latents: starting noise [C, T, H, W], or [B, C, T, H, W] for several prompts, instead of the seed's.
+            output_path: where to write: an .mp4 file; or a directory, which gets one file a prompt; or one path each.
+            on_event: called with every stage and step event.
+            guidance_rescale: phi of arXiv 2305.08891.
+            flow_shift, scheduler: instead of the model's.
+            trace: record every step in `result.logging_info["step_trace"]`.
+            hooks: engine hooks of this call.
+            batch_size: prompts a run; None chooses by size.
+
+        Returns:
+            a `GenerationResult`, or a list of them when `prompt` is a list.
+
+        Raises:
+            InputError: a field is out of range; the message names the nearest values that are not.
+            OutputError: the output cannot be written (asked before anything is computed).
+        """
+        request = VideoRequest(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_frames,
+            fps,
+            num_inference_steps,
+            guidance_scale,
+            seed,
+            latents,
+            output_path,
+            guidance_rescale,
+            flow_shift,
+            scheduler,
+            trace,
+            hooks,
+            batch_size,
+        )
+        events = self._run(request)
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as stop:
+                return stop.value[0] if isinstance(prompt, str) else stop.value
+            if on_event:
+                on_event(event)
+
+    def iterate(
+        self, prompt: str | Sequence[str], **fields: Any
+    ) -> Generator[RunEvent, None, list[GenerationResult]]:
+        """As `generate_video` with the same fields, yielding events; the generator's return value is the list of results.
+
+        The request is checked now. Closing the generator cancels, and an unfinished video leaves no file.
+        """
+        return self._run(VideoRequest(prompt, **fields))
+
+    def _run(self, request: VideoRequest) -> Generator[RunEvent, None, list[GenerationResult]]:
+        plan = request.plan(self.defaults(), self.pipeline.geometry)
+        return self._run_plan(plan, request.batch_size or self._batch_size(plan.params))
+
+    def _run_plan(self, plan: VideoPlan, size: int) -> Generator[RunEvent, None, list[GenerationResult]]:
+        results: list[GenerationResult] = []
+        for start in range(0, len(plan.prompts), size):
+            part = slice(start, start + size)
+            given = None if plan.latents is None else plan.latents[part]
+            batch = ForwardBatch(
+                plan.params,
+                plan.prompts[part],
+                plan.negative_prompts[part],
+                plan.seeds[part],
+                latents=given,
+                hooks=list(plan.hooks),
+            )
+            batch = yield from self.pipeline.iterate(batch)
+            for index, path in enumerate(plan.paths[part]):
+                record = make_record(self.pipeline, self.options, batch, index, given)
+                results.append(_finish(batch, index, path, record))
+        return results
+
+    def _batch_size(self, params: SamplingParams) -> int:
+        assert params.num_frames and params.height and params.width
+        tokens = self.pipeline.geometry.tokens(params.num_frames, params.height, params.width)
+        return max(1, BATCH_TOKENS // (tokens * (1 if params.guidance_scale == 1.0 else 2)))
+
+
+def _finish(batch: ForwardBatch, index: int, path: Path | None, record: dict[str, Any]) -> GenerationResult:
+    """The result of one sample, its file written."""
+    assert batch.latents is not None and batch.params.fps is not None
+    timings = dict(batch.timings)
+    if path is not None:
+        start = time.perf_counter()
+        write_video(path, batch.frames[index], batch.params.fps, metadata=record)
+        timings["writing"] = time.perf_counter() - start
+    return GenerationResult(
+        frames=batch.frames[index],
+        latents=batch.latents[index].float().cpu(),
+        path=path,
+        timings=timings,
+        seed=batch.seeds[index],
+        prompt=batch.prompts[index],
+        params=batch.params,
+        logging_info=batch.logging_info,
+        record=record,
+    )
+
+
+def _compile_blocks(name: str, module: Any) -> None:
+    """Compile each block of a transformer where it stands: one graph serves all blocks of the same shape."""
+    if name.startswith("transformer"):
+        for block in module.blocks:
+            block.compile()

@@ -1,0 +1,59 @@
+"""One object for training and sampling: every convention read both ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kinetoscope.diffusion.convention import Convention, shift_sigma
+from kinetoscope.diffusion.denoiser import Denoiser
+from kinetoscope.diffusion.noise import NoiseSource
+
+X0, NOISE = NoiseSource([1, 2]).draw((4, 3, 2, 2)), NoiseSource([3, 4]).draw((4, 3, 2, 2))
+CONVENTIONS = [
+    Convention(prediction=p, interpolant=i, sign=s)
+    for p in ("flow", "epsilon", "v", "x0")
+    for i in ("linear", "cosine")
+    for s in (1, -1)
+]
+
+
+class Knowing:
+    """A network that knows the answer, and notes the timesteps it was called with."""
+
+    def __init__(self, answer: torch.Tensor) -> None:
+        self.answer = answer
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> torch.Tensor:
+        self.seen.append(timestep)
+        return self.answer
+
+
+@pytest.mark.parametrize("s", [torch.tensor([0.3, 0.8]), torch.tensor([[0.1, 0.5, 0.9], [0.4, 0.4, 0.2]])])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_the_target_leads_back_to_clean_and_noise(convention: Convention, s: torch.Tensor) -> None:
+    plain = Denoiser(Knowing(X0), convention)
+    network = Knowing(plain.target(X0, NOISE, s) * convention.sign)
+    denoiser = Denoiser(network, convention)
+    x = denoiser.add_noise(X0, NOISE, s)
+    torch.testing.assert_close(denoiser.predict_x0(x, s), X0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(denoiser.predict_noise(x, s), NOISE, atol=1e-5, rtol=1e-5)
+    assert torch.all(denoiser.loss(X0, NOISE, s) < 1e-10)
+    assert torch.equal(network.seen[0], s * 1000)
+
+
+def test_flow_matching_in_numbers() -> None:
+    s = torch.tensor([0.25, 0.75])
+    denoiser = Denoiser(Knowing(torch.zeros_like(X0)), Convention())
+    levels = s.view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(denoiser.add_noise(X0, NOISE, s), (1 - levels) * X0 + levels * NOISE)
+    torch.testing.assert_close(denoiser.loss(X0, NOISE, s), (NOISE - X0).square().flatten(1).mean(1))
+
+
+def test_shift() -> None:
+    s = torch.tensor([0.0, 0.5, 1.0])
+    torch.testing.assert_close(shift_sigma(s, 3.0), torch.tensor([0.0, 0.75, 1.0]))
+    torch.testing.assert_close(shift_sigma(s, 1.0), s)
