@@ -36,7 +36,11 @@ class FakeStrategy:
         rows = len(branches) * batch
         kinds = torch.arange(len(branches)).repeat_interleave(batch).float()
         return ModelInputs(
-            state.latents.repeat(len(branches), 1, 1, 1, 1), torch.full((rows,), t), branches, batch, {"kind": (kinds,)}
+            state.latents.repeat(len(branches), 1, 1, 1, 1),
+            torch.full((rows,), t),
+            branches,
+            batch,
+            {"kind": (kinds,)},
         )
 
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from engine.fakes import (
     AddingInterceptor,
     DoublingInterceptor,
@@ -14,7 +15,6 @@ from engine.fakes import (
     RecordingHook,
     make_batch,
 )
-
 from kinetoscope.core.context import current_context
 from kinetoscope.core.errors import CompositionError, ConfigError, RunCancelled
 from kinetoscope.core.types import ExecutionArgs
@@ -64,7 +64,7 @@ def test_auto_runs_large_steps_sequentially() -> None:
 
 
 def test_unknown_row_plan_is_refused() -> None:
-    with pytest.raises(ConfigError, match="sideways.*sequential"):
+    with pytest.raises(ConfigError, match=r"sideways.*sequential"):
         DenoisingEngine(FakeStrategy([])).run(make_batch(), ExecutionArgs(cfg="sideways"))
 
 
@@ -89,17 +89,18 @@ def test_order_of_events_in_a_block_run() -> None:
     log: list[Any] = []
     engine = DenoisingEngine(FakeBlockStrategy(log, steps=1), [RecordingHook(log)])
     engine.run_blocks(make_batch(), ARGS)
-    one_block = lambda i: [  # noqa: E731
-        ("init", i),
-        ("recording", "block_start", i),
-        ("recording", "step_start", 0),
-        ("forward", ("uncond", "cond")),
-        ("recording", "step_end", 0),
-        ("update", i),
-        ("forward", ("cond",)),
-        ("recording", "block_end", i),
-    ]
-    expected = [("recording", "run_start")] + sum((one_block(i) for i in range(3)), [])
+    expected: list[Any] = [("recording", "run_start")]
+    for i in range(3):
+        expected += [
+            ("init", i),
+            ("recording", "block_start", i),
+            ("recording", "step_start", 0),
+            ("forward", ("uncond", "cond")),
+            ("recording", "step_end", 0),
+            ("update", i),
+            ("forward", ("cond",)),
+            ("recording", "block_end", i),
+        ]
     assert log == [*expected, ("recording", "run_end", None)]
 
 
@@ -205,7 +206,7 @@ def test_conflicting_hooks_are_refused_by_name() -> None:
         name = "jealous"
         conflicts = frozenset({"adding"})
 
-    with pytest.raises(CompositionError, match="'jealous'.*'adding'"):
+    with pytest.raises(CompositionError, match=r"'jealous'.*'adding'"):
         DenoisingEngine(FakeStrategy([]), [AddingInterceptor(), Jealous()])
     with pytest.raises(CompositionError, match="twice"):
         DenoisingEngine(FakeStrategy([]), [PerfLoggingHook(), PerfLoggingHook()])
@@ -250,6 +251,4 @@ def test_the_trace_records_what_was_run() -> None:
     assert [r["timestep"] for r in trace] == [1000.0, 900.0, 800.0]
     assert trace[0]["rows"] == [["uncond"], ["cond"]]
     assert trace[0]["uncond_norm"] == pytest.approx(start.norm(dim=1).tolist())
-    assert trace[0]["cosine"] == pytest.approx(
-        torch.cosine_similarity(start, start + 1).tolist(), abs=1e-6
-    )
+    assert trace[0]["cosine"] == pytest.approx(torch.cosine_similarity(start, start + 1).tolist(), abs=1e-6)

@@ -1,13 +1,13 @@
 """What a forward pass may know besides its arguments.
 
-The engine pushes a `ForwardContext` around each forward; leaves such as attention read the top of the stack. It is a plain
-module-level list because `ContextVar.get` breaks `torch.compile(fullgraph=True)`. Contexts never stay open across a `yield`,
-so interleaved runs do not see each other's.
+The engine pushes a `ForwardContext` around each forward; leaves such as attention read the top of the stack. It is a
+plain module-level list because `ContextVar.get` breaks `torch.compile(fullgraph=True)`. Contexts never stay open
+across a `yield`, so interleaved runs do not see each other's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ def current_context() -> ForwardContext | None:
 
 
 @contextmanager
-def forward_context(context: ForwardContext) -> Iterator[ForwardContext]:
+def forward_context(context: ForwardContext) -> Generator[ForwardContext]:
     """Make `context` current inside the `with`."""
     _STACK.append(context)
     try:

@@ -67,7 +67,8 @@ class ForwardBatch:
         noise: the run's random numbers; `latents` is their first draw unless the caller gave latents.
         hooks: engine hooks of this request alone.
         timesteps: [S] the schedule the run will follow (CPU).
-        latents: [B, C, T, H, W] float32; noise before denoising, the result in the transformer's normalised space after.
+        latents: [B, C, T, H, W] float32; noise before denoising, the result in the transformer's normalised space
+            after.
         frames: B arrays uint8 [T, H, W, 3] after decoding.
         timings: stage name -> seconds.
         logging_info: what hooks report (perf logging, step trace).
@@ -104,7 +105,8 @@ class ExecutionArgs:
     Attributes:
         device: where modules and latents live.
         dtype: what the transformer computes in.
-        autocast: run the transformer under `torch.autocast(dtype)`, for weights kept in float32; off computes in the weights' dtype.
+        autocast: run the transformer under `torch.autocast(dtype)`, for weights kept in float32; off computes in the
+            weights' dtype.
         cfg: "sequential" (one forward a branch), "batched" (all rows in one forward) or "auto".
         attention: role -> attention function, from `attention.resolve_attention`.
     """

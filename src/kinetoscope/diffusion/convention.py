@@ -18,8 +18,8 @@ Prediction = Literal["flow", "epsilon", "v", "x0"]
 class Convention:
     """The numerical language of a family.
 
-    With noise level s in [0, 1] a sample is `x_s = alpha(s) x0 + s n`: `interpolant="linear"` has alpha = 1 - s (rectified
-    flow, arXiv 2209.03003), `"cosine"` has alpha = sqrt(1 - s^2) (variance preserving).
+    With noise level s in [0, 1] a sample is `x_s = alpha(s) x0 + s n`: `interpolant="linear"` has alpha = 1 - s
+    (rectified flow, arXiv 2209.03003), `"cosine"` has alpha = sqrt(1 - s^2) (variance preserving).
 
     Attributes:
         prediction: what the network returns: "flow" is n - x0, "epsilon" is n, "x0" is x0, "v" is alpha n - s x0

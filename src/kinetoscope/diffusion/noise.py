@@ -15,7 +15,7 @@ from torch import Tensor
 
 def randn(shape: Sequence[int], generator: torch.Generator, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal draw of `shape` from an explicit CPU `generator`, on the CPU."""
-    return torch.randn(tuple(shape), generator=generator, dtype=dtype)  # noqa: TID251 - the one place
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype)
 
 
 def generator_for(seed: int) -> torch.Generator:

@@ -1,13 +1,13 @@
 """Schedulers: diffusers' arithmetic, one private instance a run.
 
-A `SchedulerAdapter` is a prototype (a class and its configuration). `start` makes a `ScheduleRun`, which owns all mutable
-state (step index, multistep history), so that interleaved runs never touch each other.
+A `SchedulerAdapter` is a prototype (a class and its configuration). `start` makes a `ScheduleRun`, which owns all
+mutable state (step index, multistep history), so that interleaved runs never touch each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -82,7 +82,7 @@ class SchedulerAdapter:
 
     def start(self, num_steps: int, device: torch.device | str = "cpu") -> ScheduleRun:
         """A private run of `num_steps` steps from pure noise."""
-        scheduler = cast(Any, getattr(diffusers, self.class_name)).from_config(self.config)
+        scheduler = getattr(diffusers, self.class_name).from_config(self.config)
         return ScheduleRun(scheduler, num_steps, torch.device(device))
 
 
@@ -100,8 +100,8 @@ class ScheduleRun:
         scheduler.set_begin_index(0)
         self._scheduler = scheduler
         self.timesteps: Tensor = scheduler.timesteps
-        self.times: list[float] = scheduler.timesteps.tolist()
-        self.sigmas: list[float] = scheduler.sigmas.tolist()
+        self.times = as_floats(scheduler.timesteps)
+        self.sigmas = as_floats(scheduler.sigmas)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -109,3 +109,8 @@ class ScheduleRun:
     def step(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
         """The sample after step `index`, float32: [B, ...] prediction and sample in float32."""
         return self._scheduler.step(prediction, self.timesteps[index], sample, return_dict=False)[0]
+
+
+def as_floats(values: Tensor) -> list[float]:
+    """A 1-D tensor as Python numbers."""
+    return [float(v) for v in values]

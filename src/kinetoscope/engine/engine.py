@@ -1,7 +1,7 @@
 """The only denoising loop.
 
-The primitive is a generator of events, `iterate`. `run` and `run_blocks` drain it, `streaming_*` advance it a block at a
-time, and closing it at any point runs every hook's `on_run_end`. There is one step body, `_step`, for all of them.
+The primitive is a generator of events, `iterate`. `run` and `run_blocks` drain it, `streaming_*` advance it a block
+at a time, and closing it at any point runs every hook's `on_run_end`. There is one step body, `_step`, for all of them.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """What the engine asks of a strategy, and the values that pass between them.
 
 A step is rows: the strategy builds rows, the engine forwards them in groups of its choosing, the strategy combines the
-predictions and steps the scheduler. Rows are branch-major: with B samples, rows [0, B) are the first branch, [B, 2B) the
-second, and so on.
+predictions and steps the scheduler. Rows are branch-major: with B samples, rows [0, B) are the first branch, [B, 2B)
+the second, and so on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -26,13 +26,13 @@ def take_rows(tree: Tree, rows: slice) -> Tree:
     if isinstance(tree, Tensor):
         return tree[rows]
     if isinstance(tree, Mapping):
-        items: dict[Any, Tree] = {k: take_rows(v, rows) for k, v in tree.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-        return items
-    if isinstance(tree, tuple):
-        parts: list[Tree] = [take_rows(v, rows) for v in tree]  # pyright: ignore[reportUnknownVariableType]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    if isinstance(tree, list):
-        return [take_rows(v, rows) for v in tree]  # pyright: ignore[reportUnknownVariableType]
+        return {k: take_rows(v, rows) for k, v in cast(Mapping[str, Tree], tree).items()}
+    if isinstance(tree, (tuple, list)):
+        parts = [take_rows(v, rows) for v in cast(Sequence[Tree], tree)]
+        if isinstance(tree, list):
+            return parts
+        kind = cast(Any, type(cast(object, tree)))
+        return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
     return tree
 
 
@@ -191,8 +191,10 @@ class DenoisingStrategy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
-    """The blocks of an offline run: one item each, in order. The strategy defines what an item is (usually a range of latent
-    frames). A stream takes its items from the caller instead."""
+    """The blocks of an offline run: one item each, in order.
+
+    The strategy defines what an item is (usually a range of latent frames). A stream takes its items from the caller.
+    """
 
     items: tuple[Any, ...]
 
@@ -206,8 +208,8 @@ class BlockContext:
         data: what the strategy keeps for the block.
         result: [B, C, t, H, W] the finished block, set by the strategy.
         steps: the engine's own step runner: `yield from ctx.steps(times)` runs the one step body for each timestep.
-        forward: the engine's own forward, for passes that are no step (a clean pass that writes K/V). Both are attached by
-            the engine before `process_block`.
+        forward: the engine's own forward, for passes that are no step (a clean pass that writes K/V). Both are
+            attached by the engine before `process_block`.
     """
 
     index: int

@@ -7,8 +7,8 @@ from kinetoscope.engine.protocols import ModelInputs
 
 CFG_PLANS = ("auto", "sequential", "batched")
 BATCH_POSITIONS = 16_384
-"""`auto` batches the branches while a forward stays under this many latent positions (C excluded): below it a forward is
-bound by the number of operations, above it by arithmetic that batching cannot save (benchmarks/vs_diffusers.py)."""
+"""`auto` batches the branches while a forward has at most this many latent positions (channels not counted): below it a
+forward is bound by its number of operations, above it by arithmetic that batching cannot save."""
 
 
 def plan_rows(inputs: ModelInputs, plan: str) -> tuple[tuple[int, int], ...]:

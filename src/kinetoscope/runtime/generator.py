@@ -29,7 +29,7 @@ from kinetoscope.runtime.record import make_record
 from kinetoscope.runtime.request import VideoPlan, VideoRequest
 
 BATCH_TOKENS = 2048
-"""Prompts of a list share a run while its rows stay under this many tokens in all; beyond, a batch only costs memory."""
+"""Prompts of a list share a run while its rows have at most this many tokens; beyond, a batch only costs memory."""
 
 RunEvent = StageEvent | Event
 
@@ -94,12 +94,13 @@ class VideoGenerator:
         Args:
             model: an embedded name ("tiny-t2v"), a directory in diffusers layout, or a hub id.
             device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
-            dtype: what the transformer computes in: "auto" (bfloat16 on CUDA, float32 on CPU), "float32", "bfloat16", "float16".
+            dtype: what the transformer computes in: "auto" (bfloat16 on CUDA, float32 on CPU), "float32",
+                "bfloat16", "float16".
             scheduler: "unipc", "euler" or "dpm++" instead of the directory's own.
             attention: a backend for all roles, or role -> backend; "auto" chooses and `kinetoscope doctor` says why.
             cfg: "sequential", "batched" or "auto": how the branches of guidance are executed.
-            compile: compile the transformer's blocks with `torch.compile`; needs a C++ compiler, and the first step takes
-                seconds to minutes.
+            compile: compile the transformer's blocks with `torch.compile`; needs a C++ compiler, and the first step
+                takes seconds to minutes.
             autocast: keep weights in float32 and compute under `torch.autocast(dtype)`.
             hooks: engine hooks of every run.
             perf_logging: log step times; None reads `KINETOSCOPE_DENOISING_PERF_LOGGING`.
@@ -178,7 +179,8 @@ class VideoGenerator:
         """A video from a prompt, or a list of videos from a list of prompts. What is None comes from `defaults()`.
 
         Args:
-            prompt: one prompt, or several; several run in batches, and each video is, to rounding, what it would be alone.
+            prompt: one prompt, or several; several run in batches, and each video is, to rounding, what it would be
+                alone.
             negative_prompt: one for all, or one each.
             height, width: pixels, in multiples of what the model needs (16 for Wan).
             num_frames: 1 + a multiple of 4 for Wan.
@@ -230,10 +232,8 @@ class VideoGenerator:
             if on_event:
                 on_event(event)
 
-    def iterate(
-        self, prompt: str | Sequence[str], **fields: Any
-    ) -> Generator[RunEvent, None, list[GenerationResult]]:
-        """As `generate_video` with the same fields, yielding events; the generator's return value is the list of results.
+    def iterate(self, prompt: str | Sequence[str], **fields: Any) -> Generator[RunEvent, None, list[GenerationResult]]:
+        """As `generate_video` with the same fields, yielding events; its return value is the list of results.
 
         The request is checked now. Closing the generator cancels, and an unfinished video leaves no file.
         """

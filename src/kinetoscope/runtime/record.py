@@ -38,7 +38,11 @@ def frames_digest(frames: Any) -> str:
 
 
 def make_record(
-    pipeline: ComposedPipeline, options: Mapping[str, Any], batch: ForwardBatch, index: int, given: Tensor | None
+    pipeline: ComposedPipeline,
+    options: Mapping[str, Any],
+    batch: ForwardBatch,
+    index: int,
+    given: Tensor | None,
 ) -> dict[str, Any]:
     """The record of sample `index` of a finished batch.
 

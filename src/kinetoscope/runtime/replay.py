@@ -66,10 +66,11 @@ def replay(
         threads=record["threads"],
         **record["options"],
     )
-    if generator.pipeline.model.fingerprint() != record["model_hash"]:
+    found, recorded = generator.pipeline.model.fingerprint(), record["model_hash"]
+    if found != recorded:
         raise ModelLoadError(
-            f"{path}: model {record['model']} has changed since: hash {generator.pipeline.model.fingerprint()[:12]} now, "
-            f"{record['model_hash'][:12]} then; give the old one with --model"
+            f"{path}: the files of model {record['model']} have changed since (hash {recorded[:12]} then, {found[:12]} "
+            "now); give the old ones with --model"
         )
     params: dict[str, Any] = {k: v for k, v in record["params"].items() if k != "negative_prompt"}
     group = record["batch"]
@@ -88,7 +89,8 @@ def replay(
         write_video(output_path, result.frames, result.params.fps, metadata=result.record)
     now = versions()
     differences = tuple(
-        f"{name}: {then} then, {now.get(name)} now" for name, then in record["versions"].items() if now.get(name) != then
+        f"{name}: {then} then, {now.get(name)} now"
+        for name, then in record["versions"].items()
+        if now.get(name) != then
     )
     return ReplayReport(frames_digest(result.frames) == record["frames_sha256"], differences, result)
-

@@ -114,7 +114,8 @@ def _with_batch(latents: Tensor | None, count: int) -> Tensor | None:
     latents = latents.unsqueeze(0) if latents.ndim == 4 else latents
     if latents.ndim != 5 or len(latents) != count:
         raise InputError(
-            f"latents have shape {tuple(latents.shape)} for {count} prompts; give [C, T, H, W] for one or [B, C, T, H, W]"
+            f"latents have shape {tuple(latents.shape)} for {count} prompts; "
+            "give [C, T, H, W] for one prompt or [B, C, T, H, W]"
         )
     return latents
 
@@ -125,7 +126,11 @@ def slug(prompt: str, limit: int = 48) -> str:
 
 
 def output_paths(
-    output: str | Path | Sequence[str | Path] | None, prompts: Sequence[str], seeds: Sequence[int], *, one: bool
+    output: str | Path | Sequence[str | Path] | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    one: bool,
 ) -> list[Path | None]:
     """Where each video goes; None for those that are not written.
 

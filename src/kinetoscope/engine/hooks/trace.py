@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.diffusion.guidance import COND, UNCOND
+from kinetoscope.diffusion.scheduler import as_floats
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.protocols import Step, StrategyState
 
@@ -16,9 +17,9 @@ from kinetoscope.engine.protocols import Step, StrategyState
 class StepTraceHook(Hook):
     """Appends one dictionary a step to `batch.logging_info["step_trace"]`, fit for JSON.
 
-    Keys: `step`, `block` (None outside block runs), `timestep`, `sigma` (None where the run has no scheduler), `rows` (branches
-    of each forward), `guidance_scale`, `cond_norm`, `uncond_norm`, `cosine` (per sample; None for a branch that was not
-    evaluated), `latent_std`, `ms`. Norms are Euclidean over a sample.
+    Keys: `step`, `block` (None outside block runs), `timestep`, `sigma` (None where the run has no scheduler),
+    `rows` (branches of each forward), `guidance_scale`, `cond_norm`, `uncond_norm`, `cosine` (per sample; None for a
+    branch that was not evaluated), `latent_std`, `ms`. Norms are Euclidean over a sample.
     """
 
     name: ClassVar[str] = "trace"
@@ -44,7 +45,7 @@ class StepTraceHook(Hook):
             "uncond_norm": _norms(uncond),
             "cosine": None
             if cond is None or uncond is None
-            else torch.nn.functional.cosine_similarity(cond, uncond, dim=1).tolist(),
+            else as_floats(torch.nn.functional.cosine_similarity(cond, uncond, dim=1)),
             "latent_std": state.latents.std().item(),
             "ms": (time.perf_counter() - state.scratch[self]) * 1e3,
         }
@@ -56,4 +57,4 @@ def _flat(prediction: Tensor | None) -> Tensor | None:
 
 
 def _norms(rows: Tensor | None) -> list[float] | None:
-    return None if rows is None else rows.norm(dim=1).tolist()
+    return None if rows is None else as_floats(rows.square().sum(1).sqrt())

@@ -21,7 +21,9 @@ def pipeline_class(model: ModelDir) -> type[ComposedPipeline]:
     """
     name = model.model_index.get("_class_name")
     if name not in PIPELINES:
-        raise ModelLoadError(f"{model.path}/model_index.json: _class_name {name!r} is not supported; supported: {', '.join(PIPELINES)}")
+        raise ModelLoadError(
+            f"{model.path}/model_index.json: _class_name {name!r} is not supported; supported: {', '.join(PIPELINES)}"
+        )
     return PIPELINES[name]
 
 

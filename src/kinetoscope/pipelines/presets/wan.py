@@ -39,7 +39,8 @@ class WanTextToVideo(ComposedPipeline):
         )
         self.add_stage("validation", InputValidationStage(self.geometry))
         self.add_stage(
-            "text_encoding", TextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH)
+            "text_encoding",
+            TextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH),
         )
         self.add_stage("timesteps", TimestepPreparationStage(self.lazy("scheduler")))
         self.add_stage("latents", LatentPreparationStage(self.geometry, config.in_channels))

@@ -1,8 +1,8 @@
 """Prompts to embeddings, by the recipe T5-conditioned video models were trained with (Wan, Cosmos).
 
-Clean the text, tokenize, encode under the attention mask, keep the true length, fill with zeros to the fixed length. The
-encoder runs on the true tokens alone: padded positions are masked out of its attention, so they change nothing, and a
-20-token prompt costs 20 tokens instead of 512 (`docs/decisions/text-encoding.md`).
+Clean the text, tokenize, encode under the attention mask, keep the true length, fill with zeros to the fixed length.
+The encoder runs on the true tokens alone: padded positions are masked out of its attention, so they change nothing,
+and a 20-token prompt costs 20 tokens instead of 512 (`docs/decisions/text-encoding.md`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class TextEncodingStage(Stage):
         ids = resolve(self._tokenizer)(prompt, add_special_tokens=True, return_tensors="pt").input_ids
         length = ids.shape[1]
         if length > self.max_length:
-            raise InputError(f"the prompt has {length} tokens and the model reads at most {self.max_length}; shorten it")
+            raise InputError(
+                f"the prompt has {length} tokens and the model reads at most {self.max_length}; shorten it"
+            )
         ids = ids.to(device)
         with torch.no_grad():
             embeds = resolve(self._text_encoder)(ids, torch.ones_like(ids)).last_hidden_state[0]  # [n, D]

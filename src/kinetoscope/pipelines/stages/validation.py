@@ -48,7 +48,10 @@ class VideoGeometry:
         Raises:
             InputError: size or frame count out of range or not a multiple.
         """
-        for name, value, patch in (("height", params.height, self.patch[1]), ("width", params.width, self.patch[2])):
+        for name, value, patch in (
+            ("height", params.height, self.patch[1]),
+            ("width", params.width, self.patch[2]),
+        ):
             step = self.spatial * patch
             _check_grid(name, value, step, 0, step * self.max_positions)
         step = self.temporal * self.patch[0]
