@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from kinetoscope.nn.linear import Linear, linear_gelu
 
 
 class GELUProjection(nn.Module):
@@ -11,11 +12,11 @@ class GELUProjection(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, hidden_dim)
+        self.proj = Linear(dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., hidden_dim]"""
-        return F.gelu(self.proj(x), approximate="tanh")
+        return linear_gelu(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -23,7 +24,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GELUProjection(dim, hidden_dim), nn.Identity(), nn.Linear(hidden_dim, dim))
+        self.net = nn.Sequential(GELUProjection(dim, hidden_dim), nn.Identity(), Linear(hidden_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]"""

@@ -17,6 +17,7 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.nn.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
 from kinetoscope.nn.feed_forward import FeedForward
+from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 
@@ -42,10 +43,10 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, head_dim: int, eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
+        self.to_out = nn.Sequential(Linear(dim, dim))
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
@@ -64,10 +65,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, head_dim: int, eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
+        self.to_out = nn.Sequential(Linear(dim, dim))
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
@@ -126,7 +127,7 @@ class ConditionEmbedder(nn.Module):
         super().__init__()
         self.freq_dim = config.freq_dim
         self.time_embedder = TimestepEmbedding(config.freq_dim, config.dim)
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.time_proj = Linear(config.dim, 6 * config.dim)
         self.text_embedder = TextProjection(config.text_dim, config.dim)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,7 @@ class WanTransformer3DModel(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(WanTransformerBlock(config) for _ in range(config.num_layers))
         self.norm_out = ModulatedNorm(config.dim, config.eps)
-        self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.proj_out = Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def init_weights(self, generator: torch.Generator) -> None:
