@@ -77,10 +77,9 @@ def capabilities(device: str, dtype: torch.dtype) -> Capabilities:
     if device != "cpu":
         refused["chunked"] = f"it is made for the CPU, not for {device}"
         return Capabilities(device, dtype, refused, "sdpa", "torch picks a fused kernel of the device")
-    if dtype == torch.bfloat16:
-        reason = "batched matmuls use the CPU's bfloat16 instructions, which sdpa does not"
-        return Capabilities(device, dtype, refused, "chunked", reason)
-    return Capabilities(device, dtype, refused, "sdpa", "torch's fused CPU kernel is the fastest here")
+    if dtype in (torch.bfloat16, torch.float32):
+        return Capabilities(device, dtype, refused, "chunked", "its matmuls use faster CPU kernels than sdpa's own")
+    return Capabilities(device, dtype, refused, "sdpa", "the CPU's fast matmuls have no kernel for this dtype")
 
 
 def resolve_attention(

@@ -14,9 +14,7 @@ from kinetoscope.nn.linear import Linear, linear_gelu
 def sinusoidal_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Cosines then sines of `timestep` at geometric frequencies (arXiv 2006.11239): [...] -> [..., dim] float32."""
     half = dim // 2
-    exponent = (
-        torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(max_period)) / half
-    )
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(max_period)) / half
     angle = timestep.float().unsqueeze(-1) * exponent.exp()
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 

@@ -8,22 +8,20 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm that keeps the dtype of its input also where its weight has another one (float32 weights in autocast)."""
+    """RMS norm that keeps the dtype of its input also where its weight has another one (as in autocast)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]"""
         weight = self.weight
-        return F.rms_norm(
-            x, self.normalized_shape, weight.to(x.dtype) if weight is not None else None, self.eps
-        )
+        return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype) if weight is not None else None, self.eps)
 
 
 class FP32LayerNorm(nn.LayerNorm):
     """Layer norm with float32 arithmetic and parameters, result in the dtype of the stream."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., d] -> [..., d]"""
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class ModulatedNorm(nn.Module):
@@ -41,9 +39,7 @@ class ModulatedNorm(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """x [..., d]; shift and scale float32, broadcastable to x (scale is the whole factor, 1 included) -> like x."""
-        if (
-            scale.numel() == self.dim
-        ):  # one modulation for all tokens is an affine layer norm: one pass, one rounding
+        if scale.numel() == self.dim:  # one modulation for all tokens is an affine layer norm: one pass, one rounding
             return F.layer_norm(x, (self.dim,), scale.view(self.dim), shift.view(self.dim), self.eps)
         normed = F.layer_norm(x.float(), (self.dim,), None, None, self.eps)
         return torch.addcmul(shift, normed, scale).to(x.dtype)

@@ -25,7 +25,8 @@ class WanConfig:
         qk_norm: normalisation of queries and keys; every published model has "rms_norm_across_heads".
         eps: epsilon of all norms.
         rope_max_seq_len: largest number of positions along an axis.
-        image_dim, added_kv_proj_dim, pos_embed_seq_len: image conditioning of Wan 2.1 image-to-video; None in text-to-video.
+        image_dim, added_kv_proj_dim, pos_embed_seq_len: image conditioning of Wan 2.1 image-to-video; None in
+            text-to-video.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -60,16 +61,12 @@ class WanConfig:
         known = {f.name: f for f in fields(cls)}
         given = {name: value for name, value in config.items() if not name.startswith("_")}
         if unknown := sorted(given.keys() - known.keys()):
-            raise ConfigError(
-                f"Wan transformer config has unknown fields {unknown}; known are {sorted(known)}"
-            )
+            raise ConfigError(f"Wan transformer config has unknown fields {unknown}; known are {sorted(known)}")
         for name, value in given.items():
             if name == "patch_size":
                 given[name] = _patch_size(value)
             elif not _fits(str(known[name].type), value):
-                raise ConfigError(
-                    f"Wan transformer config: {name}={value!r} should be of type {known[name].type}"
-                )
+                raise ConfigError(f"Wan transformer config: {name}={value!r} should be of type {known[name].type}")
         result = cls(**given)
         result.check()
         return result
@@ -88,9 +85,7 @@ class WanConfig:
         if self.freq_dim % 2:
             raise ConfigError(f"Wan transformer config: freq_dim={self.freq_dim} should be even")
         if self.qk_norm != "rms_norm_across_heads":
-            raise ConfigError(
-                f"Wan transformer config: qk_norm={self.qk_norm!r}; only 'rms_norm_across_heads' exists"
-            )
+            raise ConfigError(f"Wan transformer config: qk_norm={self.qk_norm!r}; only 'rms_norm_across_heads' exists")
         for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
             if getattr(self, name) is not None:
                 raise ConfigError(

@@ -1,6 +1,7 @@
 """The Wan video transformer (arXiv 2503.20314), parameter names as in the published diffusers checkpoints.
 
-R rows, F modulation groups of M tokens each (F = 1: one timestep a row), N = F M tokens, d width, H heads of D channels.
+R rows, F modulation groups of M tokens each (F = 1: one timestep a row), N = F M tokens, d width, H heads of D
+channels.
 """
 
 from __future__ import annotations
@@ -107,9 +108,7 @@ class WanTransformerBlock(nn.Module):
         rope: Tensor,
     ) -> Tensor:
         """x [R, F, M, d], modulation [R or 1, F, 6, d] -> [R, F, M, d]"""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unsqueeze(3).unbind(
-            2
-        )  # [R, F, 1, d] each
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = gated_add(x, self.attn1(self.norm1(x, shift_a, scale_a), rope), gate_a)
         x = x + self.attn2(self.norm2(x), keys, values, key_bias)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
@@ -132,9 +131,7 @@ class ConditionEmbedder(nn.Module):
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """[R, F] -> embedding [R, F, d] and its six-way projection [R, F, 6, d]"""
-        emb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim)).to(
-            self.time_proj.weight.dtype
-        )
+        emb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim)).to(self.time_proj.weight.dtype)
         return emb, self.time_proj(nn.functional.silu(emb)).unflatten(-1, (6, -1))
 
 
@@ -188,8 +185,8 @@ class WanTransformer3DModel(nn.Module):
     ) -> dict[str, TextContext]:
         """Keys and values of the text for all blocks, once a run.
 
-        Wan attends to its zero padding: the tokens beyond the true length are part of what it learned. They are equal, so
-        are their keys and values, so attention to n of them is attention to one with log n added to its logit. With
+        Wan attends to its zero padding: the tokens beyond the true length are part of what it learned. They are equal,
+        so are their keys and values, so attention to n of them is attention to one with log n added to its logit. With
         `text_lengths` only the tokens up to the longest text are kept and the last one stands for the rest.
 
         Args:
@@ -204,14 +201,10 @@ class WanTransformer3DModel(nn.Module):
         if text_lengths is not None:
             longest = int(text_lengths.max())
             if int(text_lengths.min()) < 0 or longest > total:
-                raise InputError(
-                    f"text_lengths must be in [0, {total}], the text given; got {text_lengths.tolist()}"
-                )
+                raise InputError(f"text_lengths must be in [0, {total}], the text given; got {text_lengths.tolist()}")
             if longest + 1 < total:
                 encoder_hidden_states = encoder_hidden_states[:, : longest + 1]
-                key_bias = encoder_hidden_states.new_zeros(
-                    encoder_hidden_states.shape[:2], dtype=torch.float32
-                )
+                key_bias = encoder_hidden_states.new_zeros(encoder_hidden_states.shape[:2], dtype=torch.float32)
                 key_bias[:, longest] = math.log(total - longest)
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))  # [R, L', d]
@@ -224,9 +217,7 @@ class WanTransformer3DModel(nn.Module):
         Each is computed alone, so a step has the same bits as a forward of one row that was given its timestep.
         """
         steps = [self._modulation(t.view(1, 1)) for t in timesteps]
-        return {
-            "modulation": Modulation(torch.cat([s.blocks for s in steps]), torch.cat([s.out for s in steps]))
-        }
+        return {"modulation": Modulation(torch.cat([s.blocks for s in steps]), torch.cat([s.out for s in steps]))}
 
     def prepare_shared(self, latent_shape: Sequence[int]) -> dict[str, Tensor]:
         """Rotary table of a latent shape [..., T, H, W], once a run.
@@ -266,9 +257,9 @@ class WanTransformer3DModel(nn.Module):
         if text is None:
             if encoder_hidden_states is None:
                 raise InputError("the Wan transformer needs encoder_hidden_states or prepared text")
-            text = self.prepare_conditioning(
-                encoder_hidden_states=encoder_hidden_states, text_lengths=text_lengths
-            )["text"]
+            text = self.prepare_conditioning(encoder_hidden_states=encoder_hidden_states, text_lengths=text_lengths)[
+                "text"
+            ]
 
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
