@@ -1,0 +1,120 @@
+"""Backends against the plain formula, and the choice between them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kinetoscope.attention import BACKENDS, attention, capabilities, resolve_attention
+from kinetoscope.attention.backends import CHUNK, math_attention
+from kinetoscope.core.context import ForwardContext, forward_context
+from kinetoscope.core.errors import CompositionError, ConfigError
+
+CPU = capabilities("cpu", torch.float32)
+FAST = [name for name in BACKENDS if name != "math"]
+
+
+def qkv(rows: int, n: int, m: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, length, 3, 16, generator=generator).to(dtype) for length in (n, m, m)]
+
+
+def bias(rows: int, m: int) -> Tensor:
+    """A weight of 500 for the last key, the one before it hidden in the last row."""
+    made = torch.zeros(rows, m)
+    made[:, -1] = math.log(500)
+    made[-1, -2] = -math.inf
+    return made
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 7, 5), (1, CHUNK + 3, 9), (2, 300, 300), (1, 1, 2)])
+def test_backend_equals_formula(name: str, with_bias: bool, sizes: tuple[int, int, int]) -> None:
+    rows, n, m = sizes
+    q, k, v = qkv(rows, n, m)
+    key_bias = bias(rows, m) if with_bias else None
+    with torch.no_grad():
+        expected = math_attention(q, k, v, key_bias=key_bias)
+        got = BACKENDS[name](q, k, v, key_bias=key_bias)
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+        low = [x.bfloat16() for x in (q, k, v)]
+        coarse = BACKENDS[name](*low, key_bias=key_bias)
+        assert coarse.dtype == torch.bfloat16
+        torch.testing.assert_close(coarse.float(), expected, rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("n", [7, CHUNK + 3])
+def test_backend_gradients(name: str, n: int) -> None:
+    inputs = [x.requires_grad_() for x in qkv(2, n, 6)]
+    expected = torch.autograd.grad(math_attention(*inputs, key_bias=bias(2, 6)).square().sum(), inputs)
+    got = torch.autograd.grad(BACKENDS[name](*inputs, key_bias=bias(2, 6)).square().sum(), inputs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_formula_by_hand() -> None:
+    """Two keys, one with a bias of log 3, equal logits: weights 1/4 and 3/4."""
+    q = torch.zeros(1, 1, 1, 4)
+    v = torch.tensor([[0.0] * 4, [1.0] * 4]).view(1, 2, 1, 4)
+    out = math_attention(q, torch.ones(1, 2, 1, 4), v, key_bias=torch.tensor([[0.0, math.log(3)]]))
+    torch.testing.assert_close(out, torch.full((1, 1, 1, 4), 0.75))
+
+
+def test_context_chooses() -> None:
+    q, k, v = qkv(1, 4, 4)
+    asked: list[str] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
+        asked.append("spy")
+        return math_attention(q, k, v, key_bias=key_bias)
+
+    with forward_context(ForwardContext({"self": spy})):
+        attention(q, k, v, role="self")
+        attention(q, k, v, role="cross")  # not listed: the default
+    attention(q, k, v, role="self")  # no context: the default
+    assert asked == ["spy"]
+
+
+def test_auto_gives_a_reason() -> None:
+    table = resolve_attention("auto", CPU, ("self", "cross"))
+    assert set(table) == {"self", "cross"}
+    assert table["self"] is BACKENDS[CPU.preferred]
+    assert all(choice.reason.startswith("auto: ") for choice in table.choices.values())
+    assert "self: " in str(table)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", torch.float32, "chunked"),
+        ("cpu", torch.bfloat16, "chunked"),
+        ("cpu", torch.float16, "sdpa"),
+        ("cuda", torch.bfloat16, "sdpa"),
+    ],
+)
+def test_preferred(device: str, dtype: torch.dtype, expected: str) -> None:
+    assert resolve_attention("auto", capabilities(device, dtype), ["self"]).choices["self"].backend == expected
+
+
+def test_named_backends() -> None:
+    assert resolve_attention("math", CPU, ("self", "cross"))["cross"] is math_attention
+    table = resolve_attention({"cross": "math"}, CPU, ("self", "cross"))
+    assert table.choices["cross"].reason == "named by the user"
+    assert table.choices["self"].backend == CPU.preferred
+
+
+def test_a_named_backend_that_cannot_serve_is_an_error() -> None:
+    with pytest.raises(CompositionError, match=r"'chunked'.*'self'.*cuda.*bfloat16"):
+        resolve_attention("chunked", capabilities("cuda", torch.bfloat16), ("self",))
+
+
+@pytest.mark.parametrize("request_", ["flash", {"self": "flash"}, {"sefl": "sdpa"}])
+def test_unknown_names(request_: Any) -> None:
+    with pytest.raises(ConfigError, match=r"unknown (backend|roles)"):
+        resolve_attention(request_, CPU, ("self", "cross"))

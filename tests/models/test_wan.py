@@ -1,0 +1,237 @@
+"""The Wan transformer against diffusers' own, on random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel as Oracle
+from torch import Tensor, nn
+
+from kinetoscope.core.context import ForwardContext, forward_context
+from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.models.wan import spec
+from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from models.family_contract import FORWARD_TOLERANCE, FamilyContract
+
+TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 96,
+    "num_layers": 3,
+    "rope_max_seq_len": 64,
+}
+PUBLISHED = {  # transformer/config.json of the published text-to-video models; what they share are the defaults
+    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+}
+
+
+class TestWan(FamilyContract):
+    SHAPES = ((2, 16, 2, 8, 8), (1, 16, 1, 4, 6), (1, 16, 5, 10, 4))
+
+    def make_oracle(self) -> nn.Module:
+        return Oracle(**TINY)
+
+    def make_ours(self, oracle: Any) -> nn.Module:
+        return WanTransformer3DModel(spec.WanConfig.from_dict(oracle.config))
+
+    def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+        rows = shape[0]
+        return {
+            "latents": torch.randn(shape, generator=generator),
+            "timestep": 1000 * torch.rand(rows, generator=generator),
+            "encoder_hidden_states": padded_text([7, 3, 12][:rows], generator),
+        }
+
+    def call_oracle(self, oracle: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        inputs = dict(inputs)
+        return oracle(hidden_states=inputs.pop("latents"), **inputs, return_dict=False)[0]
+
+
+class TestWanFolded(TestWan):
+    """The same, the padding folded into one token."""
+
+    def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+        lengths = torch.tensor([7, 3, 12][: shape[0]])
+        return super().inputs(shape, generator) | {"text_lengths": lengths}
+
+    def call_oracle(self, oracle: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return super().call_oracle(oracle, {k: v for k, v in inputs.items() if k != "text_lengths"})
+
+
+class TestWanTimestepPerFrame(TestWan):
+    """One timestep a latent frame; the oracle takes one a token."""
+
+    def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+        rows, _, frames = shape[:3]
+        return super().inputs(shape, generator) | {"timestep": 1000 * torch.rand(rows, frames, generator=generator)}
+
+    def call_oracle(self, oracle: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        frame_tokens = inputs["latents"][0, 0, 0].numel() // 4
+        timestep = inputs["timestep"].repeat_interleave(frame_tokens, dim=1)
+        return super().call_oracle(oracle, inputs | {"timestep": timestep})
+
+
+def padded_text(lengths: list[int], generator: torch.Generator, total: int = 512) -> Tensor:
+    """[R, total, 32], zero beyond each length."""
+    text = torch.randn(len(lengths), total, 32, generator=generator)
+    for row, length in enumerate(lengths):
+        text[row, length:] = 0
+    return text
+
+
+@pytest.fixture(scope="module")
+def model() -> WanTransformer3DModel:
+    made = WanTransformer3DModel(spec.WanConfig.from_dict(TINY))
+    generator = torch.Generator().manual_seed(0)
+    made.init_weights(generator)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return made
+
+
+@pytest.mark.parametrize("lengths", [[0, 5], [510, 2], [511, 511], [512, 1]])
+def test_folding_at_the_ends(model: WanTransformer3DModel, lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 16, 1, 4, 4, generator=generator)
+    text = padded_text(lengths, generator)
+    timestep = torch.tensor([10.0, 990.0])
+    with torch.no_grad():
+        plain = model(latents, timestep, text)
+        folded = model(latents, timestep, text, text_lengths=torch.tensor(lengths))
+    torch.testing.assert_close(folded, plain, rtol=0, atol=FORWARD_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepared_is_bit_equal(model: WanTransformer3DModel, dtype: torch.dtype) -> None:
+    low = WanTransformer3DModel(model.config).to(dtype)
+    low.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(1, 16, 3, 8, 8, generator=generator)
+    text, lengths = padded_text([9], generator), torch.tensor([9])
+    timesteps = torch.tensor([999.0, 700.5, 12.0])
+    with torch.no_grad():
+        run = low.prepare_conditioning(encoder_hidden_states=text, text_lengths=lengths)
+        run |= low.prepare_shared(latents.shape)
+        steps = low.prepare_timesteps(timesteps)["modulation"]
+        for index, timestep in enumerate(timesteps):
+            step = type(steps)(*(table[index : index + 1] for table in steps))
+            prepared = low(latents, timestep.view(1), **run, modulation=step)
+            assert torch.equal(prepared, low(latents, timestep.view(1), text, text_lengths=lengths))
+
+
+def test_one_modulation_serves_all_rows(model: WanTransformer3DModel) -> None:
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, 16, 2, 4, 4, generator=generator)
+    text = padded_text([4, 6], generator)
+    timestep = torch.tensor([321.0])
+    with torch.no_grad():
+        shared = model(latents, timestep, text, **model.prepare_timesteps(timestep))
+        torch.testing.assert_close(shared, model(latents, timestep.expand(2), text), rtol=0, atol=FORWARD_TOLERANCE)
+
+
+def test_trains_under_autocast(model: WanTransformer3DModel) -> None:
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(2, 16, 2, 4, 4, generator=generator)
+    text, lengths = padded_text([4, 6], generator), torch.tensor([4, 6])
+    timestep = torch.tensor([100.0, 900.0])
+    model.zero_grad()
+    model(latents, timestep, text, text_lengths=lengths).square().mean().backward()
+    exact = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(latents, timestep, text, text_lengths=lengths)
+    assert out.dtype == torch.float32
+    out.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+    ours = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    theirs = torch.cat([gradient.flatten() for gradient in exact.values() if gradient is not None])
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.995
+
+
+def test_layers_ask_for_their_role(model: WanTransformer3DModel) -> None:
+    asked: list[str] = []
+
+    def backend(role: str) -> Any:
+        def call(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
+            asked.append(role)
+            return torch.zeros_like(q)
+
+        return call
+
+    with torch.no_grad(), forward_context(ForwardContext({"self": backend("self"), "cross": backend("cross")})):
+        model(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1), torch.zeros(1, 512, 32))
+    assert asked == ["self", "cross"] * TINY["num_layers"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_names_and_shapes(name: str) -> None:
+    with torch.device("meta"):
+        ours = WanTransformer3DModel(spec.WanConfig.from_dict(PUBLISHED[name]))
+        oracle = Oracle(**PUBLISHED[name])
+    expected = {key: tuple(value.shape) for key, value in oracle.state_dict().items()}
+    assert {key: tuple(value.shape) for key, value in ours.state_dict().items()} == expected
+    assert all(parameter.is_meta for parameter in ours.parameters())
+    assert not list(ours.buffers())
+
+
+def test_init_weights_is_a_function_of_the_generator() -> None:
+    config = spec.WanConfig.from_dict(TINY)
+    one, two = WanTransformer3DModel(config), WanTransformer3DModel(config)
+    for made in (one, two):
+        made.init_weights(torch.Generator().manual_seed(5))
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b) and torch.isfinite(a).all(), name
+    assert one.proj_out.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads": 3}, "unknown fields"),
+        ({"num_layers": "12"}, "num_layers"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"num_layers": True}, "num_layers"),
+        ({"eps": None}, "eps"),
+        ({"patch_size": [1, 2]}, "patch_size"),
+        ({"patch_size": [1, 2, 0]}, "patch_size"),
+        ({"attention_head_dim": 15}, "attention_head_dim"),
+        ({"freq_dim": 31}, "freq_dim"),
+        ({"qk_norm": "layer_norm"}, "qk_norm"),
+        ({"image_dim": 1280}, "image conditioning"),
+    ],
+)
+def test_bad_config(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        spec.WanConfig.from_dict({**TINY, **change})
+
+
+def test_config_skips_bookkeeping() -> None:
+    config = spec.WanConfig.from_dict({**TINY, "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33"})
+    assert config.dim == 64 and config.patch_size == (1, 2, 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 1, 5, 4), (1, 16, 1, 4, 130), (1, 16, 65, 4, 4), (1, 16, 1, 0, 4)])
+def test_bad_latent_size(model: WanTransformer3DModel, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="patch size"):
+        model.prepare_shared(shape)
+
+
+@pytest.mark.parametrize("lengths", [[-1, 2], [513, 2]])
+def test_bad_text_lengths(model: WanTransformer3DModel, lengths: list[int]) -> None:
+    with pytest.raises(InputError, match="text_lengths"):
+        model.prepare_conditioning(encoder_hidden_states=torch.zeros(2, 512, 32), text_lengths=torch.tensor(lengths))
+
+
+def test_text_is_needed(model: WanTransformer3DModel) -> None:
+    with pytest.raises(InputError, match="encoder_hidden_states"):
+        model(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1))
