@@ -40,8 +40,9 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
         return _headwise(q, k, v, key_bias)
     r, n, h, d = q.shape
     queries = (q * d**-0.5).transpose(1, 2).reshape(r * h, n, d)
-    keys = k.transpose(1, 2).reshape(r * h, -1, d).transpose(1, 2)  # [R*H, D, M]
-    values = v.transpose(1, 2).reshape(r * h, -1, d)
+    # Contiguous now, or every product copies them again.
+    keys = k.transpose(1, 2).contiguous().view(r * h, -1, d).transpose(1, 2)  # [R*H, D, M]
+    values = v.transpose(1, 2).contiguous().view(r * h, -1, d)
     bias = None if key_bias is None else key_bias.to(q.dtype).repeat_interleave(h, dim=0).unsqueeze(1)  # [R*H, 1, M]
     chunks: list[Tensor] = []
     for part in queries.split(CHUNK, dim=1):
