@@ -1,0 +1,189 @@
+"""Recipes: YAML files with typed sections, and dotted overrides on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kinetoscope.core.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimizerSection(Section):
+    """AdamW with linear warm-up and cosine decay, and a moving average of the weights.
+
+    Attributes:
+        steps: updates.
+        learning_rate: the highest.
+        warmup: updates from zero to it.
+        final_fraction: the last learning rate as a fraction of the highest.
+        clip: largest gradient norm.
+        ema: decay of the moving average of weights; 0 keeps the last weights.
+    """
+
+    steps: Positive
+    learning_rate: float = Field(gt=0)
+    warmup: int = Field(50, ge=0)
+    final_fraction: float = Field(0.02, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.0, ge=0, lt=1)
+
+
+class WorldSection(Section):
+    """Clips of a procedural world."""
+
+    name: str
+    height: Positive = 64
+    width: Positive = 64
+    num_frames: Positive = 33
+    fps: float = Field(12.0, gt=0)
+
+
+class ClipMix(Section):
+    """One kind of VAE batch, drawn with a probability proportional to `weight` once `start` of the training is over."""
+
+    frames: Positive
+    batch: Positive
+    weight: float = Field(1.0, gt=0)
+    start: float = Field(0.0, ge=0, lt=1)
+
+
+class VaeSection(Section):
+    """A video autoencoder.
+
+    Attributes:
+        config: fields of diffusers' `AutoencoderKLWan`.
+        batches: kinds of batches; single frames teach space cheaply, clips teach time.
+        l1, l2, kl: weights of the loss terms.
+        calibration_clips: clips over which the latents' mean and deviation are measured.
+    """
+
+    config: dict[str, Any]
+    optimizer: OptimizerSection
+    batches: list[ClipMix]
+    l1: float = 0.5
+    l2: float = 1.0
+    kl: float = 1e-4
+    calibration_clips: Positive = 128
+
+
+class TextSection(Section):
+    """A text encoder.
+
+    Attributes:
+        config: fields of transformers' `UMT5Config`; the vocabulary comes from the world.
+        mask: fraction of tokens hidden for the encoder to guess.
+    """
+
+    config: dict[str, Any]
+    optimizer: OptimizerSection
+    batch: Positive = 64
+    mask: float = Field(0.2, gt=0, lt=1)
+
+
+class TransformerSection(Section):
+    """A flow-matching transformer on precomputed latents.
+
+    Attributes:
+        config: fields of the published Wan transformer configuration.
+        clips: clips rendered and encoded once; each epoch words its captions anew.
+        shift: of the training noise levels.
+        caption_dropout: fraction of samples that read the empty prompt.
+        logit_mean, logit_std: of the logit-normal noise level before the shift (arXiv 2403.03206).
+    """
+
+    config: dict[str, Any]
+    optimizer: OptimizerSection
+    batch: Positive = 64
+    clips: Positive = 8192
+    shift: float = Field(3.0, gt=0)
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+
+
+class Recipe(Section):
+    """Everything that makes a reference model.
+
+    Attributes:
+        name: of the model.
+        output: folder of checkpoints, logs, curves and the finished model.
+        defaults: sampling defaults written beside the model.
+        checkpoint_minutes: time between checkpoints.
+    """
+
+    name: str
+    output: str
+    seed: int = 0
+    threads: Positive = 2
+    checkpoint_minutes: float = Field(2.0, gt=0)
+    world: WorldSection
+    vae: VaeSection
+    text: TextSection
+    transformer: TransformerSection
+    defaults: dict[str, Any]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: "section.key=value" each; values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key or value does not fit; the message names the place and the
+            nearest key.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {path} should hold sections; it holds a {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"recipe {path}: {'; '.join(_explain(e) for e in error.errors())}") from error
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not last:
+        raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {text!r}: {parent} is a value, not a section")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']}"
+    keys = {name for section in (Recipe, *Section.__subclasses__()) for name in section.model_fields}
+    near = difflib.get_close_matches(str(error["loc"][-1]), sorted(keys), n=1)
+    return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")

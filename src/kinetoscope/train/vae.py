@@ -1,0 +1,129 @@
+"""Training a small Wan video autoencoder on clips of a world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from kinetoscope.diffusion.noise import randn
+from kinetoscope.train.loop import step_generator
+from kinetoscope.train.recipe import VaeSection, WorldSection
+from kinetoscope.worlds import get_world
+
+START_LOG_VARIANCE = -5.0
+"""Latent noise starts small, or it drowns the signal before there is one."""
+
+
+def build_vae(section: VaeSection, seed: int) -> Any:
+    """A new autoencoder, initialised so that the signal passes through all layers from the first step.
+
+    torch's default shrinks it by a third at every convolution while biases stay, and the decoder then learns to ignore
+    the latents. Here each convolution keeps variance, sees only the current frame (the other taps start at zero, as when
+    an image model is inflated), and has no bias.
+    """
+    vae: Any = AutoencoderKLWan(**section.config)
+    generator = step_generator(seed, 0)
+    for name, layer in vae.named_modules():
+        if not isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+            continue
+        weight = layer.weight.data
+        now = weight[:, :, -1] if isinstance(layer, nn.Conv3d) else weight
+        weight_now = randn(now.shape, generator) * (now[0].numel() ** -0.5)
+        weight.zero_()
+        now.copy_(weight_now * (0.3 if name.endswith("conv2") else 0.0 if name.endswith("proj") else 1.0))
+        assert layer.bias is not None
+        layer.bias.data.zero_()
+    width = vae.config.z_dim
+    vae.quant_conv.weight.data[width:] *= 0.1
+    vae.quant_conv.bias.data[width:] = START_LOG_VARIANCE
+    return vae
+
+
+def decode_unclamped(vae: Any, z: Tensor) -> Tensor:
+    """As `vae.decode(z).sample` [B, 3, T, H, W] without the final clamp, through which no gradient passes."""
+    vae.clear_cache()
+    x = vae.post_quant_conv(z)
+    frames: list[Tensor] = []
+    for i in range(z.shape[2]):
+        vae._conv_idx = [0]
+        first = {"first_chunk": True} if i == 0 else {}
+        frames.append(vae.decoder(x[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, **first))
+    vae.clear_cache()
+    out = torch.cat(frames, 2)  # [B, 3 p p, T, H / p, W / p]
+    p = vae.config.patch_size
+    if p is None:
+        return out
+    b, _, t, h, w = out.shape
+    out = out.view(b, 3, p, p, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)  # channels hold (colour, x, y) of the patch
+    return out.reshape(b, 3, t, h * p, w * p)
+
+
+def to_video(clips: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+    """uint8 [T, H, W, 3] arrays -> [B, 3, T, H, W] float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+class VaeTask:
+    """Reconstruct clips; a little KL keeps the latents near a unit normal."""
+
+    name = "vae"
+
+    def __init__(self, section: VaeSection, world: WorldSection, seed: int) -> None:
+        self.section, self.world_section = section, world
+        self.world = get_world(world.name)
+        self.module: Any = build_vae(section, seed)
+
+    def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """l1, l2, kl and their weighted total on one batch of one kind."""
+        video = self.batch(step, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = self.module.encode(video).latent_dist
+            noise = randn(latent.mean.shape, generator)
+            out = decode_unclamped(self.module, latent.mean + torch.exp(0.5 * latent.logvar) * noise)
+        error = out.float() - video
+        mean, logvar = latent.mean.float(), latent.logvar.float()
+        l1, l2 = error.abs().mean(), error.square().mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        total = self.section.l1 * l1 + self.section.l2 * l2 + self.section.kl * kl
+        return {"total": total, "l1": l1, "l2": l2, "kl": kl}
+
+    def batch(self, step: int, generator: torch.Generator) -> Tensor:
+        """[B, 3, t, H, W]: windows of clips at a random time."""
+        done = step / self.section.optimizer.steps
+        kinds = [k for k in self.section.batches if done >= k.start]
+        weights = torch.tensor([k.weight for k in kinds])
+        kind = kinds[int(torch.multinomial(weights, 1, generator=generator))]
+        seeds = torch.randint(0, 2**31, (kind.batch,), generator=generator).tolist()
+        room = self.world_section.num_frames - kind.frames
+        starts = torch.randint(0, room + 1, (kind.batch,), generator=generator).tolist()
+        clips = [self._clip(s) for s in seeds]
+        return to_video([c[a : a + kind.frames] for c, a in zip(clips, starts, strict=True)])
+
+    def _clip(self, seed: int) -> np.ndarray[Any, Any]:
+        w = self.world_section
+        return self.world.sample(seed, height=w.height, width=w.width, num_frames=w.num_frames).frames
+
+    @torch.no_grad()
+    def calibrate(self, seed: int) -> dict[str, float]:
+        """Measure mean and deviation of the latents over clips, put them into the VAE's config, and report PSNR (dB)."""
+        clips = [self._clip(seed + i) for i in range(self.section.calibration_clips)]
+        latents = torch.cat([encode(self.module, to_video([c])) for c in clips])
+        mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+        self.module.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        errors = [
+            (self.module.decode(z[None]).sample - to_video([c])).square().mean() / 4
+            for z, c in zip(latents[:16], clips[:16], strict=True)
+        ]
+        return {"psnr_db": float(-10 * torch.log10(torch.stack(errors).mean()))}
+
+
+@torch.no_grad()
+def encode(vae: Any, video: Tensor) -> Tensor:
+    """Mean latents [B, C, T, H, W] float32 of videos, not normalised."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return vae.encode(video).latent_dist.mean.float()
