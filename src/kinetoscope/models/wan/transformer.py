@@ -23,7 +23,7 @@ from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 
 TEXT_MULTIPLE = 32
-"""Text tokens kept when padding is folded come in this multiple: softmax over an odd handful is 8 times slower on a CPU."""
+"""Text tokens kept when padding is folded come in this multiple; softmax over fewer is 8 times slower on a CPU."""
 
 
 class TextContext(NamedTuple):
