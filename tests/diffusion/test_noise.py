@@ -28,5 +28,3 @@ def test_forks_are_reproducible_distinct_and_leave_the_parent_alone() -> None:
     assert torch.equal(source.fork(1).draw((64,)), draws[1])
     assert torch.equal(source.draw((64,)), NoiseSource([1]).draw((64,)))
     assert all(0 <= s < 2**63 for s in source.fork(5).seeds)
-
-

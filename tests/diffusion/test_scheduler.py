@@ -10,7 +10,12 @@ from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, "num_train_timesteps": 1000}
+FLOW = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+}
 
 
 def prototype(name: str) -> SchedulerAdapter:

@@ -82,6 +82,10 @@ class ComposedPipeline:
         """Sampling defaults of this model; every field a request needs has a value."""
         raise TypeError(f"{type(self).__name__} does not override defaults")
 
+    def forward_flops(self, tokens: int) -> float:
+        """Floating-point operations of one row of one forward of the transformer."""
+        raise TypeError(f"{type(self).__name__} does not override forward_flops")
+
     # -- modules ------------------------------------------------------------------------------------------------------
 
     def lazy(self, name: str) -> Lazy[Any]:

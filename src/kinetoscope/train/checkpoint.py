@@ -35,4 +35,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise ConfigError(f"checkpoint {path} cannot be read ({type(error).__name__}); delete it to start over") from error
+        raise ConfigError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}); delete it to start over"
+        ) from error

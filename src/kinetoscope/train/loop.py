@@ -87,7 +87,8 @@ def train(
         KinetoscopeError: a loss is not finite.
     """
     path, log = folder / f"{task.name}.pt", folder / f"{task.name}.jsonl"
-    optimizer = torch.optim.AdamW(task.module.parameters(), lr=1.0, betas=section.betas, weight_decay=section.weight_decay)
+    parameters = task.module.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=section.betas, weight_decay=section.weight_decay)
     average = {k: v.detach().clone() for k, v in task.module.state_dict().items()}
     start, spent = 0, 0.0
     if path.exists():
@@ -137,7 +138,9 @@ def _update(
     norm = nn.utils.clip_grad_norm_(task.module.parameters(), section.clip)
     values = {name: float(value.detach()) for name, value in terms.items()} | {"grad_norm": float(norm)}
     if not all(math.isfinite(v) for v in values.values()):
-        raise KinetoscopeError(f"{task.name}: step {step} gave values that are not finite: {values}; lower learning_rate")
+        raise KinetoscopeError(
+            f"{task.name}: step {step} gave values that are not finite ({values}); lower learning_rate"
+        )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(section, step)
     optimizer.step()

@@ -54,12 +54,11 @@ class WorldSection(Section):
 
 
 class ClipMix(Section):
-    """One kind of VAE batch, drawn with a probability proportional to `weight` once `start` of the training is over."""
+    """One kind of VAE batch, drawn with a probability proportional to `weight`."""
 
     frames: Positive
     batch: Positive
     weight: float = Field(1.0, gt=0)
-    start: float = Field(0.0, ge=0, lt=1)
 
 
 class VaeSection(Section):
@@ -146,8 +145,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: "section.key=value" each; values are YAML.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a key or value does not fit; the message names the place and the
-            nearest key.
+        ConfigError: the file is missing or not YAML, or a key or value does not fit; the message names the place and
+            the nearest key.
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.wan.config import WanConfig
 
-__all__ = ["CONVENTION", "KEY_MAP", "NEGATIVE_PROMPT", "PRESETS", "TEXT_LENGTH", "TEXT_MODE", "WanConfig"]
+__all__ = ["CONVENTION", "KEY_MAP", "NEGATIVE_PROMPT", "PRESETS", "TEXT_LENGTH", "TEXT_MODE", "WanConfig",
+"forward_flops"]
 
 KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=3.0)
@@ -41,3 +44,17 @@ PRESETS: dict[str, SamplingParams] = {
         scheduler="unipc",
     ),
 }
+
+
+def forward_flops(config: WanConfig, tokens: int, text_tokens: int = TEXT_LENGTH) -> float:
+    """Floating-point operations of one row of a forward, a multiply-add counted as two.
+
+    Linear layers of the blocks (6 d^2 + 2 d ffn weights a token: self-attention 4 d^2, cross-attention 2 d^2), keys and
+    values of the text (2 d^2 a text token), both products of both attentions, patch embedding and projection. The 1.3B
+    model at 32,760 tokens comes to 0.28 PFLOP.
+    """
+    d, patch = config.dim, math.prod(config.patch_size)
+    linear = tokens * (6 * d * d + 2 * d * config.ffn_dim) + text_tokens * 2 * d * d
+    attention = 2 * tokens * d * (tokens + text_tokens)
+    ends = tokens * d * patch * (config.in_channels + config.out_channels)
+    return 2.0 * (config.num_layers * (linear + attention) + ends)

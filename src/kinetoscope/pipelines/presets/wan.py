@@ -29,7 +29,7 @@ class WanTextToVideo(ComposedPipeline):
 
     def create_stages(self) -> None:
         """Validation, text, timesteps, latents, denoising, decoding."""
-        config = spec.WanConfig.from_dict(self.model.config("transformer"))
+        config = self.config = spec.WanConfig.from_dict(self.model.config("transformer"))
         vae = self.model.config("vae")
         self.geometry = VideoGeometry(
             spatial=vae.get("scale_factor_spatial", 8),
@@ -50,6 +50,10 @@ class WanTextToVideo(ComposedPipeline):
     def defaults(self) -> SamplingParams:
         """The directory's own defaults over the preset of its published name or size."""
         return sampling_defaults(self.model)
+
+    def forward_flops(self, tokens: int) -> float:
+        """See `spec.forward_flops`; the text counts at its padded length."""
+        return spec.forward_flops(self.config, tokens)
 
 
 def sampling_defaults(model: ModelDir) -> SamplingParams:

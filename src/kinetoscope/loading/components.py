@@ -1,0 +1,117 @@
+"""Components of a model directory, each by the loader of its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kinetoscope.core.errors import KinetoscopeError, ModelLoadError
+from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
+from kinetoscope.loading.directory import ModelDir
+from kinetoscope.loading.weights import load_weights
+
+Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
+_LOADERS: dict[str, Loader] = {}
+
+
+def register_component(class_name: str, loader: Loader) -> None:
+    """Say how components of a class are loaded: (model, component name, dtype, device) -> component."""
+    _LOADERS[class_name] = loader
+
+
+def register_transformer(
+    class_name: str, build: Callable[[Any], nn.Module], read_config: Callable[[Mapping[str, Any]], Any]
+) -> None:
+    """Register one of our own transformers.
+
+    Args:
+        class_name: as published in model_index.json.
+        build: configuration -> module; its `keep_in_float32` names parts whose weights stay float32.
+        read_config: parsed config.json -> configuration.
+    """
+
+    def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        config = read_config(model.config(name))
+        with torch.device("meta"):
+            module = build(config)
+        kept = tuple(getattr(build, "keep_in_float32", ()))
+
+        def policy(parameter: str) -> torch.dtype:
+            return torch.float32 if any(part in parameter.split(".") for part in kept) else dtype
+
+        return load_weights(module, model.folder(name), dtype=policy, device=device)
+
+    register_component(class_name, load)
+
+
+def load_component(model: ModelDir, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """One component, ready for inference.
+
+    Args:
+        name: as in model_index.json.
+        dtype: compute dtype of transformers and text encoders; VAEs stay float32.
+
+    Raises:
+        ModelLoadError: the class is unknown, or its files are missing, damaged or do not fit.
+    """
+    class_name = model.components().get(name)
+    if class_name not in _LOADERS:
+        raise ModelLoadError(
+            f"{model.path}/model_index.json: component {name!r} has class {class_name!r}, which is not supported; "
+            f"supported: {', '.join(sorted(_LOADERS))}"
+        )
+    try:
+        return _LOADERS[class_name](model, name, dtype, device)
+    except KinetoscopeError:
+        raise
+    except Exception as error:  # libraries raise many kinds for a damaged directory
+        message = " ".join(str(error).split())
+        raise ModelLoadError(f"{model.path / name} cannot be loaded as {class_name}: {message}") from error
+
+
+def _load_vae(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    config = {k: v for k, v in model.config(name).items() if not k.startswith("_")}
+    with torch.device("meta"):
+        vae: Any = AutoencoderKLWan(**config)
+    return load_weights(vae, model.folder(name), dtype=lambda _: torch.float32, device=device)
+
+
+def _load_umt5(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(**{k: v for k, v in model.config(name).items() if k not in ("dtype", "torch_dtype")})
+    with torch.device("meta"):
+        encoder: Any = UMT5EncoderModel(config)
+    encoder.tie_weights()
+    # transformers keeps `wo` of T5 in float32 in half precision, where it would overflow
+    policy = lambda key: torch.float32 if dtype == torch.float16 and "wo" in key.split(".") else dtype  # noqa: E731
+    return load_weights(encoder, model.folder(name), dtype=policy, device=device)
+
+
+def _load_tokenizer(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = model.folder(name)
+    if not any(folder.iterdir()):
+        raise ModelLoadError(f"{folder} is empty; download the model again")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _load_scheduler(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> SchedulerAdapter:
+    config = {k: v for k, v in model.config(name).items() if not k.startswith("_")}
+    adapter = SchedulerAdapter(model.components()[name], config)
+    adapter.start(2)  # a configuration the scheduler refuses is refused here
+    return adapter
+
+
+register_component("AutoencoderKLWan", _load_vae)
+register_component("UMT5EncoderModel", _load_umt5)
+for _tokenizer in ("T5Tokenizer", "T5TokenizerFast", "AutoTokenizer"):
+    register_component(_tokenizer, _load_tokenizer)
+for _scheduler in SCHEDULERS.values():
+    register_component(_scheduler, _load_scheduler)

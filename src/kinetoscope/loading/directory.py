@@ -1,0 +1,160 @@
+"""A model directory in diffusers layout: what it says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.types import SamplingParams
+
+INDEX = "model_index.json"
+SIDECAR = "kinetoscope.json"
+CONFIG_FILES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    """A directory with `model_index.json` and one folder a component.
+
+    Attributes:
+        path: the directory.
+        name: what `resolve_model` finds it by: embedded name, hub id, or absolute path.
+    """
+
+    path: Path
+    name: str
+
+    @cached_property
+    def model_index(self) -> dict[str, Any]:
+        """The parsed `model_index.json`."""
+        return read_json(self.path / INDEX)
+
+    @cached_property
+    def sidecar(self) -> dict[str, Any]:
+        """The parsed `kinetoscope.json` beside it, empty where there is none: what diffusers' index has no place for."""
+        file = self.path / SIDECAR
+        return read_json(file) if file.is_file() else {}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Sampling defaults of the sidecar: fields of `SamplingParams`.
+
+        Raises:
+            ModelLoadError: a field that does not exist.
+        """
+        values = self.sidecar.get("defaults", {})
+        known = [f.name for f in fields(SamplingParams)]
+        if not isinstance(values, dict) or not values.keys() <= set(known):
+            raise ModelLoadError(
+                f"{self.path / SIDECAR}: defaults must be an object with fields among {', '.join(known)}; got {values!r}"
+            )
+        return values
+
+    def components(self) -> dict[str, str]:
+        """Component name -> class name, in the order of the index; components that the index leaves empty are left out.
+
+        Raises:
+            ModelLoadError: an entry that is not a pair of library and class name.
+        """
+        found: dict[str, str] = {}
+        for name, value in self.model_index.items():
+            if not isinstance(value, list) or name.startswith("_"):
+                continue  # settings of the pipeline class
+            if len(value) != 2 or not all(v is None or isinstance(v, str) for v in value):
+                raise ModelLoadError(f"{self.path / INDEX}: {name} should be [library, class name]; got {value!r}")
+            if value[1] is not None:
+                found[name] = value[1]
+        return found
+
+    def folder(self, component: str) -> Path:
+        """The component's folder.
+
+        Raises:
+            ModelLoadError: the index does not list the component, or the folder is missing.
+        """
+        if component not in self.components():
+            raise ModelLoadError(
+                f"{self.path / INDEX} lists no component {component!r}; it lists {', '.join(self.components()) or 'none'}"
+            )
+        folder = self.path / component
+        if not folder.is_dir():
+            raise ModelLoadError(f"{self.path}: the folder of component {component!r} is missing; download it again")
+        return folder
+
+    def config_file(self, component: str) -> Path:
+        """The component's configuration file.
+
+        Raises:
+            ModelLoadError: there is none.
+        """
+        folder = self.folder(component)
+        for name in CONFIG_FILES:
+            if (folder / name).is_file():
+                return folder / name
+        raise ModelLoadError(f"{folder} has no configuration file; expected one of {', '.join(CONFIG_FILES)}")
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's parsed configuration.
+
+        Raises:
+            ModelLoadError: missing, not JSON, or the configuration of another class than the index names.
+        """
+        file, expected = self.config_file(component), self.components()[component]
+        config = read_json(file)
+        own = config.get("_class_name") or config.get("architectures") or expected
+        if expected not in (own if isinstance(own, list) else [own]):
+            raise ModelLoadError(f"{file} describes {own!r}, but {INDEX} says that {component} is {expected!r}")
+        return config
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the names and contents of the index and of all files of the components."""
+        total = hashlib.sha256()
+        files = [self.path / INDEX]
+        for component in self.components():
+            files += [f for f in self.folder(component).rglob("*") if f.is_file()]
+        for file in sorted(files):
+            total.update(f"{file.relative_to(self.path).as_posix()}\0{_file_digest(file)}\n".encode())
+        return total.hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelLoadError: the file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"{file} is missing") from error
+    except OSError as error:
+        raise ModelLoadError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelLoadError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, Mapping):
+        raise ModelLoadError(f"{file} should hold a JSON object; it holds a {type(value).__name__}")
+    return dict(value)
+
+
+def _file_digest(file: Path) -> str:
+    blob = file.resolve()
+    if file.is_symlink() and len(blob.name) == 64 and set(blob.name) <= set("0123456789abcdef"):
+        return blob.name  # the hub's cache names large files by their SHA-256
+    stat = blob.stat()
+    return _content_digest(blob, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _content_digest(file: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of the contents; size and time are part of the key, so that a changed file is read again."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

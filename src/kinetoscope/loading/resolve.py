@@ -1,0 +1,77 @@
+"""From what a user calls a model to its directory."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from kinetoscope.core.config import settings
+from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.loading.directory import INDEX, ModelDir
+from kinetoscope.reference import embedded_models
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]
+"""What a run needs of a hub repository."""
+
+
+def resolve_model(name_or_path: str | Path) -> ModelDir:
+    """The directory of a model.
+
+    Args:
+        name_or_path: an embedded name, the path of a directory in diffusers layout, or a hub id "organisation/name", in
+            this order of precedence. A hub model is downloaded, unless the hub's cache has it.
+
+    Raises:
+        ModelLoadError: there is no such model, or its directory has no `model_index.json`.
+    """
+    embedded = embedded_models()
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if isinstance(name_or_path, str) and name in embedded:
+        return _checked(embedded[name], name)
+    if path.exists():
+        return _checked(path, str(path.resolve()))
+    if HUB_ID.fullmatch(name):
+        return _checked(_download(name), name)
+    near = get_close_matches(name.lower(), embedded, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ModelLoadError(
+        f"no model {name!r}: {hint}Give an embedded name ({', '.join(embedded) or 'none in this build'}), "
+        "the path of a directory in diffusers layout, or a hub id 'organisation/name'"
+    )
+
+
+def _checked(path: Path, name: str) -> ModelDir:
+    if not path.is_dir():
+        raise ModelLoadError(f"{path} is a file; give the directory that holds {INDEX}")
+    if not (path / INDEX).is_file():
+        inner = sorted(p.parent.name for p in path.glob(f"*/{INDEX}"))
+        hint = f"; did you mean {path / inner[0]}?" if inner else ""
+        raise ModelLoadError(f"{path} has no {INDEX}, so it is not a model in diffusers layout{hint}")
+    return ModelDir(path, name)
+
+
+def _download(repository: str) -> Path:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    offline = settings().offline
+    try:
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES, local_files_only=offline))
+    except errors.GatedRepoError as error:
+        raise ModelLoadError(
+            f"hub model {repository!r} asks you to accept its terms: do so on its page, then `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelLoadError(
+            f"the hub has no model {repository!r}, or it is private (`hf auth login`); "
+            f"there is no local directory of that name either. Embedded: {', '.join(embedded_models())}"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        why = "KINETOSCOPE_OFFLINE is set" if offline else f"the hub did not answer ({type(error).__name__})"
+        raise ModelLoadError(
+            f"there is no local directory {repository!r}, the hub's cache does not hold a model of that name, and {why}. "
+            f"Embedded models need no network: {', '.join(embedded_models())}"
+        ) from error

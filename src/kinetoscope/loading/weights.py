@@ -1,0 +1,133 @@
+"""Weights from safetensors into a module built on the meta device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from kinetoscope.core.errors import ModelLoadError
+
+SHOWN = 4
+"""Keys of each kind that an error names; the rest is counted."""
+
+DtypePolicy = Callable[[str], torch.dtype]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component: the shards its index names, or its only file.
+
+    Raises:
+        ModelLoadError: there are none, a shard is missing, or there are several and no index.
+    """
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        try:
+            shards = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise ModelLoadError(f"{indexes[0]} is not a readable index of shards ({error!r})") from error
+        missing = [s for s in shards if not (folder / s).is_file()]
+        if missing:
+            raise ModelLoadError(f"{folder}: shards {', '.join(missing)} are missing; download the model again")
+        return [folder / s for s in shards]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelLoadError(f"{folder} holds no .safetensors weights; download the model again")
+    if len(files) > 1:
+        raise ModelLoadError(f"{folder} holds {len(files)} weight files and no index.json that says how they belong")
+    return files
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, key, tensor) of all files, one tensor at a time.
+
+    Raises:
+        ModelLoadError: a file is truncated or is not safetensors.
+    """
+    for file in files:
+        try:
+            with safe_open(file, "pt", device="cpu") as content:
+                for key in content.keys():  # noqa: SIM118 - not a mapping
+                    yield file, key, content.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(
+                f"{file} is truncated or not a safetensors file ({error}); download it again"
+            ) from error
+
+
+def load_weights(
+    module: nn.Module,
+    folder: Path,
+    *,
+    dtype: DtypePolicy,
+    device: torch.device,
+    key_map: Mapping[str, str] | None = None,
+    check_finite: bool = True,
+) -> nn.Module:
+    """Fill `module`, built on the meta device, from the files of `folder`.
+
+    Each tensor is copied on its way: tensors mapped from a file are not 64-byte aligned, which costs speed and the last
+    bits of a result (measured: 1e-7 to 2e-6).
+
+    Args:
+        dtype: parameter name -> dtype.
+        key_map: prefix of a stored key -> prefix of our name, where they differ.
+        check_finite: refuse NaN and infinity, at the price of one pass over the weights.
+
+    Raises:
+        ModelLoadError: missing, unexpected, wrongly shaped or not finite tensors, each named with its file.
+    """
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    shared = _shared_names(module)
+    found: dict[str, Tensor] = {}
+    problems: dict[str, list[str]] = {"unexpected": [], "wrong shape": [], "not finite": []}
+    for file, key, tensor in read_tensors(weight_files(folder)):
+        name = _rename(key, key_map or {})
+        if name not in wanted:
+            problems["unexpected"].append(f"{key} in {file.name}")
+        elif tuple(tensor.shape) != wanted[name]:
+            problems["wrong shape"].append(f"{key} in {file.name} is {tuple(tensor.shape)}, needs {wanted[name]}")
+        elif check_finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            problems["not finite"].append(f"{key} in {file.name}")
+        else:
+            kind = dtype(name) if tensor.is_floating_point() else tensor.dtype
+            found[name] = torch.empty(tensor.shape, dtype=kind, device=device).copy_(tensor)
+    for name, twin in shared.items():  # tied weights are stored once, under either name
+        if name in found and twin not in found:
+            found[twin] = found[name]
+    missing = [name for name in wanted if name not in found]
+    reported = " ".join(" ".join(p) for p in problems.values())
+    problems = {"missing": [n for n in missing if n not in reported]} | problems
+    if any(problems.values()):
+        raise ModelLoadError(f"{folder} does not fit {type(module).__name__}: {_explain(problems)}")
+    module.load_state_dict(found, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def _rename(key: str, key_map: Mapping[str, str]) -> str:
+    for old, new in key_map.items():
+        if key.startswith(old):
+            return new + key[len(old) :]
+    return key
+
+
+def _shared_names(module: nn.Module) -> dict[str, str]:
+    """name -> another name of the same parameter, both ways."""
+    by_identity: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        by_identity.setdefault(id(parameter), []).append(name)
+    pairs = [names for names in by_identity.values() if len(names) > 1]
+    return {a: b for names in pairs for a in names for b in names if a != b}
+
+
+def _explain(problems: Mapping[str, list[str]]) -> str:
+    parts: list[str] = []
+    for kind, items in problems.items():
+        if items:
+            more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+            parts.append(f"{kind}: {', '.join(items[:SHOWN])}{more}")
+    return "; ".join(parts)

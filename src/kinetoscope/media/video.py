@@ -1,0 +1,131 @@
+"""Videos in and out, through PyAV."""
+
+from __future__ import annotations
+
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from kinetoscope.core.errors import InputError, OutputError
+
+SUFFIXES = (".mp4",)
+CRF = "17"
+"""H.264 quality: visually lossless for most footage."""
+
+Frames = np.ndarray[Any, Any]
+
+
+def check_output(path: str | Path) -> Path:
+    """Refuse, before any work, a path that could not be written later.
+
+    Raises:
+        OutputError: unknown suffix, a directory, or a place that cannot be created or written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise OutputError(f"output {path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise OutputError(f"output {path} is a directory; name a file in it")
+    parent = path.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"output {path}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"output {path}: no permission to write in {parent}")
+    return path
+
+
+def write_video(path: str | Path, frames: Frames, fps: float, *, metadata: dict[str, Any] | None = None) -> Path:
+    """Write an H.264 mp4 through a temporary name; the same frames give the same bytes.
+
+    Args:
+        path: an .mp4 file; its folder is made if need be.
+        frames: uint8 [T, H, W, 3], H and W even.
+        fps: frames a second.
+        metadata: stored as JSON in the container's comment; `read_metadata` gives it back.
+
+    Raises:
+        InputError: the frames have another shape or kind.
+        OutputError: the file cannot be written; nothing is left behind.
+    """
+    path = check_output(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise InputError(f"frames are {frames.dtype} {frames.shape}; a video needs uint8 [T, H, W, 3]")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise InputError(f"frames are {frames.shape[2]}x{frames.shape[1]}; H.264 needs even width and height")
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _encode(temporary, frames, fps, metadata)
+        temporary.replace(path)
+    except (OSError, av.FFmpegError) as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _encode(path: Path, frames: Frames, fps: float, metadata: dict[str, Any] | None) -> None:
+    # use_metadata_tags keeps the comment whole; one thread and bitexact make the bytes repeat
+    with av.open(str(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as container:
+        if metadata is not None:
+            container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": CRF, "preset": "medium", "threads": "1"}
+        stream.thread_count = 1
+        stream.codec_context.flags |= av.codec.context.Flags.bitexact
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_video(path: str | Path) -> tuple[Frames, float]:
+    """(frames uint8 [T, H, W, 3], frames a second).
+
+    Raises:
+        InputError: the file is missing, truncated, or holds no video.
+    """
+    try:
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+            rate = float(stream.average_rate or 0)
+    except (av.FFmpegError, IndexError) as error:
+        raise InputError(f"{path} is not a readable video ({error})") from error
+    if not frames:
+        raise InputError(f"{path} holds no frames")
+    return np.stack(frames), rate
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata `write_video` stored.
+
+    Raises:
+        InputError: the file is missing, is no video, or has no metadata of ours.
+    """
+    try:
+        with _open(path) as container:
+            text = container.metadata.get("comment")
+    except av.FFmpegError as error:
+        raise InputError(f"{path} is not a readable video ({error})") from error
+    try:
+        value = json.loads(text or "")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} carries no record of how it was made; only videos written by kinetoscope do")
+    return value
+
+
+def _open(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist" if not Path(path).exists() else f"{path} is not a file")
+    return av.open(str(path))

@@ -1,0 +1,117 @@
+"""What a model directory holds, and what a run of it will cost, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.runtime.generator import VideoGenerator
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentSummary:
+    """One component of a directory.
+
+    Attributes:
+        parameters: numbers stored, 0 for components without weights.
+        file_bytes: bytes of the weights on disk.
+        dtypes: how they are stored.
+    """
+
+    name: str
+    class_name: str
+    parameters: int
+    file_bytes: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What one video costs.
+
+    Attributes:
+        params: the request, resolved.
+        latent_shape: [C, T, H, W].
+        tokens: of one row.
+        forwards: rows evaluated in the whole run: steps times branches.
+        pflop: of all forwards, 1e15 operations.
+        weight_bytes: of all components in the dtypes they are computed in.
+        activation_bytes: estimate of the transformer's working memory: a few copies of the residual stream and one
+            feed-forward hidden layer, for all rows of a step.
+    """
+
+    params: SamplingParams
+    latent_shape: tuple[int, int, int, int]
+    tokens: int
+    forwards: int
+    pflop: float
+    weight_bytes: int
+    activation_bytes: int
+
+
+def summarize(generator: VideoGenerator) -> list[ComponentSummary]:
+    """The components of a generator's directory, read from the headers of their files.
+
+    Raises:
+        ModelLoadError: a file is not readable safetensors.
+    """
+    model = generator.pipeline.model
+    found: list[ComponentSummary] = []
+    for name, class_name in model.components().items():
+        parameters, size, dtypes = 0, 0, set[str]()
+        for file in sorted(model.folder(name).glob("*.safetensors")):
+            size += file.stat().st_size
+            for shape, dtype in _tensors(file):
+                parameters += math.prod(shape)
+                dtypes.add(dtype)
+        found.append(ComponentSummary(name, class_name, parameters, size, tuple(sorted(dtypes))))
+    return found
+
+
+def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
+    """The cost of one video with `request` over the generator's defaults.
+
+    Raises:
+        InputError: the request is not one the model can serve.
+    """
+    from kinetoscope.pipelines.stages.validation import check_params
+
+    pipeline = generator.pipeline
+    params = request.over(generator.defaults())
+    check_params(params, pipeline.geometry)
+    assert params.num_frames and params.height and params.width and params.num_inference_steps
+    tokens = pipeline.geometry.tokens(params.num_frames, params.height, params.width)
+    branches = 1 if params.guidance_scale == 1.0 else 2
+    config: dict[str, Any] = pipeline.model.config("transformer")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    element = pipeline.args.dtype.itemsize
+    components = summarize(generator)
+    transformer_bytes = sum(c.parameters for c in components if c.name != "vae") * element
+    vae_bytes = sum(c.parameters for c in components if c.name == "vae") * 4
+    return RunPlan(
+        params=params,
+        latent_shape=(
+            config["in_channels"],
+            *pipeline.geometry.latent_size(params.num_frames, params.height, params.width),
+        ),
+        tokens=tokens,
+        forwards=params.num_inference_steps * branches,
+        pflop=pipeline.forward_flops(tokens) * params.num_inference_steps * branches / 1e15,
+        weight_bytes=transformer_bytes + vae_bytes,
+        activation_bytes=tokens * branches * (6 * width + config["ffn_dim"]) * element,
+    )
+
+
+def _tensors(file: Path) -> list[tuple[list[int], str]]:
+    try:
+        with safe_open(file, "pt") as content:
+            slices = [content.get_slice(k) for k in content.keys()]  # noqa: SIM118 - not a mapping
+            return [(s.get_shape(), s.get_dtype()) for s in slices]
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{file} is not a readable safetensors file ({error}); download it again") from error

@@ -1,0 +1,41 @@
+"""Loss curves as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kinetoscope.core.errors import ConfigError
+
+
+def draw_curves(logs: Path, path: Path) -> None:
+    """One panel for each `*.jsonl` log of a folder, written to `path` (PNG).
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("loss curves need matplotlib: pip install kinetoscope[train]") from error
+    files = sorted(logs.glob("*.jsonl"))
+    figure = Figure(figsize=(4 * max(len(files), 1), 3), layout="constrained")
+    for axis, file in zip(figure.subplots(1, max(len(files), 1), squeeze=False)[0], files, strict=False):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for name in (k for k in rows[0] if k not in ("step", "grad_norm")):
+            axis.plot([r["step"] for r in rows], _smooth([r[name] for r in rows]), label=name, linewidth=1)
+        axis.set(title=file.stem, xlabel="step", yscale="log")
+        axis.legend(fontsize="small")
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=80)
+    temporary.replace(path)
+
+
+def _smooth(values: list[float], decay: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected at the start."""
+    out: list[float] = []
+    total = weight = 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(total / weight)
+    return out

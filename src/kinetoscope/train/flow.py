@@ -1,0 +1,104 @@
+"""Training a transformer by flow matching, on latents and text states of frozen encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kinetoscope.diffusion.convention import shift_sigma
+from kinetoscope.diffusion.denoiser import Denoiser
+from kinetoscope.diffusion.noise import randn
+from kinetoscope.models.wan.spec import CONVENTION, TEXT_LENGTH, WanConfig
+from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from kinetoscope.train.loop import step_generator
+from kinetoscope.train.recipe import TransformerSection, WorldSection
+from kinetoscope.train.text import encode_text
+from kinetoscope.train.vae import encode, to_video
+from kinetoscope.worlds import get_world
+
+ENCODE_BATCH = 8
+
+
+def prepare_latents(
+    vae: Any, world: WorldSection, clips: int, path: Path, on_clip: Callable[[int, int], None] | None = None
+) -> np.ndarray[Any, Any]:
+    """Normalised latents of the world's first `clips` clips, float16 [N, C, T, H, W], kept in a .npy file.
+
+    An interrupted preparation continues where it was.
+    """
+    source = get_world(world.name)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    part, count = path.with_suffix(".part.npy"), path.with_suffix(".count")
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = int(count.read_text()) if part.exists() and count.exists() else 0
+    latents: Any = np.load(part, mmap_mode="r+") if done else None
+    for start in range(done, clips, ENCODE_BATCH):
+        seeds = range(start, min(start + ENCODE_BATCH, clips))
+        size = {"height": world.height, "width": world.width, "num_frames": world.num_frames}
+        z = (encode(vae, to_video([source.sample(s, **size).frames for s in seeds])) - mean) / std
+        if latents is None:
+            latents = np.lib.format.open_memmap(part, "w+", np.float16, (clips, *z.shape[1:]))
+        latents[seeds.start : seeds.stop] = z.to(torch.float16).numpy()
+        count.write_text(str(seeds.stop))
+        if on_clip:
+            on_clip(seeds.stop, clips)
+    latents.flush()
+    part.replace(path)
+    count.unlink()
+    return np.load(path, mmap_mode="r")
+
+
+class FlowTask:
+    """Flow matching: the transformer predicts noise minus clip at a random noise level (arXiv 2209.03003)."""
+
+    name = "transformer"
+
+    def __init__(
+        self,
+        section: TransformerSection,
+        world: WorldSection,
+        latents: np.ndarray[Any, Any],
+        tokenizer: Any,
+        text_encoder: nn.Module,
+        seed: int,
+    ) -> None:
+        self.section = section
+        self.latents = latents
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        source = get_world(world.name)
+        self.specs = [source.sample(i, height=16, width=16, num_frames=1).spec for i in range(len(latents))]
+        self.module = WanTransformer3DModel(WanConfig.from_dict(section.config))
+        self.module.init_weights(step_generator(seed, 0))
+        self.denoiser = Denoiser(self.module, CONVENTION)
+
+    def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Mean squared velocity error over a batch."""
+        picked = torch.randint(0, len(self.latents), (self.section.batch,), generator=generator)
+        x0 = torch.from_numpy(np.asarray(self.latents[picked.numpy()], dtype=np.float32))
+        states, lengths = self.encode(self.sentences(picked, generator))
+        noise = randn(x0.shape, generator)
+        levels = torch.sigmoid(self.section.logit_mean + self.section.logit_std * randn((len(x0),), generator))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.denoiser.loss(
+                x0, noise, shift_sigma(levels, self.section.shift), encoder_hidden_states=states, text_lengths=lengths
+            )
+        return {"total": loss.mean()}
+
+    def sentences(self, picked: Tensor, generator: torch.Generator) -> list[str]:
+        """A fresh wording for each clip; some are dropped to the empty prompt, for guidance."""
+        rng = np.random.default_rng(int(torch.randint(0, 2**31, (1,), generator=generator)))
+        captions = [self.specs[i].caption(rng) for i in picked.tolist()]
+        return ["" if rng.random() < self.section.caption_dropout else c for c in captions]
+
+    def encode(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """Token states padded with zeros to the trained length [B, 512, d], and true lengths [B]."""
+        states, lengths = encode_text(self.tokenizer, self.text_encoder, sentences)
+        return nn.functional.pad(states, (0, 0, 0, TEXT_LENGTH - states.shape[1])), lengths

@@ -1,0 +1,213 @@
+"""The trainer: exact resume, recipes that explain their mistakes, and a whole recipe in miniature that diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from kinetoscope.core.errors import ConfigError, KinetoscopeError, RunCancelled
+from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
+from kinetoscope.train.loop import Progress, learning_rate, step_generator, train
+from kinetoscope.train.recipe import OptimizerSection, VaeSection, load_recipe
+from kinetoscope.train.run import run_recipe
+from kinetoscope.train.vae import build_vae, decode_unclamped
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "tiny_t2v.yaml"
+SECTION = OptimizerSection(steps=6, learning_rate=0.05, warmup=2, ema=0.9)
+
+
+class Line:
+    """A toy task: fit y = 2 x."""
+
+    name = "line"
+
+    def __init__(self) -> None:
+        self.module = nn.Linear(1, 1)
+        nn.init.constant_(self.module.weight, 0.5)
+        nn.init.zeros_(self.module.bias)
+
+    def losses(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        x = torch.empty(8, 1).uniform_(-1, 1, generator=generator)
+        return {"total": (self.module(x) - 2 * x).square().mean()}
+
+
+def run(folder: Path, on_progress: Any = None) -> dict[str, torch.Tensor]:
+    task = Line()
+    train(task, SECTION, folder, seed=3, checkpoint_minutes=1e-9, on_progress=on_progress)
+    return task.module.state_dict()
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_resume_is_bit_exact(tmp_path: Path, stop: int) -> None:
+    def kill(progress: Progress) -> None:
+        if progress.step == stop + 1:
+            raise RuntimeError("killed")  # after the update, before its checkpoint
+
+    straight = run(tmp_path / "a")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "b", kill)
+    assert load_checkpoint(tmp_path / "b" / "line.pt")["step"] == stop
+    resumed = run(tmp_path / "b")
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    logs = [[json.loads(x) for x in (tmp_path / d / "line.jsonl").read_text().splitlines()] for d in "ab"]
+    assert logs[0] == logs[1]
+    assert [x["step"] for x in logs[0]] == [6]
+
+
+def test_a_signal_leaves_a_checkpoint(tmp_path: Path) -> None:
+    import os
+    import signal
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunCancelled, match="after step 2"):
+        run(tmp_path, interrupt)
+    assert load_checkpoint(tmp_path / "line.pt")["step"] == 2
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    seen: list[Progress] = []
+    again = run(tmp_path, seen.append)
+    assert seen == [] and all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    class Broken(Line):
+        def losses(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+            return {"total": self.module.weight.sum() * float("nan")}
+
+    with pytest.raises(KinetoscopeError, match="not finite"):
+        train(Broken(), SECTION, tmp_path, seed=0, checkpoint_minutes=1)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    section = OptimizerSection(steps=100, learning_rate=1.0, warmup=10, final_fraction=0.1)
+    rates = [learning_rate(section, s) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) <= 1.0
+    assert rates[50] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_steps_have_generators_of_their_own() -> None:
+    draws = [torch.rand(4, generator=step_generator(0, s)) for s in (0, 1, 0)]
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"x": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ConfigError, match=r"a\.pt"):
+        load_checkpoint(path)
+
+
+def test_the_shipped_recipe_reads() -> None:
+    recipe = load_recipe(RECIPE, ["transformer.optimizer.steps=7", "seed=4"])
+    assert (recipe.transformer.optimizer.steps, recipe.seed, recipe.name) == (7, 4, "tiny-t2v")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("vae.optimizer.step=3", "did you mean steps"),
+        ("seed=many", "seed"),
+        ("transformer.batch=0", "transformer.batch"),
+        ("nonsense", "section.key=value"),
+        ("seed.x=1", "seed is a value"),
+        ("vae.kl=[", "not valid YAML"),
+    ],
+)
+def test_recipe_mistakes_are_explained(override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(RECIPE, [override])
+
+
+@pytest.mark.parametrize(("text", "says"), [("a: [", "valid YAML"), ("- 1", "sections"), (None, "cannot be read")])
+def test_files_that_are_no_recipe(tmp_path: Path, text: str | None, says: str) -> None:
+    path = tmp_path / "r.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("patch", [None, 2])
+def test_unclamped_decode_is_the_vaes_own(patch: int | None) -> None:
+    config: dict[str, Any] = {
+        "base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "attn_scales": [],
+        "temperal_downsample": [True, True],
+    }  # fmt: skip
+    if patch:
+        config |= {"patch_size": patch, "in_channels": 3 * patch**2, "out_channels": 3 * patch**2}
+    section = VaeSection(config=config, optimizer=SECTION, batches=[])
+    vae = build_vae(section, 0)
+    z = torch.empty(2, 4, 3, 2, 2).normal_(generator=step_generator(0, 0))
+    with torch.no_grad():
+        ours, theirs = decode_unclamped(vae, z), vae.decode(z).sample
+    assert torch.equal(ours.clamp(-1, 1), theirs)
+    assert ours.abs().max() > 1  # so the clamp was tested
+
+
+MINIATURE = {
+    "output": None,
+    "threads": 1,
+    "vae.config": {
+        "base_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "attn_scales": [], "z_dim": 4,
+        "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
+        "scale_factor_spatial": 8, "scale_factor_temporal": 4,
+    },
+    "vae.optimizer.steps": 3,
+    "vae.batches": [{"frames": 1, "batch": 2}, {"frames": 5, "batch": 1}],
+    "vae.calibration_clips": 2,
+    "world.num_frames": 5, "world.height": 32, "world.width": 32,
+    "text.optimizer.steps": 3, "text.batch": 4,
+    "text.config": {"d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 16, "num_layers": 1},
+    "transformer.config": {
+        "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "freq_dim": 16,
+        "text_dim": 16, "in_channels": 4, "out_channels": 4,
+    },
+    "transformer.optimizer.steps": 4, "transformer.batch": 2, "transformer.clips": 4,
+    "defaults": {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "num_inference_steps": 2, "guidance_scale": 2.0},
+}  # fmt: skip
+
+
+def miniature(output: Path) -> list[str]:
+    return [
+        f"{k}={yaml.safe_dump(v, default_flow_style=True).strip()}"
+        for k, v in (MINIATURE | {"output": str(output)}).items()
+    ]
+
+
+def test_a_recipe_from_start_to_finish(tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    from kinetoscope import VideoGenerator
+
+    seen: list[str] = []
+    overrides = [o.replace("\n...", "") for o in miniature(tmp_path)]
+    model = run_recipe(RECIPE, overrides, on_progress=lambda p: seen.append(p.task))
+    assert list(dict.fromkeys(seen)) == ["text", "vae", "latents", "transformer"]
+    card = (model / "README.md").read_text()
+    assert "kinetoscope train" in card and "PSNR" in card
+    assert (model / "loss.png").read_bytes().startswith(b"\x89PNG")
+    ours = VideoGenerator.from_pretrained(model, device="cpu").generate_video("a red circle moving left", seed=1)
+    oracle = WanPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    oracle.set_progress_bar_config(disable=True)
+    theirs = oracle(
+        "a red circle moving left", "", 32, 32, 5, num_inference_steps=2, guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(1),
+    ).frames[0]  # fmt: skip
+    assert np.abs(ours.frames - theirs * 255.0).max() <= 1.0
+    with pytest.raises(ConfigError, match="another seed"):
+        run_recipe(RECIPE, [*overrides, "seed=1"])
+    with pytest.raises(ConfigError, match="already holds"):
+        run_recipe(RECIPE, overrides, fresh=True)
