@@ -33,7 +33,7 @@ def bias(rows: int, m: int) -> Tensor:
 
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("sizes", [(2, 7, 5), (1, CHUNK + 3, 9), (2, 300, 300), (1, 1, 2)])
+@pytest.mark.parametrize("sizes", [(2, 7, 5), (1, CHUNK + 3, 9), (2, 300, 300), (1, 1, 2), (1, CHUNK + 1, 3000)])
 def test_backend_equals_formula(name: str, with_bias: bool, sizes: tuple[int, int, int]) -> None:
     rows, n, m = sizes
     q, k, v = qkv(rows, n, m)
