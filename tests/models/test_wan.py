@@ -9,6 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel as Oracle
 from torch import Tensor, nn
 
+from kinetoscope.attention import capabilities, resolve_attention
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.wan import spec
@@ -235,3 +236,19 @@ def test_bad_text_lengths(model: WanTransformer3DModel, lengths: list[int]) -> N
 def test_text_is_needed(model: WanTransformer3DModel) -> None:
     with pytest.raises(InputError, match="encoder_hidden_states"):
         model(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1))
+
+
+def test_blocks_compile_without_a_break(model: WanTransformer3DModel) -> None:
+    """One graph a block, with attention read from the context; compiled inference equals eager inference."""
+    generator = torch.Generator().manual_seed(6)
+    latents = torch.randn(1, 16, 1, 4, 4, generator=generator)
+    text, lengths = padded_text([5], generator), torch.tensor([5])
+    compiled = WanTransformer3DModel(model.config)
+    compiled.load_state_dict(model.state_dict())
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    table = resolve_attention("auto", capabilities("cpu", torch.float32), ("self", "cross"))
+    with torch.no_grad(), forward_context(ForwardContext(table)):
+        expected = model(latents, torch.tensor([500.0]), text, text_lengths=lengths)
+        got = compiled(latents, torch.tensor([500.0]), text, text_lengths=lengths)
+    torch.testing.assert_close(got, expected, rtol=0, atol=FORWARD_TOLERANCE)

@@ -29,5 +29,20 @@ def onednn_serves(x: Tensor, weight: Tensor) -> bool:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """x [..., in] @ weight [out, in].T + bias [out] -> [..., out], with a tanh GELU in the same pass if asked."""
+    if torch.compiler.is_compiling():
+        return _opaque_linear(x, weight, bias, gelu)
+    return _linear(x, weight, bias, gelu)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     kind, algorithm = ("gelu", "tanh") if gelu else ("none", "")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, kind, [], algorithm)
+
+
+# Inductor lowers the operator only with weights that it packed itself, so a compiled graph calls it as a black box.
+_opaque_linear = torch.library.custom_op("kinetoscope::onednn_linear", _linear, mutates_args=())
+
+
+@_opaque_linear.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
