@@ -72,6 +72,6 @@ def _download(repository: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
         why = "KINETOSCOPE_OFFLINE is set" if offline else f"the hub did not answer ({type(error).__name__})"
         raise ModelLoadError(
-            f"there is no local directory {repository!r}, the hub's cache does not hold a model of that name, and {why}. "
+            f"there is no local directory {repository!r}, the hub's cache holds no model of that name, and {why}. "
             f"Embedded models need no network: {', '.join(embedded_models())}"
         ) from error

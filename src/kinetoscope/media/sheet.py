@@ -36,10 +36,14 @@ def contact_sheet(
     """
     sizes = {v.shape[1:3] for v in videos}
     if len(sizes) != 1 or (labels and len(labels) != len(videos)):
-        raise InputError(f"a contact sheet needs videos of one size and a label each; got {len(videos)} of sizes {sizes}")
+        raise InputError(
+            f"a contact sheet needs videos of one size and a label each; got {len(videos)} of sizes {sizes}"
+        )
     height, width = (n * scale for n in sizes.pop())
     top = LINE if labels else 0
-    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, len(videos) * (height + top + MARGIN) + MARGIN), "white")
+    sheet = Image.new(
+        "RGB", (columns * (width + MARGIN) + MARGIN, len(videos) * (height + top + MARGIN) + MARGIN), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for row, video in enumerate(videos):
         y = MARGIN + row * (height + top + MARGIN)

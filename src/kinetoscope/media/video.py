@@ -28,7 +28,9 @@ def check_output(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"output {path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
+        raise OutputError(
+            f"output {path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}"
+        )
     if path.is_dir():
         raise OutputError(f"output {path} is a directory; name a file in it")
     parent = path.parent

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kinetoscope import __version__
 from kinetoscope.core.types import ForwardBatch
+from kinetoscope.engine.hooks import Interceptor
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.runtime.device import dtype_name
 
@@ -70,7 +71,7 @@ def make_record(
         "device": str(pipeline.args.device),
         "dtype": dtype_name(pipeline.args.dtype),
         "threads": torch.get_num_threads(),
-        "hooks": [h.name for h in [*pipeline.hooks, *batch.hooks]],
+        "interceptors": [h.name for h in [*pipeline.hooks, *batch.hooks] if isinstance(h, Interceptor)],
         "versions": versions(),
         "frames_sha256": frames_digest(batch.frames[index]),
     }

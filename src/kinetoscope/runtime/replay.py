@@ -12,9 +12,6 @@ from kinetoscope.media import check_output, read_metadata, write_video
 from kinetoscope.runtime.generator import GenerationResult, RunEvent, VideoGenerator
 from kinetoscope.runtime.record import FORMAT, frames_digest, versions
 
-KNOWN_HOOKS = {"perf", "trace", "progress"}
-"""Hooks that observe, and so need not be repeated."""
-
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
@@ -57,8 +54,9 @@ def replay(
         raise InputError(f"{path}: its replay record has format {record.get('format')!r}; this version reads {FORMAT}")
     if record["given_latents"]:
         raise InputError(f"{path} was made from latents given by a program; the file does not hold them")
-    if foreign := sorted(set(record["hooks"]) - KNOWN_HOOKS):
-        raise InputError(f"{path} was made with hooks that the file cannot repeat: {', '.join(foreign)}")
+    if record["interceptors"]:
+        names = ", ".join(record["interceptors"])
+        raise InputError(f"{path} was made with hooks of a program, which the file does not hold: {names}")
     generator = VideoGenerator.from_pretrained(
         model or record["model"],
         device=record["device"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from kinetoscope.core.errors import InputError
@@ -14,7 +14,7 @@ __all__ = ["WORLDS", "Clip", "Spec", "World", "get_world"]
 WORLDS = {"shapes": ShapesWorld}
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_world(name: str) -> World[Any]:
     """The world called `name`. Raises InputError, naming the known worlds, when there is none."""
     if name not in WORLDS:

@@ -53,9 +53,7 @@ class World(Protocol[SpecT]):
         """Every spec of a split ("train" or "heldout") in a fixed order; the two splits are disjoint."""
         ...
 
-    def render(
-        self, spec: SpecT, seed: int, *, height: int = 64, width: int = 64, num_frames: int = 33
-    ) -> np.ndarray:
+    def render(self, spec: SpecT, seed: int, *, height: int = 64, width: int = 64, num_frames: int = 33) -> np.ndarray:
         """The clip of `spec` as uint8 [T, H, W, 3], the same for the same (spec, seed, size)."""
         ...
 
