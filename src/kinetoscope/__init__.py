@@ -1,7 +1,7 @@
 """Kinetoscope: one engine for video diffusion models.
 
-    from kinetoscope import VideoGenerator
-    VideoGenerator.from_pretrained("tiny-t2v").generate_video("a red circle moving left", output_path="out.mp4")
+from kinetoscope import VideoGenerator
+VideoGenerator.from_pretrained("tiny-t2v").generate_video("a red circle moving left", output_path="out.mp4")
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class ModelDir:
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
-        """The parsed `kinetoscope.json` beside it, empty where there is none: what diffusers' index has no place for."""
+        """The parsed `kinetoscope.json` beside it (what diffusers' index has no place for), empty where there is none."""
         file = self.path / SIDECAR
         return read_json(file) if file.is_file() else {}
 
@@ -52,7 +52,8 @@ class ModelDir:
         known = [f.name for f in fields(SamplingParams)]
         if not isinstance(values, dict) or not values.keys() <= set(known):
             raise ModelLoadError(
-                f"{self.path / SIDECAR}: defaults must be an object with fields among {', '.join(known)}; got {values!r}"
+                f"{self.path / SIDECAR}: defaults must be an object with fields among {', '.join(known)}; "
+                f"got {values!r}"
             )
         return values
 
@@ -80,7 +81,8 @@ class ModelDir:
         """
         if component not in self.components():
             raise ModelLoadError(
-                f"{self.path / INDEX} lists no component {component!r}; it lists {', '.join(self.components()) or 'none'}"
+                f"{self.path / INDEX} lists no component {component!r}; "
+                f"it lists {', '.join(self.components()) or 'none'}"
             )
         folder = self.path / component
         if not folder.is_dir():

@@ -64,8 +64,9 @@ def write_card(folder: Path, recipe: Recipe, path: str, overrides: list[str], fa
     lines = [
         f"# {recipe.name}",
         "",
-        f"Text-to-video in the Wan 2.1 layout: {world.width}x{world.height} pixels, {world.num_frames} frames, over the "
-        f"procedural world `{world.name}`. Trained from nothing by this project's own trainer; no other data or weights.",
+        f"Text-to-video in the Wan 2.1 layout: {world.width}x{world.height} pixels, {world.num_frames} frames, over "
+        f"the procedural world `{world.name}`. Trained from nothing by this project's own trainer; no other data or "
+        "weights.",
         "",
         f"- command: `{command}` (seed {recipe.seed})",
         f"- hardware: {platform.machine()} CPU, {recipe.threads} threads; torch {torch.__version__}, "

@@ -54,11 +54,12 @@ class WorldSection(Section):
 
 
 class ClipMix(Section):
-    """One kind of VAE batch, drawn with a probability proportional to `weight`."""
+    """One kind of VAE batch, drawn with a probability proportional to `weight` once `start` of the training is over."""
 
     frames: Positive
     batch: Positive
     weight: float = Field(1.0, gt=0)
+    start: float = Field(0.0, ge=0, lt=1)
 
 
 class VaeSection(Section):

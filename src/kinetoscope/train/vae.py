@@ -22,9 +22,10 @@ START_LOG_VARIANCE = -5.0
 def build_vae(section: VaeSection, seed: int) -> Any:
     """A new autoencoder, initialised so that the signal passes through all layers from the first step.
 
-    torch's default shrinks it by a third at every convolution while biases stay, and the decoder then learns to ignore
-    the latents. Here each convolution keeps variance, sees only the current frame (the other taps start at zero, as
-    when an image model is inflated), and has no bias.
+    torch's default shrinks it by a third at every convolution while biases stay, and the decoder then learns to
+    ignore the latents. Here each convolution keeps variance, sees only the current frame (the other taps start at
+    zero, as when an image model is inflated), and has no bias. Halving time starts by taking the last frame, doubling
+    it by showing a frame twice: what was learned on single frames is where clips begin.
     """
     vae: Any = AutoencoderKLWan(**section.config)
     generator = step_generator(seed, 0)
@@ -35,7 +36,10 @@ def build_vae(section: VaeSection, seed: int) -> Any:
         now = weight[:, :, -1] if isinstance(layer, nn.Conv3d) else weight
         weight_now = randn(now.shape, generator) * (now[0].numel() ** -0.5)
         weight.zero_()
-        now.copy_(weight_now * (0.3 if name.endswith("conv2") else 0.0 if name.endswith("proj") else 1.0))
+        if name.endswith("time_conv"):
+            now[..., 0, 0] = torch.eye(now.shape[1]).repeat(now.shape[0] // now.shape[1], 1)
+        else:
+            now.copy_(weight_now * (0.3 if name.endswith("conv2") else 0.0 if name.endswith("proj") else 1.0))
         assert layer.bias is not None
         layer.bias.data.zero_()
     width = vae.config.z_dim
@@ -80,7 +84,7 @@ class VaeTask:
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """l1, l2, kl and their weighted total on one batch of one kind."""
-        video = self.batch(generator)
+        video = self.batch(step, generator)
         with torch.autocast("cpu", torch.bfloat16):
             latent = self.module.encode(video).latent_dist
             noise = randn(latent.mean.shape, generator)
@@ -92,10 +96,12 @@ class VaeTask:
         total = self.section.l1 * l1 + self.section.l2 * l2 + self.section.kl * kl
         return {"total": total, "l1": l1, "l2": l2, "kl": kl}
 
-    def batch(self, generator: torch.Generator) -> Tensor:
+    def batch(self, step: int, generator: torch.Generator) -> Tensor:
         """[B, 3, t, H, W]: windows of clips at a random time."""
-        weights = torch.tensor([k.weight for k in self.section.batches])
-        kind = self.section.batches[int(torch.multinomial(weights, 1, generator=generator))]
+        done = step / self.section.optimizer.steps
+        kinds = [k for k in self.section.batches if done >= k.start]
+        weights = torch.tensor([k.weight for k in kinds])
+        kind = kinds[int(torch.multinomial(weights, 1, generator=generator))]
         seeds = torch.randint(0, 2**31, (kind.batch,), generator=generator).tolist()
         room = self.world_section.num_frames - kind.frames
         starts = torch.randint(0, room + 1, (kind.batch,), generator=generator).tolist()

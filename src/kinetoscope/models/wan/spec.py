@@ -8,8 +8,16 @@ from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.wan.config import WanConfig
 
-__all__ = ["CONVENTION", "KEY_MAP", "NEGATIVE_PROMPT", "PRESETS", "TEXT_LENGTH", "TEXT_MODE", "WanConfig",
-"forward_flops"]
+__all__ = [
+    "CONVENTION",
+    "KEY_MAP",
+    "NEGATIVE_PROMPT",
+    "PRESETS",
+    "TEXT_LENGTH",
+    "TEXT_MODE",
+    "WanConfig",
+    "forward_flops",
+]
 
 KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=3.0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from kinetoscope.core.errors import ModelLoadError
-from kinetoscope.core.types import ExecutionArgs
+from kinetoscope.core.types import ExecutionArgs, SamplingParams
 from kinetoscope.loading import ModelDir
+from kinetoscope.models.wan.spec import PRESETS
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets.wan import WanTextToVideo
+from kinetoscope.reference import embedded_models
 
 PIPELINES: dict[str, type[ComposedPipeline]] = {"WanPipeline": WanTextToVideo}
 
@@ -30,3 +33,28 @@ def pipeline_class(model: ModelDir) -> type[ComposedPipeline]:
 def build_pipeline(model: ModelDir, args: ExecutionArgs, **options: Any) -> ComposedPipeline:
     """The pipeline of a directory; `options` are `ComposedPipeline`'s."""
     return pipeline_class(model)(model, args, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model that runs by name: embedded, or published on the hub."""
+
+    name: str
+    tasks: tuple[str, ...]
+    defaults: SamplingParams
+    where: str
+
+
+def known_models() -> list[KnownModel]:
+    """The embedded models, then the published ones that have presets.
+
+    Raises:
+        ModelLoadError: an embedded directory is damaged.
+    """
+    found: list[KnownModel] = []
+    for name, path in embedded_models().items():
+        model = ModelDir(path, name)
+        family = pipeline_class(model)
+        found.append(KnownModel(name, family.tasks, SamplingParams(**model.defaults), "embedded"))
+    found += [KnownModel(n, WanTextToVideo.tasks, params, "hub") for n, params in PRESETS.items()]
+    return found

@@ -1,0 +1,36 @@
+"""`kinetoscope doctor`: what this machine offers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+NAME = "doctor"
+HELP = "device, dtype and software of this machine, and which attention serves where and why"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts."""
+    from kinetoscope.runtime.doctor import examine
+
+    facts = examine(args.device)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print("software   " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
+    print(f"cpu        {facts['cpu']}, {facts['threads']} threads")
+    print(f"cuda       {', '.join(facts['cuda_devices']) or 'none'}")
+    print(f"default    device {facts['device']}, dtype {facts['dtype']}")
+    for dtype, table in facts["attention"].items():
+        print(f"attention in {dtype} on {facts['device']}")
+        for role, choice in table["roles"].items():
+            print(f"  {role:6} {choice['backend']:8} {choice['reason']}")
+        for backend, why in table["refused"].items():
+            print(f"  refused: {backend}: {why}")
+    return 0

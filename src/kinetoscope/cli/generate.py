@@ -1,0 +1,97 @@
+"""`kinetoscope generate`: a video from a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from kinetoscope.cli.options import (
+    DEFAULT_MODEL,
+    add_compute_options,
+    add_video_options,
+    compute_fields,
+    read_prompts,
+    video_fields,
+)
+from kinetoscope.core.errors import InputError, OutputError
+
+NAME = "generate"
+HELP = "make a video from a prompt"
+DEFAULT_PROMPT = "a large red circle moving left on a navy background"
+DEFAULT_OUTPUT = "outputs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("prompt", nargs="?", help=f'what to show (default: "{DEFAULT_PROMPT}")')
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="embedded name, directory or hub id (default: %(default)s)"
+    )
+    parser.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, instead of PROMPT")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what the unconditional branch reads")
+    parser.add_argument("--seed", type=int, default=0, help="of the first video (default: 0)")
+    parser.add_argument(
+        "--num-videos", type=int, default=1, metavar="N", help="videos a prompt, with seeds SEED, SEED+1, ..."
+    )
+    parser.add_argument("--fps", type=float, help="frames a second of the file")
+    parser.add_argument("--output", "-o", default=DEFAULT_OUTPUT, help="an .mp4 file, or a folder (default: outputs/)")
+    parser.add_argument("--trace", action="store_true", help="write a record of every step as JSON beside the video")
+    add_video_options(parser)
+    add_compute_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and tell where the files are and how long each stage took."""
+    if args.prompt is not None and args.prompts_file:
+        raise InputError("give a prompt or --prompts-file, not both")
+    if args.num_videos < 1:
+        raise InputError(f"--num-videos={args.num_videos} is not a positive number")
+    prompts = read_prompts(args.prompts_file) if args.prompts_file else [_default(args.prompt)]
+    seeds = [args.seed + i for _ in prompts for i in range(args.num_videos)]
+    prompts = [p for p in prompts for _ in range(args.num_videos)]
+
+    from kinetoscope.cli.progress import RunProgress
+    from kinetoscope.runtime.generator import VideoGenerator
+
+    generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args))
+    fields: dict[str, Any] = {**video_fields(args), "fps": args.fps, "negative_prompt": args.negative_prompt}
+    one = len(prompts) == 1
+    with RunProgress() as progress:
+        results = generator.generate_video(
+            prompts[0] if one else prompts,
+            seed=seeds[0] if one else seeds,
+            output_path=args.output,
+            on_event=progress.event,
+            trace=args.trace,
+            **fields,
+        )
+    for result in [results] if one else results:
+        params = result.params
+        print(
+            f"{result.path}  {params.width}x{params.height}, {params.num_frames} frames, "
+            f"{params.num_inference_steps} steps, seed {result.seed}"
+        )
+        if args.trace:
+            print(_write_trace(result))
+        timings = {k: v for k, v in result.timings.items() if v >= 0.0005}
+    print("  ".join(f"{stage.replace('_', ' ')} {seconds:.2f} s" for stage, seconds in timings.items()))
+    return 0
+
+
+def _default(prompt: str | None) -> str:
+    return DEFAULT_PROMPT if prompt is None else prompt
+
+
+def _write_trace(result: Any) -> Path:
+    """The step trace as JSON beside the video, through a temporary name."""
+    path = result.path.with_suffix(".trace.json")
+    temporary = path.with_suffix(".part")
+    try:
+        temporary.write_text(json.dumps(result.logging_info["step_trace"], indent=1), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"trace {path} cannot be written: {error}") from error
+    return path

@@ -1,0 +1,65 @@
+"""Parsing, and turning errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+from kinetoscope import __version__
+from kinetoscope.cli import doctor, evaluate, generate, info, models, replay, train
+from kinetoscope.core.errors import KinetoscopeError, RunCancelled
+
+COMMANDS = (generate, models, info, replay, doctor, train, evaluate)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="kinetoscope", description="Video diffusion with one engine: a prompt becomes a video."
+    )
+    parser.add_argument("--version", action="version", version=f"kinetoscope {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        sub = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 on success; 1 on an error, told in one line; 2 on a wrong command line; 130 when interrupted.
+    """
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("kinetoscope").setLevel(logging.INFO)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr)
+        return 130
+    except RunCancelled as error:
+        print(f"cancelled: {error}", file=sys.stderr)
+        return 130
+    except KinetoscopeError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except MemoryError:
+        print("error: out of memory; try a smaller --size or fewer --frames", file=sys.stderr)
+        return 1
+    except Exception as error:  # a fault of ours: still one line, and how to see more
+        if args.debug:
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or "no message"
+        print(f"error: {type(error).__name__}: {message} (kinetoscope --debug shows where)", file=sys.stderr)
+        return 1

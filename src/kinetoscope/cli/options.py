@@ -1,0 +1,79 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from kinetoscope.core.errors import InputError
+
+DEFAULT_MODEL = "tiny-t2v"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) from "HEIGHTxWIDTH"."""
+    height, x, width = text.lower().partition("x")
+    if not (x and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for instance 480x832")
+    return int(height), int(width)
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """Size, frames, steps, guidance and schedule."""
+    group = parser.add_argument_group("video (defaults come from the model)")
+    group.add_argument("--size", type=parse_size, metavar="HxW", help="height x width in pixels, for instance 480x832")
+    group.add_argument("--frames", type=int, metavar="N", help="number of frames")
+    group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    group.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance; 1 is off")
+    group.add_argument("--flow-shift", type=float, metavar="S", help="shift of the noise schedule")
+    group.add_argument("--scheduler", metavar="NAME", help="unipc, euler or dpm++")
+
+
+def video_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `generate_video` that `add_video_options` gave."""
+    height, width = args.size or (None, None)
+    return {
+        "height": height,
+        "width": width,
+        "num_frames": args.frames,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "flow_shift": args.flow_shift,
+        "scheduler": args.scheduler,
+    }
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how to compute."""
+    group = parser.add_argument_group("computing")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    group.add_argument(
+        "--attention", default="auto", metavar="NAME", help="attention backend, see `kinetoscope doctor`"
+    )
+    group.add_argument("--cfg", default="auto", help="guidance branches: auto, sequential or batched (default: auto)")
+    group.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow first step)")
+    group.add_argument("--perf-logging", action="store_true", default=None, help="log the time of every step")
+
+
+def compute_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `from_pretrained` that `add_compute_options` gave."""
+    names = ("device", "dtype", "threads", "attention", "cfg", "compile", "perf_logging")
+    return {name: getattr(args, name) for name in names}
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 text, or has no prompt.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - "-" and devices are fine too
+            prompts = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts file {path} cannot be read: {error}") from error
+    if not prompts:
+        raise InputError(f"prompts file {path} holds no prompt; write one a line")
+    return prompts

@@ -1,0 +1,30 @@
+"""`kinetoscope replay`: make a video again from the record inside it."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "replay"
+HELP = "make a video again from the record inside its file, and compare"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("file", help="an .mp4 written by kinetoscope")
+    parser.add_argument("--output", "-o", metavar="FILE", help="write the new video here")
+    parser.add_argument("--model", help="where the model is now, if it has moved")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if the frames are the recorded ones bit for bit, else 1."""
+    from kinetoscope.cli.progress import RunProgress
+    from kinetoscope.runtime.replay import replay
+
+    with RunProgress() as progress:
+        report = replay(args.file, args.output, model=args.model, on_event=progress.event)
+    if args.output:
+        print(args.output)
+    for line in report.differences:
+        print(f"differs: {line}")
+    print("identical: every frame is the same, bit for bit" if report.identical else "not identical")
+    return 0 if report.identical else 1

@@ -1,0 +1,28 @@
+"""`kinetoscope train`: make a reference model from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+NAME = "train"
+HELP = "train a model by a recipe; the same command continues an interrupted run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("recipe", help="a YAML file, for instance recipes/tiny_t2v.yaml")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="section.key=value"
+    )
+    parser.add_argument("--fresh", action="store_true", help="refuse to continue an earlier run in the same folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print where the model is."""
+    from kinetoscope.cli.progress import RunProgress
+    from kinetoscope.train.run import run_recipe
+
+    with RunProgress() as progress:
+        model = run_recipe(args.recipe, args.overrides, fresh=args.fresh, on_progress=progress.training)
+    print(model)
+    return 0
