@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -127,24 +128,27 @@ def embedded(model: str, dtype: str, count: int) -> dict[str, Any]:
             zip(("prompt_embeds", "negative_prompt_embeds"), pipeline.encode_prompt(PROMPT, NEGATIVE), strict=True)
         )
     timings: dict[str, float] = {}
+    prompts = (f"{PROMPT} {index}" for index in itertools.count())  # always a new one: ours remembers encoded prompts
 
     def theirs_latents() -> Tensor:
         return pipeline(**embeds, **fields, generator=generator_for(0), output_type="latent").frames
 
-    def theirs_video() -> Any:
-        return pipeline(PROMPT, NEGATIVE, **fields, generator=generator_for(0), output_type="np").frames
+    def theirs_video(prompt: str) -> Any:
+        return pipeline(prompt, NEGATIVE, **fields, generator=generator_for(0), output_type="np").frames
 
-    def our_video() -> Any:
-        return ours.generate_video(PROMPT, NEGATIVE, seed=0)
+    def our_video(prompt: str) -> Any:
+        return ours.generate_video(prompt, NEGATIVE, seed=0)
 
     def our_denoising() -> float:
-        timings.update(our_video().timings)
+        timings.update(our_video(next(prompts)).timings)
         return timings["denoising"]
 
-    expected, result = theirs_video()[0], our_video()
+    expected, result = theirs_video(PROMPT)[0], our_video(PROMPT)
     difference = np.abs(np.round(expected * 255) - result.frames).max()
     denoising = pairs(lambda: seconds(theirs_latents), our_denoising, count)
-    end_to_end = pairs(lambda: seconds(theirs_video), lambda: seconds(our_video), count)
+    end_to_end = pairs(
+        lambda: seconds(lambda: theirs_video(next(prompts))), lambda: seconds(lambda: our_video(next(prompts))), count
+    )
     return {
         "model": model,
         "dtype": dtype,
