@@ -1,6 +1,7 @@
 """Find random numbers drawn without a generator: `python -m lint.bare_random FOLDER ...`.
 
-torch's global generator couples every piece of code that draws from it, so that one more draw anywhere changes all videos.
+torch's global generator couples every piece of code that draws from it, so that one more draw anywhere changes all
+videos.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class ReferencesContract(Contract):
     Options:
         modules: patterns of modules of the root package.
         roots: names of packages; `*` is every package.
-        allowed, forbidden: patterns as `lint.references.matches` has them; `{package}` is the importing module's package.
+        allowed, forbidden: patterns as `lint.references.matches` has them; `{package}` is the importing module's
+            package.
     """
 
     type_name = "references"

@@ -18,8 +18,8 @@ class Reference(NamedTuple):
 def references(source: str) -> list[Reference]:
     """Every imported dotted name of `source`, extended by the attributes read from it.
 
-    `import a.b` and `from a import b` give `a.b`; `import a` followed by `a.b.c` or `getattr(a, "b")` gives `a`, and `a.b.c`
-    or `a.b`; the string "a.b" gives a spelled `a.b`.
+    `import a.b` and `from a import b` give `a.b`; `import a` followed by `a.b.c` or `getattr(a, "b")` gives `a`, and
+    `a.b.c` or `a.b`; the string "a.b" gives a spelled `a.b`.
     """
     tree = ast.parse(source)
     aliases: dict[str, str] = {}
@@ -48,7 +48,7 @@ def references(source: str) -> list[Reference]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `name` fits `pattern`: part by part as file names do, a last part `**` standing for anything below or nothing."""
+    """Whether `name` fits `pattern`, part by part as file names do; a last part `**` is anything below, or nothing."""
     parts, wanted = name.split("."), pattern.split(".")
     if wanted[-1] == "**":
         wanted.pop()

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kinetoscope.core.errors import KinetoscopeError
+from kinetoscope.core.version import __version__
 
 if TYPE_CHECKING:
     from kinetoscope.runtime.generator import GenerationResult, VideoGenerator
 
-__version__ = "0.1.0"
+
 __all__ = ["GenerationResult", "KinetoscopeError", "VideoGenerator", "__version__"]
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_tiny_wan
 
 from kinetoscope import VideoGenerator
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.loading import resolve_model
 from kinetoscope.pipelines.presets import build_pipeline
+from tiny import make_tiny_wan
 
 PROMPT, NEGATIVE = "a red circle moving left on black", "a blue cat"
 STEPS = 8
@@ -46,7 +46,9 @@ def oracle_run(oracle: Any, output: str, size: tuple[int, int, int], guidance: f
     ).frames
 
 
-def our_run(generator: VideoGenerator, size: tuple[int, int, int], guidance: float, seeds: list[int], **more: Any) -> Any:
+def our_run(
+    generator: VideoGenerator, size: tuple[int, int, int], guidance: float, seeds: list[int], **more: Any
+) -> Any:
     frames, height, width = size
     return generator.generate_video(
         [PROMPT] * len(seeds),

@@ -8,14 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_tiny_wan
 
 from kinetoscope import VideoGenerator
-from kinetoscope.core.errors import CompositionError, ConfigError, InputError, KinetoscopeError, ModelLoadError, OutputError
+from kinetoscope.core.errors import (
+    CompositionError,
+    ConfigError,
+    InputError,
+    KinetoscopeError,
+    ModelLoadError,
+    OutputError,
+)
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.protocols import Event
 from kinetoscope.media import read_video
 from kinetoscope.pipelines.composed import StageEvent
+from tiny import make_tiny_wan
 
 SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "fps": 8}
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tiny_wan
 
 from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import InputError, ModelLoadError
 from kinetoscope.engine.hooks.base import Interceptor
 from kinetoscope.media import read_metadata
 from kinetoscope.runtime.replay import replay
+from tiny import make_tiny_wan
 
 SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "fps": 8}
 
@@ -26,7 +26,9 @@ def tiny(tmp_path: Path) -> Path:
 
 def test_replay_gives_the_same_bytes_and_restores_the_threads(tiny: Path, tmp_path: Path) -> None:
     generator = VideoGenerator.from_pretrained(tiny, device="cpu", scheduler="dpm++", threads=2)
-    first = generator.generate_video("a red cat", "a circle", seed=7, output_path=tmp_path / "a.mp4", trace=True, **SMALL)
+    first = generator.generate_video(
+        "a red cat", "a circle", seed=7, output_path=tmp_path / "a.mp4", trace=True, **SMALL
+    )
     torch.set_num_threads(1)
     report = replay(first.path, tmp_path / "b.mp4")
     assert report.identical and report.differences == ()

@@ -1,4 +1,4 @@
-"""The trainer: exact resume, recipes that explain their mistakes, and a whole recipe in miniature that diffusers loads."""
+"""The trainer: exact resume, recipes that explain their mistakes, a whole recipe in miniature that diffusers loads."""
 
 from __future__ import annotations
 

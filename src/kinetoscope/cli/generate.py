@@ -54,20 +54,17 @@ def run(args: argparse.Namespace) -> int:
 
     from kinetoscope.cli.progress import RunProgress
     from kinetoscope.runtime.generator import VideoGenerator
+    from kinetoscope.runtime.request import output_paths
 
     generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args))
     fields: dict[str, Any] = {**video_fields(args), "fps": args.fps, "negative_prompt": args.negative_prompt}
     one = len(prompts) == 1
+    output = [p for p in output_paths(args.output, prompts, seeds, one=one) if p]
     with RunProgress() as progress:
         results = generator.generate_video(
-            prompts[0] if one else prompts,
-            seed=seeds[0] if one else seeds,
-            output_path=args.output,
-            on_event=progress.event,
-            trace=args.trace,
-            **fields,
+            prompts, seed=seeds, output_path=output, on_event=progress.event, trace=args.trace, **fields
         )
-    for result in [results] if one else results:
+    for result in results:
         params = result.params
         print(
             f"{result.path}  {params.width}x{params.height}, {params.num_frames} frames, "
@@ -75,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.trace:
             print(_write_trace(result))
-        timings = {k: v for k, v in result.timings.items() if v >= 0.0005}
-    print("  ".join(f"{stage.replace('_', ' ')} {seconds:.2f} s" for stage, seconds in timings.items()))
+    timings = results[-1].timings.items()
+    print("  ".join(f"{stage.replace('_', ' ')} {seconds:.2f} s" for stage, seconds in timings if seconds >= 0.0005))
     return 0
 
 

@@ -8,9 +8,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from kinetoscope import __version__
 from kinetoscope.cli import doctor, evaluate, generate, info, models, replay, train
 from kinetoscope.core.errors import KinetoscopeError, RunCancelled
+from kinetoscope.core.version import __version__
 
 COMMANDS = (generate, models, info, replay, doctor, train, evaluate)
 

@@ -73,7 +73,7 @@ def load_component(model: ModelDir, name: str, *, dtype: torch.dtype, device: to
 
 
 def _load_vae(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
 
     config = {k: v for k, v in model.config(name).items() if not k.startswith("_")}
     with torch.device("meta"):

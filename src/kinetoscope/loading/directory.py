@@ -37,7 +37,7 @@ class ModelDir:
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
-        """The parsed `kinetoscope.json` beside it (what diffusers' index has no place for), empty where there is none."""
+        """The parsed `kinetoscope.json` beside it: what diffusers' index has no place for. Empty if there is none."""
         file = self.path / SIDECAR
         return read_json(file) if file.is_file() else {}
 

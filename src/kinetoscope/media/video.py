@@ -10,6 +10,8 @@ from typing import Any
 
 import av
 import numpy as np
+from av.codec.context import Flags as CodecFlags
+from av.error import FFmpegError
 
 from kinetoscope.core.errors import InputError, OutputError
 
@@ -66,7 +68,7 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, metadata: dict[
         path.parent.mkdir(parents=True, exist_ok=True)
         _encode(temporary, frames, fps, metadata)
         temporary.replace(path)
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, FFmpegError) as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -83,7 +85,7 @@ def _encode(path: Path, frames: Frames, fps: float, metadata: dict[str, Any] | N
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": CRF, "preset": "medium", "threads": "1"}
         stream.thread_count = 1
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact
+        stream.codec_context.flags |= CodecFlags.bitexact
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
@@ -100,7 +102,7 @@ def read_video(path: str | Path) -> tuple[Frames, float]:
             stream = container.streams.video[0]
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
             rate = float(stream.average_rate or 0)
-    except (av.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise InputError(f"{path} is not a readable video ({error})") from error
     if not frames:
         raise InputError(f"{path} holds no frames")
@@ -116,7 +118,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         with _open(path) as container:
             text = container.metadata.get("comment")
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise InputError(f"{path} is not a readable video ({error})") from error
     try:
         value = json.loads(text or "")

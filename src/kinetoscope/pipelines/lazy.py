@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -33,4 +33,4 @@ class Lazy(Generic[T]):
 
 def resolve(value: T | Lazy[T]) -> T:
     """`value` itself, or what it lazily stands for."""
-    return value.get() if isinstance(value, Lazy) else value
+    return cast(Lazy[T], value).get() if isinstance(value, Lazy) else value

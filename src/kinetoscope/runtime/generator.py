@@ -150,8 +150,10 @@ class VideoGenerator:
         check_params(params, self.pipeline.geometry)
         return params
 
-    @overload
-    def generate_video(self, prompt: str, *args: Any, **fields: Any) -> GenerationResult: ...
+    @overload  # a str is a sequence of str too, but then it is one prompt
+    def generate_video(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: str, *args: Any, **fields: Any
+    ) -> GenerationResult: ...
     @overload
     def generate_video(self, prompt: Sequence[str], *args: Any, **fields: Any) -> list[GenerationResult]: ...
     def generate_video(

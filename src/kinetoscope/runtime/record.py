@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from kinetoscope import __version__
 from kinetoscope.core.types import ForwardBatch
+from kinetoscope.core.version import __version__
 from kinetoscope.engine.hooks import Interceptor
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.runtime.device import dtype_name

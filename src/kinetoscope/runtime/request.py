@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -100,7 +100,7 @@ class VideoPlan:
 
 def _one_each(name: str, value: T | Sequence[T], count: int) -> list[T]:
     if isinstance(value, (str, int)):
-        return [value] * count
+        return cast(list[T], [value] * count)
     if not isinstance(value, Sequence):
         raise InputError(f"{name}={value!r} is neither one value nor a list of them")
     if len(value) != count:
@@ -134,7 +134,9 @@ def output_paths(
 ) -> list[Path | None]:
     """Where each video goes; None for those that are not written.
 
-    A single path is a file when there is one prompt and the path has a suffix; else it is a directory.
+    Args:
+        output: a file (with a suffix, for `one` video), a directory, or one path each.
+        one: whether a single video was asked for, not a list of one.
 
     Raises:
         InputError: a list of paths of the wrong length, or the same file twice.

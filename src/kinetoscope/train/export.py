@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kinetoscope import __version__
+from kinetoscope.core.version import __version__
 from kinetoscope.diffusion.scheduler import SCHEDULERS
 from kinetoscope.train.recipe import Recipe
 

@@ -42,8 +42,10 @@ def prepare_latents(
     latents: Any = np.load(part, mmap_mode="r+") if done else None
     for start in range(done, clips, ENCODE_BATCH):
         seeds = range(start, min(start + ENCODE_BATCH, clips))
-        size = {"height": world.height, "width": world.width, "num_frames": world.num_frames}
-        z = (encode(vae, to_video([source.sample(s, **size).frames for s in seeds])) - mean) / std
+        videos = [
+            source.sample(s, height=world.height, width=world.width, num_frames=world.num_frames).frames for s in seeds
+        ]
+        z = (encode(vae, to_video(videos)) - mean) / std
         if latents is None:
             latents = np.lib.format.open_memmap(part, "w+", np.float16, (clips, *z.shape[1:]))
         latents[seeds.start : seeds.stop] = z.to(torch.float16).numpy()

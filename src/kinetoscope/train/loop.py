@@ -36,7 +36,9 @@ class Task(Protocol):
     """
 
     name: str
-    module: nn.Module
+
+    @property
+    def module(self) -> nn.Module: ...
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalar terms of a step by name; `total` is minimised. All randomness comes from `step` and `generator`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from kinetoscope.diffusion.noise import randn
@@ -114,7 +114,7 @@ class VaeTask:
 
     @torch.no_grad()
     def calibrate(self, seed: int) -> dict[str, float]:
-        """Measure mean and deviation of the latents over clips, put them into the VAE's config, and report PSNR (dB)."""
+        """Measure mean and deviation of the latents, put them into the VAE's config, and report the PSNR (dB)."""
         clips = [self._clip(seed + i) for i in range(self.section.calibration_clips)]
         latents = torch.cat([encode(self.module, to_video([c])) for c in clips])
         mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))

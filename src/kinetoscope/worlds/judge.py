@@ -99,7 +99,7 @@ def _read_outline(cover: Array, y: Array, x: Array) -> tuple[str, str]:
     return min(errors, key=lambda k: errors[k])
 
 
-def _misfit(cover: Array, y: float, x: float, shape: str, radius: float) -> float:
+def _misfit(cover: Array, y: Any, x: Any, shape: str, radius: float) -> float:
     """Squared difference between a frame's coverage and a stamp on the same centroid."""
     _, mid_y, mid_x = _template(shape, radius, 0, 0)
     top, left = y - mid_y, x - mid_x

@@ -34,7 +34,7 @@ class WanTextToVideo(ComposedPipeline):
         self.geometry = VideoGeometry(
             spatial=vae.get("scale_factor_spatial", 8),
             temporal=vae.get("scale_factor_temporal", 4),
-            patch=tuple(config.patch_size),
+            patch=config.patch_size,
             max_positions=config.rope_max_seq_len,
         )
         self.add_stage("validation", InputValidationStage(self.geometry))
