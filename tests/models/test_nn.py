@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,20 @@ def test_linear_gelu_calls_a_layer_that_was_replaced_or_hooked() -> None:
         layer.register_forward_hook(lambda *_: calls.append(1))
         linear_gelu(layer, x)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 1, 1), (3, 1, 1)])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1)])
+def test_fast_convolutions_equal_plain_ones(kernel: tuple[int, int, int], stride: int, padding: int) -> None:
+    plain = nn.Conv3d(6, 8, kernel, stride=stride, padding=padding)
+    fast = copy.deepcopy(onednn.speed_up_convolutions(copy.deepcopy(plain)))
+    x = torch.randn(1, 6, 5, 9, 7, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x), rtol=0, atol=1e-5)
+        fast.weight.zero_()  # the copy uses its own weight
+        torch.testing.assert_close(fast(x), fast.bias.view(1, 8, 1, 1, 1).expand_as(plain(x)))
+    assert torch.autograd.grad(fast(x).sum(), fast.weight)[0].abs().sum() > 0
+    assert fast.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_modulated_norm_for_all_tokens_equals_one_a_token() -> None:

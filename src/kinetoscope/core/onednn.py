@@ -1,14 +1,17 @@
-"""oneDNN's matrix product for inference on a CPU: the one place that touches torch's operator for it.
+"""oneDNN's kernels for inference on a CPU: the one place that touches torch's operators for them.
 
-torch multiplies float32 matrices with MKL, which takes narrow vector kernels on processors of other makers: on an AMD
-EPYC of family 26 it reaches 95 GFLOP/s a core where oneDNN reaches 210, at the same accuracy. The operator is the one
-`torch.compile` emits. It has no gradient and knows no autocast, so it serves inference only; callers keep a plain path.
+torch multiplies float32 matrices with MKL, also inside small 3D convolutions, and MKL takes narrow vector kernels on
+processors of other makers: on an AMD EPYC of family 26 it reaches 95 GFLOP/s a core where oneDNN reaches 210, at the
+same accuracy. The operators are those `torch.compile` emits. They have no gradient and know no autocast, so they serve
+inference only; callers keep a plain path.
 """
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -46,3 +49,23 @@ _opaque_linear = torch.library.custom_op("kinetoscope::onednn_linear", _linear, 
 @_opaque_linear.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def speed_up_convolutions(module: nn.Module) -> nn.Module:
+    """Let oneDNN compute the 3D convolutions of somebody else's module (a VAE) in inference; returns the module.
+
+    Layers, names and parameters stay as they are, and training takes the plain path.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv3d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            layer._conv_forward = MethodType(_conv_forward, layer)  # pyright: ignore[reportPrivateUsage]
+    return module
+
+
+def _conv_forward(layer: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`nn.Conv3d._conv_forward`, which subclasses reach through `forward`."""
+    pointwise = max(layer.kernel_size) == 1  # a plain product, for which the call costs more than it saves
+    if pointwise or input.ndim != 5 or torch.compiler.is_compiling() or not onednn_serves(input, weight):
+        return nn.Conv3d._conv_forward(layer, input, weight, bias)  # pyright: ignore[reportPrivateUsage]
+    sizes = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+    return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *sizes, "none", [], "")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kinetoscope.core.errors import KinetoscopeError, ModelLoadError
+from kinetoscope.core.onednn import speed_up_convolutions
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 from kinetoscope.loading.directory import ModelDir
 from kinetoscope.loading.weights import load_weights
@@ -78,7 +79,7 @@ def _load_vae(model: ModelDir, name: str, dtype: torch.dtype, device: torch.devi
     config = {k: v for k, v in model.config(name).items() if not k.startswith("_")}
     with torch.device("meta"):
         vae: Any = AutoencoderKLWan(**config)
-    return load_weights(vae, model.folder(name), dtype=lambda _: torch.float32, device=device)
+    return speed_up_convolutions(load_weights(vae, model.folder(name), dtype=lambda _: torch.float32, device=device))
 
 
 def _load_umt5(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
