@@ -48,7 +48,7 @@ class TestWan(FamilyContract):
         return {
             "latents": torch.randn(shape, generator=generator),
             "timestep": 1000 * torch.rand(rows, generator=generator),
-            "encoder_hidden_states": padded_text([7, 3, 12][:rows], generator),
+            "encoder_hidden_states": padded_text([7, 3, 40][:rows], generator),
         }
 
     def call_oracle(self, oracle: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -60,7 +60,7 @@ class TestWanFolded(TestWan):
     """The same, the padding folded into one token."""
 
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
-        lengths = torch.tensor([7, 3, 12][: shape[0]])
+        lengths = torch.tensor([7, 3, 40][: shape[0]])
         return super().inputs(shape, generator) | {"text_lengths": lengths}
 
     def call_oracle(self, oracle: nn.Module, inputs: dict[str, Any]) -> Tensor:
