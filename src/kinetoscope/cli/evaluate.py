@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kinetoscope.cli.files import check_file, write_text
 from kinetoscope.cli.options import DEFAULT_MODEL, add_compute_options, add_video_options, compute_fields, video_fields
-from kinetoscope.core.errors import InputError, OutputError
+from kinetoscope.core.errors import InputError
 
 NAME = "eval"
 HELP = "score prompt following on captions never trained on, with the judge of the model's world"
+BATCH = 8
 SHEET_ROWS = 16
+SCORES = "## Scores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first video and of the choice of captions")
     parser.add_argument("--json", metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--sheet", metavar="FILE", help=f"write a contact sheet of the first {SHEET_ROWS} videos (PNG)")
+    parser.add_argument("--card", action="store_true", help="write the scores into the README.md of the model")
     add_video_options(parser)
     add_compute_options(parser)
 
@@ -30,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Generate, judge, and print scores beside ground truth and chance."""
     if args.n < 1:
         raise InputError(f"--n={args.n} is not a positive number")
+    for path, suffix in ((args.json, ".json"), (args.sheet, ".png")):
+        if path:
+            check_file(path, suffix)
 
     from kinetoscope.cli.progress import RunProgress
     from kinetoscope.evaluation import as_json, as_table, baselines, flicker, heldout_specs, prompt_following
@@ -38,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.worlds import get_world
 
     generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args))
-    name = generator.pipeline.model.sidecar.get("world")
+    model = generator.pipeline.model
+    name = model.sidecar.get("world")
     if name is None:
         raise InputError(f"{args.model} names no world in its kinetoscope.json, so there is no judge for it")
     world = get_world(name)
@@ -46,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     videos: list[Any] = []
     fields = video_fields(args)
     with RunProgress() as progress:
-        for start in range(0, args.n, 8):
-            part = specs[start : start + 8]
+        for start in range(0, args.n, BATCH):
+            part = specs[start : start + BATCH]
             seeds = [args.seed + start + i for i in range(len(part))]
             results = generator.generate_video([s.caption() for s in part], seed=seeds, batch_size=len(part), **fields)
             videos += [r.frames for r in results]
@@ -58,27 +66,35 @@ def run(args: argparse.Namespace) -> int:
         **baselines(world, specs, args.seed, height=h, width=w, num_frames=t),
     }
     steadiness = sorted(flicker(v) for v in videos)[len(videos) // 2] if t >= 3 else None
-    print(f"{args.n} videos of {name} captions that were never trained on; 95 % intervals\n")
-    print(as_table(reports))
+    title = f"{args.n} videos of captions of the world `{name}` that were never trained on, with 95 % intervals:"
+    table = as_table(reports)
     if steadiness is not None:
-        print(f"\nflicker of the background, median: {steadiness:.2f} grey levels")
+        table += f"\n\nFlicker of the background, median over the videos: {steadiness:.2f} grey levels."
+    print(f"{title}\n\n{table}")
     if args.json:
+        facts = {"model": model.name, "model_hash": model.fingerprint(), "n": args.n, "seed": args.seed}
         scores = {k: as_json(v) for k, v in reports.items()}
-        _write_json(
-            Path(args.json), {"name": args.model, "n": args.n, "seed": args.seed, "flicker": steadiness, **scores}
-        )
+        write_text(Path(args.json), json.dumps({**facts, "flicker": steadiness, **scores}, indent=2) + "\n")
     if args.sheet:
         rows = min(SHEET_ROWS, args.n)
         contact_sheet(videos[:rows], args.sheet, labels=[s.caption() for s in specs[:rows]], columns=9)
+    if args.card:
+        card = model.path / "README.md"
+        before = card.read_text(encoding="utf-8").partition(SCORES)[0].rstrip() if card.exists() else f"# {model.name}"
+        command = f"`{_command(args)}`"
+        write_text(card, f"{before}\n\n{SCORES}\n\n{command}\n\n{title}\n\n{table}\n")
     return 0
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}") from error
+def _command(args: argparse.Namespace) -> str:
+    """What was typed, as far as it sets the scores."""
+    given = video_fields(args)
+    size = [f"--size {given['width']}x{given['height']}"] if given["width"] else []
+    names = {"num_frames": "frames", "num_inference_steps": "steps"}
+    rest = [
+        f"--{names.get(k, k).replace('_', '-')} {v}"
+        for k, v in given.items()
+        if v is not None and k not in ("height", "width")
+    ]
+    dtype = [] if args.dtype == "auto" else [f"--dtype {args.dtype}"]
+    return " ".join(["kinetoscope eval", args.model, f"--n {args.n} --seed {args.seed}", *size, *rest, *dtype])

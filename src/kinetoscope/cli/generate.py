@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
@@ -15,7 +16,7 @@ from kinetoscope.cli.options import (
     read_prompts,
     video_fields,
 )
-from kinetoscope.core.errors import InputError, OutputError
+from kinetoscope.core.errors import InputError
 
 NAME = "generate"
 HELP = "make a video from a prompt"
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("give a prompt or --prompts-file, not both")
     if args.num_videos < 1:
         raise InputError(f"--num-videos={args.num_videos} is not a positive number")
-    prompts = read_prompts(args.prompts_file) if args.prompts_file else [_default(args.prompt)]
+    prompts = read_prompts(args.prompts_file) if args.prompts_file else [_given_or_default(args.prompt)]
     seeds = [args.seed + i for _ in prompts for i in range(args.num_videos)]
     prompts = [p for p in prompts for _ in range(args.num_videos)]
 
@@ -77,18 +78,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default(prompt: str | None) -> str:
+def _given_or_default(prompt: str | None) -> str:
     return DEFAULT_PROMPT if prompt is None else prompt
 
 
 def _write_trace(result: Any) -> Path:
-    """The step trace as JSON beside the video, through a temporary name."""
-    path = result.path.with_suffix(".trace.json")
-    temporary = path.with_suffix(".part")
-    try:
-        temporary.write_text(json.dumps(result.logging_info["step_trace"], indent=1), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"trace {path} cannot be written: {error}") from error
-    return path
+    """The step trace as JSON beside the video."""
+    return write_text(
+        result.path.with_suffix(".trace.json"), json.dumps(result.logging_info["step_trace"], indent=1) + "\n"
+    )

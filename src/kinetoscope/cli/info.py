@@ -40,7 +40,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"  tokens     {plan.tokens:,} a row, {plan.forwards} rows in all")
     print(f"  compute    {plan.pflop:.4g} PFLOP in the transformer")
     print(
-        f"  memory     {plan.weight_bytes / 2**30:.2f} GiB of weights, "
-        f"about {plan.activation_bytes / 2**30:.2f} GiB of transformer activations"
+        f"  memory     {_amount(plan.weight_bytes)} of weights, "
+        f"about {_amount(plan.activation_bytes)} of transformer activations"
     )
     return 0
+
+
+def _amount(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

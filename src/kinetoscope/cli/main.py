@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -45,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cancelled", file=sys.stderr)
         return 130
     except RunCancelled as error:
-        print(f"cancelled: {error}", file=sys.stderr)
+        print(f"cancelled: {_one_line(error)}", file=sys.stderr)
         return 130
     except KinetoscopeError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read our output went away; nothing is left to tell, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
         print("error: out of memory; try a smaller --size or fewer --frames", file=sys.stderr)
@@ -60,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a fault of ours: still one line, and how to see more
         if args.debug:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or "no message"
-        print(f"error: {type(error).__name__}: {message} (kinetoscope --debug shows where)", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {_one_line(error)} (kinetoscope --debug shows where)", file=sys.stderr)
         return 1
+
+
+def _one_line(error: BaseException) -> str:
+    """The message on one line."""
+    return " ".join(str(error).split()) or "no message"

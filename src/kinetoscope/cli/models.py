@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 NAME = "models"
-HELP = "list embedded models and supported published ones"
+HELP = "list the embedded models and the published ones that run by name"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,19 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A table of models with task, default video and where they come from."""
-    from rich.console import Console
-    from rich.table import Table
-
     from kinetoscope.pipelines.presets import known_models
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("model", "task", "video", "steps", "guidance", "where"):
-        table.add_column(column, no_wrap=column == "model")
+    rows = [("model", "task", "video", "steps", "guidance", "where")]
     for model in known_models():
         p = model.defaults
         video = f"{p.width}x{p.height}, {p.num_frames} frames"
-        table.add_row(
-            model.name, ", ".join(model.tasks), video, str(p.num_inference_steps), f"{p.guidance_scale:g}", model.where
+        rows.append(
+            (model.name, ",".join(model.tasks), video, str(p.num_inference_steps), f"{p.guidance_scale:g}", model.where)
         )
-    Console().print(table)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0

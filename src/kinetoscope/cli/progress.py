@@ -1,33 +1,44 @@
-"""Progress of a run: a bar with step time and time left on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar with step time and time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+PLAIN_SECONDS = 10.0
+"""Time between two lines where there is no terminal."""
+
 
 class RunProgress:
-    """Shows the events of `VideoGenerator` and the progress of trainings. Use as a context manager."""
+    """Shows the events of `VideoGenerator`, the progress of trainings, or a count. Use as a context manager.
 
-    def __init__(self, videos: int = 1) -> None:
-        self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
+    Attributes:
+        seconds: stage -> seconds over all runs so far.
+    """
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
+        self._live = console.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[pace]}"),
             TimeRemainingColumn(),
-            console=self._console,
+            console=console,
             transient=True,
             disable=not self._live,
         )
         self._task: TaskID | None = None
-        self._videos = videos
+        self._label = ""
+        self._begun = self._told = 0.0
+        self._first = 0
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -42,35 +53,40 @@ class RunProgress:
         """One event of a generation."""
         if event.kind == "stage_start":
             self._start(event.stage.replace("_", " "))
+        elif event.kind == "stage_end":
+            self.seconds[event.stage] = self.seconds.get(event.stage, 0.0) + event.seconds
         elif event.kind == "step":
             self._advance(event.step.index + 1, event.step.count)
 
     def training(self, progress: Any) -> None:
         """One `train.Progress`."""
+        if not self._label.startswith(progress.task):
+            self._start(progress.task, done=progress.step - 1)
         loss = progress.losses.get("total")
-        label = progress.task + (f" loss {loss:.4f}" if loss is not None else "")
-        if self._live:
-            if self._task is None or progress.step == 1:
-                self._start(label)
-            assert self._task is not None
-            self._bar.update(self._task, description=label)
-            self._advance(progress.step, progress.steps)
-        elif progress.step % 100 == 0 or progress.step == progress.steps:
-            print(f"{label} step {progress.step}/{progress.steps}", file=sys.stderr, flush=True)
+        self._label = progress.task + ("" if loss is None else f" loss {loss:.4f}")
+        self._advance(progress.step, progress.steps)
 
     def items(self, label: str, done: int, total: int) -> None:
         """A plain count."""
-        if self._task is None:
+        if self._label != label:
             self._start(label)
         self._advance(done, total)
 
-    def _start(self, label: str) -> None:
+    def _start(self, label: str, done: int = 0) -> None:
+        """A new bar; `done` were finished before the clock started."""
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(label, total=None, pace="")
+        self._label, self._first = label, done
+        self._begun = self._told = time.monotonic()
 
     def _advance(self, done: int, total: int) -> None:
-        assert self._task is not None
-        task = next(t for t in self._bar.tasks if t.id == self._task)
-        pace = f"{task.elapsed / done * 1e3:.0f} ms each" if task.elapsed and done else ""
-        self._bar.update(self._task, completed=done, total=total, pace=pace)
+        now = time.monotonic()
+        each = (now - self._begun) / max(done - self._first, 1)
+        pace = f"{each * 1e3:.0f} ms each"
+        if self._live and self._task is not None:
+            self._bar.update(self._task, description=self._label, completed=done, total=total, pace=pace)
+        elif now - self._told >= PLAIN_SECONDS:
+            self._told = now
+            left = f"{each * (total - done):.0f} s left"
+            print(f"{self._label}: {done} of {total}, {pace}, {left}", file=sys.stderr, flush=True)
