@@ -61,19 +61,22 @@ class VideoRequest:
         ).over(defaults)
         check_params(params, geometry)
         one = isinstance(self.prompt, str)
+        if not isinstance(self.prompt, (str, list, tuple)):
+            raise InputError(f"prompt={self.prompt!r} is neither text nor a list of texts")
         prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
         if not prompts:
             raise InputError("the list of prompts is empty")
         negative = self.negative_prompt if self.negative_prompt is not None else params.negative_prompt or ""
         seeds = _one_each("seed", self.seed, len(prompts))
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            check_text(prompt, seed)
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"batch_size={self.batch_size} is not a positive number")
+        negatives = _one_each("negative_prompt", negative, len(prompts))
+        for prompt, unwanted, seed in zip(prompts, negatives, seeds, strict=True):
+            check_text(prompt, seed, unwanted)
+        if self.batch_size is not None and not (type(self.batch_size) is int and self.batch_size > 0):
+            raise InputError(f"batch_size={self.batch_size!r} is not a positive whole number")
         return VideoPlan(
             params,
             prompts,
-            _one_each("negative_prompt", negative, len(prompts)),
+            negatives,
             seeds,
             _with_batch(self.latents, len(prompts)),
             output_paths(self.output_path, prompts, seeds, one=one),
@@ -111,6 +114,8 @@ def _one_each(name: str, value: T | Sequence[T], count: int) -> list[T]:
 def _with_batch(latents: Tensor | None, count: int) -> Tensor | None:
     if latents is None:
         return None
+    if not isinstance(latents, Tensor):
+        raise InputError(f"latents are a {type(latents).__name__}, not a tensor")
     latents = latents.unsqueeze(0) if latents.ndim == 4 else latents
     if latents.ndim != 5 or len(latents) != count:
         raise InputError(
@@ -154,8 +159,10 @@ def output_paths(
             if not one:
                 names = [f"{i:0{len(str(len(prompts) - 1))}d}-{n}" for i, n in enumerate(names)]
             paths = [Path(output) / f"{n}.mp4" for n in names]
-    else:
+    elif isinstance(output, (list, tuple)) and all(isinstance(p, (str, Path)) for p in output):
         paths = [Path(p) for p in output]
+    else:
+        raise InputError(f"output_path={output!r} is neither a path nor a list of paths")
     if len(paths) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(paths)} output paths")
     if len(set(paths)) != len(paths):

@@ -74,7 +74,7 @@ def _check_grid(name: str, value: int | None, step: int, offset: int, largest: i
 
 def _check_number(name: str, value: object, low: float, high: float, *, whole: bool = False, hint: str = "") -> None:
     kind = int if whole else (int, float)
-    if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, kind) or isinstance(value, bool) or value != value:
         raise InputError(f"{name}={value!r} is not a {'whole ' if whole else ''}number")
     if not low <= value <= high:
         raise InputError(f"{name}={value} is outside [{low:g}, {high:g}]{hint}")
@@ -89,22 +89,24 @@ def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
     geometry.check(params)
     _check_number("num_inference_steps", params.num_inference_steps, 1, MAX_STEPS, whole=True)
     _check_number("guidance_scale", params.guidance_scale, 1, MAX_GUIDANCE, hint="; 1 switches guidance off")
-    _check_number("guidance_rescale", params.guidance_rescale or 0.0, 0, 1)
+    _check_number("guidance_rescale", 0.0 if params.guidance_rescale is None else params.guidance_rescale, 0, 1)
     _check_number("fps", params.fps, 1, MAX_FPS)
     if params.flow_shift is not None:
         _check_number("flow_shift", params.flow_shift, 0.01, MAX_SHIFT)
-    if params.scheduler is not None and params.scheduler not in SCHEDULERS:
+    if params.scheduler is not None and params.scheduler not in list(SCHEDULERS):  # a list takes unhashable values
         raise InputError(f"unknown scheduler {params.scheduler!r}; known: {', '.join(SCHEDULERS)}")
 
 
-def check_text(prompt: object, seed: object) -> None:
+def check_text(prompt: object, seed: object, negative_prompt: object = "") -> None:
     """Refuse a prompt or seed of the wrong kind.
 
     Raises:
-        InputError: the prompt is not text or is empty, or the seed is no integer in [0, 2**63).
+        InputError: a prompt is not text, the prompt is empty, or the seed is no integer in [0, 2**63).
     """
-    if not isinstance(prompt, str):
-        raise InputError(f"prompt={prompt!r} is not text")
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str):
+            raise InputError(f"{name}={text!r} is not text")
+    assert isinstance(prompt, str)
     if not prompt.strip():
         raise InputError("the prompt is empty; describe the video in a sentence")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
