@@ -105,6 +105,7 @@ def test_info_and_models_and_doctor(tiny: Path, capsys: pytest.CaptureFixture[st
         (["--threads", "0"], "threads"),
         (["--output", "a.avi"], ".mp4"),
         (["--output", "/dev/null/a.mp4"], "/dev/null"),
+        (["--output", "/proc/nowhere/a.mp4"], "cannot write in /proc"),
     ],
 )
 def test_bad_options(tiny: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str) -> None:

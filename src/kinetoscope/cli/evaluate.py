@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kinetoscope.cli.files import check_file, write_text
+from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import DEFAULT_MODEL, add_compute_options, add_video_options, compute_fields, video_fields
 from kinetoscope.core.errors import InputError
 
@@ -34,13 +34,14 @@ def run(args: argparse.Namespace) -> int:
     """Generate, judge, and print scores beside ground truth and chance."""
     if args.n < 1:
         raise InputError(f"--n={args.n} is not a positive number")
+    from kinetoscope.media import check_output, contact_sheet
+
     for path, suffix in ((args.json, ".json"), (args.sheet, ".png")):
         if path:
-            check_file(path, suffix)
+            check_output(path, (suffix,))
 
     from kinetoscope.cli.progress import RunProgress
     from kinetoscope.evaluation import as_json, as_table, baselines, flicker, heldout_specs, prompt_following
-    from kinetoscope.media import contact_sheet
     from kinetoscope.runtime.generator import VideoGenerator
     from kinetoscope.worlds import get_world
 

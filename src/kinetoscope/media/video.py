@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,29 @@ CRF = "17"
 Frames = np.ndarray[Any, Any]
 
 
-def check_output(path: str | Path) -> Path:
+def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """Refuse, before any work, a path that could not be written later.
 
     Raises:
         OutputError: unknown suffix, a directory, or a place that cannot be created or written.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in suffixes:
         raise OutputError(
-            f"output {path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}"
+            f"output {path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(suffixes)}"
         )
     if path.is_dir():
         raise OutputError(f"output {path} is a directory; name a file in it")
-    parent = path.parent
+    parent = path.absolute().parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
         raise OutputError(f"output {path}: {parent} is not a directory")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"output {path}: no permission to write in {parent}")
+    try:  # permission bits do not tell: a superuser passes them, and read-only or virtual file systems do not keep them
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"output {path}: cannot write in {parent} ({error.strerror})") from error
     return path
 
 
