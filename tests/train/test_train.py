@@ -168,6 +168,7 @@ MINIATURE = {
     "vae.optimizer.steps": 3,
     "vae.batches": [{"frames": 1, "batch": 2}, {"frames": 5, "batch": 1}],
     "vae.calibration_clips": 2,
+    "decoder.optimizer.steps": 3,
     "world.num_frames": 5, "world.height": 32, "world.width": 32,
     "text.optimizer.steps": 3, "text.batch": 4,
     "text.config": {"d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 16, "num_layers": 1},
@@ -195,7 +196,7 @@ def test_a_recipe_from_start_to_finish(tmp_path: Path) -> None:
     seen: list[str] = []
     overrides = [o.replace("\n...", "") for o in miniature(tmp_path)]
     model = run_recipe(RECIPE, overrides, on_progress=lambda p: seen.append(p.task))
-    assert list(dict.fromkeys(seen)) == ["text", "vae", "latents", "transformer"]
+    assert list(dict.fromkeys(seen)) == ["text", "vae", "latents", "decoder", "transformer"]
     card = (model / "README.md").read_text()
     assert "kinetoscope train" in card and "PSNR" in card
     assert (model / "loss.png").read_bytes().startswith(b"\x89PNG")

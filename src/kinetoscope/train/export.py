@@ -73,7 +73,7 @@ def write_card(folder: Path, recipe: Recipe, path: str, overrides: list[str], fa
         f"kinetoscope {__version__}",
         f"- wall time, minutes: {', '.join(f'{k} {v}' for k, v in minutes.items())}",
         f"- updates: {', '.join(f'{k} {updates}' for k, updates in steps.items())}",
-        f"- autoencoder: {facts['vae']['psnr_db']:.1f} dB PSNR on clips it was not trained on",
+        f"- autoencoder: {facts['decoder']['psnr_db']:.1f} dB PSNR on clips it was not trained on",
         f"- weights (bfloat16), MB: {', '.join(f'{k} {v:.1f}' for k, v in sizes.items())}",
         f"- defaults: {', '.join(f'{k}={v!r}' for k, v in recipe.defaults.items())}",
         "",

@@ -62,6 +62,21 @@ class ClipMix(Section):
     start: float = Field(0.0, ge=0, lt=1)
 
 
+class DecoderSection(Section):
+    """More training of the decoder alone, its encoder and so all latents fixed.
+
+    Attributes:
+        noise: standard deviation added to the normalised latents, as a transformer's are never exact.
+        l1, l2: weights of the loss terms.
+    """
+
+    optimizer: OptimizerSection
+    batches: list[ClipMix]
+    noise: float = Field(0.05, ge=0)
+    l1: float = 1.0
+    l2: float = 1.0
+
+
 class VaeSection(Section):
     """A video autoencoder.
 
@@ -133,6 +148,7 @@ class Recipe(Section):
     checkpoint_minutes: float = Field(2.0, gt=0)
     world: WorldSection
     vae: VaeSection
+    decoder: DecoderSection
     text: TextSection
     transformer: TransformerSection
     defaults: dict[str, Any]

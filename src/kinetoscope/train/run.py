@@ -20,7 +20,7 @@ from kinetoscope.train.flow import FlowTask, prepare_latents
 from kinetoscope.train.loop import Progress, train
 from kinetoscope.train.recipe import Recipe, load_recipe
 from kinetoscope.train.text import TextTask
-from kinetoscope.train.vae import VaeTask
+from kinetoscope.train.vae import DecoderTask, VaeTask
 
 CALIBRATION_SEED = 10**9
 """Clips from here on measure the VAE; training draws seeds below."""
@@ -77,10 +77,13 @@ def run_recipe(
     facts["text"] = train(text, recipe.text.optimizer, folders.checkpoints, **common)
     vae = VaeTask(recipe.vae, recipe.world, recipe.seed)
     facts["vae"] = train(vae, recipe.vae.optimizer, folders.checkpoints, **common)
-    facts["vae"] |= vae.calibrate(CALIBRATION_SEED)
+    vae.calibrate(CALIBRATION_SEED)
     latents = prepare_latents(
         vae.module, recipe.world, recipe.transformer.clips, folders.root / "latents.npy", _report(on_progress)
     )
+    decoder = DecoderTask(recipe.decoder, vae)
+    facts["decoder"] = train(decoder, recipe.decoder.optimizer, folders.checkpoints, **common)
+    facts["decoder"] |= vae.psnr(CALIBRATION_SEED)
     flow = FlowTask(recipe.transformer, recipe.world, latents, text.tokenizer, text.module.encoder, recipe.seed)
     facts["transformer"] = train(flow, recipe.transformer.optimizer, folders.checkpoints, **common)
     export_model(folders.model, recipe, text.tokenizer, text.module.encoder, vae.module, flow.module)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.train.loop import step_generator
-from kinetoscope.train.recipe import VaeSection, WorldSection
+from kinetoscope.train.recipe import ClipMix, DecoderSection, VaeSection, WorldSection
 from kinetoscope.worlds import get_world
 
 START_LOG_VARIANCE = -5.0
@@ -97,11 +97,12 @@ class VaeTask:
         return {"total": total, "l1": l1, "l2": l2, "kl": kl}
 
     def batch(self, step: int, generator: torch.Generator) -> Tensor:
-        """[B, 3, t, H, W]: windows of clips at a random time."""
-        done = step / self.section.optimizer.steps
-        kinds = [k for k in self.section.batches if done >= k.start]
-        weights = torch.tensor([k.weight for k in kinds])
-        kind = kinds[int(torch.multinomial(weights, 1, generator=generator))]
+        """[B, 3, t, H, W]: windows of clips at a random time, of a random kind."""
+        kind = pick_kind(self.section.batches, step / self.section.optimizer.steps, generator)
+        return self.clips(kind, generator)
+
+    def clips(self, kind: ClipMix, generator: torch.Generator) -> Tensor:
+        """[B, 3, t, H, W]: one batch of a kind."""
         seeds = torch.randint(0, 2**31, (kind.batch,), generator=generator).tolist()
         room = self.world_section.num_frames - kind.frames
         starts = torch.randint(0, room + 1, (kind.batch,), generator=generator).tolist()
@@ -113,16 +114,18 @@ class VaeTask:
         return self.world.sample(seed, height=w.height, width=w.width, num_frames=w.num_frames).frames
 
     @torch.no_grad()
-    def calibrate(self, seed: int) -> dict[str, float]:
-        """Measure mean and deviation of the latents, put them into the VAE's config, and report the PSNR (dB)."""
+    def calibrate(self, seed: int) -> None:
+        """Measure mean and deviation of the latents over clips from `seed` on; put them into the VAE's config."""
         clips = [self._clip(seed + i) for i in range(self.section.calibration_clips)]
         latents = torch.cat([encode(self.module, to_video([c])) for c in clips])
         mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
         self.module.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-        errors = [
-            (self.module.decode(z[None]).sample - to_video([c])).square().mean() / 4
-            for z, c in zip(latents[:16], clips[:16], strict=True)
-        ]
+
+    @torch.no_grad()
+    def psnr(self, seed: int) -> dict[str, float]:
+        """Peak signal-to-noise ratio (dB) of reconstructions of whole clips from `seed` on."""
+        videos = [to_video([self._clip(seed + i)]) for i in range(min(16, self.section.calibration_clips))]
+        errors = [(self.module.decode(encode(self.module, v)).sample - v).square().mean() / 4 for v in videos]
         return {"psnr_db": float(-10 * torch.log10(torch.stack(errors).mean()))}
 
 
@@ -131,3 +134,34 @@ def encode(vae: Any, video: Tensor) -> Tensor:
     """Mean latents [B, C, T, H, W] float32 of videos, not normalised."""
     with torch.autocast("cpu", torch.bfloat16):
         return vae.encode(video).latent_dist.mean.float()
+
+
+class DecoderTask:
+    """Reconstruct clips from the fixed latents of a calibrated autoencoder, training its decoder alone."""
+
+    name = "decoder"
+
+    def __init__(self, section: DecoderSection, vae: VaeTask) -> None:
+        self.section, self.source = section, vae
+        self.vae: Any = vae.module
+        self.module = nn.ModuleDict({"decoder": self.vae.decoder, "post_quant_conv": self.vae.post_quant_conv})
+        self.std = torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
+
+    def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """l1, l2 and their weighted total on one batch of one kind."""
+        kind = pick_kind(self.section.batches, step / self.section.optimizer.steps, generator)
+        video = self.source.clips(kind, generator)
+        latents = encode(self.vae, video)
+        latents = latents + self.section.noise * self.std * randn(latents.shape, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = decode_unclamped(self.vae, latents)
+        error = out.float() - video
+        l1, l2 = error.abs().mean(), error.square().mean()
+        return {"total": self.section.l1 * l1 + self.section.l2 * l2, "l1": l1, "l2": l2}
+
+
+def pick_kind(kinds: Sequence[ClipMix], done: float, generator: torch.Generator) -> ClipMix:
+    """A kind of batch, by weight, among those that have started when the share `done` of the training is over."""
+    started = [k for k in kinds if done >= k.start]
+    weights = torch.tensor([k.weight for k in started])
+    return started[int(torch.multinomial(weights, 1, generator=generator))]
