@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success; 1 on an error, told in one line; 2 on a wrong command line; 130 when interrupted.
     """
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Messages()])
     logging.getLogger("kinetoscope").setLevel(logging.INFO)
     try:
         return args.run(args)
@@ -64,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {type(error).__name__}: {_one_line(error)} (kinetoscope --debug shows where)", file=sys.stderr)
         return 1
+
+
+class _Messages(logging.Handler):
+    """Log lines to what stderr is at that moment: a progress bar puts itself there and lets lines pass above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:
