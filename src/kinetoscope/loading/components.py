@@ -106,7 +106,8 @@ def _load_tokenizer(model: ModelDir, name: str, dtype: torch.dtype, device: torc
 def _load_scheduler(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> SchedulerAdapter:
     config = {k: v for k, v in model.config(name).items() if not k.startswith("_")}
     adapter = SchedulerAdapter(model.components()[name], config)
-    adapter.start(2)  # a configuration the scheduler refuses is refused here
+    nothing = torch.zeros(1, 1)
+    adapter.start(2).step(nothing, 0, nothing)  # a configuration that cannot step is refused here
     return adapter
 
 

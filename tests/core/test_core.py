@@ -1,0 +1,48 @@
+"""Settings, context, version, and a package that imports quickly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from kinetoscope.core.config import Settings, read_settings
+from kinetoscope.core.context import ForwardContext, current_context, forward_context
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.core.version import __version__
+
+
+def test_settings_are_switches() -> None:
+    assert read_settings({}) == Settings(denoising_perf_logging=False, offline=False)
+    assert read_settings({"KINETOSCOPE_DENOISING_PERF_LOGGING": "1"}).denoising_perf_logging
+    assert not read_settings({"KINETOSCOPE_OFFLINE": "off"}).offline
+    with pytest.raises(ConfigError, match="KINETOSCOPE_OFFLINE='maybe'"):
+        read_settings({"KINETOSCOPE_OFFLINE": "maybe"})
+
+
+def test_contexts_nest_and_close_on_errors() -> None:
+    outer, inner = ForwardContext(), ForwardContext()
+    assert current_context() is None
+    with pytest.raises(ValueError, match="out"), forward_context(outer):
+        with forward_context(inner):
+            assert current_context() is inner
+        assert current_context() is outer
+        raise ValueError("out")
+    assert current_context() is None
+
+
+def test_sampling_params_lie_over_defaults() -> None:
+    defaults = SamplingParams(height=64, width=64, guidance_scale=4.0)
+    assert SamplingParams(width=32, guidance_scale=1.0).over(defaults) == SamplingParams(64, 32, guidance_scale=1.0)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert metadata.version("kinetoscope") == __version__
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, kinetoscope, kinetoscope.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
