@@ -15,7 +15,7 @@ from kinetoscope.cli.options import parse_size
 from kinetoscope.media import read_metadata, read_video
 from tiny import make_tiny_wan
 
-SMALL = ["--size", "48x32", "--frames", "5", "--steps", "2"]
+SMALL = ["--size", "32x48", "--frames", "5", "--steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_generate_writes_a_video_and_says_where_and_how_long(
     path = tmp_path / "new" / "a.mp4"
     assert main(["generate", "a red cat", "--model", str(tiny), "--seed", "3", "-o", str(path), "--trace", *SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{path}  48x32, 5 frames, 2 steps, seed 3")
+    assert lines[0].startswith(f"{path}  32x48, 5 frames, 2 steps, seed 3")
     assert "denoising" in lines[-1] and "decoding" in lines[-1]
     frames, _ = read_video(path)
     assert frames.shape == (5, 32, 48, 3)
@@ -84,8 +84,8 @@ def test_info_and_models_and_doctor(tiny: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--size", "50x32"], "width=50"),
-        (["--size", "48x0"], "height=0"),
+        (["--size", "32x50"], "width=50"),
+        (["--size", "0x48"], "height=0"),
         (["--frames", "6"], "nearest: 5 or 9"),
         (["--frames", "-3"], "num_frames=-3"),
         (["--steps", "0"], "num_inference_steps=0"),
@@ -248,8 +248,8 @@ def test_misuse_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert stop.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
-def test_sizes_are_width_by_height() -> None:
-    assert parse_size("832x480") == (832, 480) == parse_size("832X480")
+def test_sizes_are_height_by_width() -> None:
+    assert parse_size("480x832") == (480, 832) == parse_size("480X832")
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

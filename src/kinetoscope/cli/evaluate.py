@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 def _command(args: argparse.Namespace) -> str:
     """What was typed, as far as it sets the scores."""
     given = video_fields(args)
-    size = [f"--size {given['width']}x{given['height']}"] if given["width"] else []
+    size = [f"--size {given['height']}x{given['width']}"] if given["width"] else []
     names = {"num_frames": "frames", "num_inference_steps": "steps"}
     rest = [
         f"--{names.get(k, k).replace('_', '-')} {v}"

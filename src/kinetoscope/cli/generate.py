@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     for result in results:
         params = result.params
         print(
-            f"{result.path}  {params.width}x{params.height}, {params.num_frames} frames, "
+            f"{result.path}  {params.height}x{params.width}, {params.num_frames} frames, "
             f"{params.num_inference_steps} steps, seed {result.seed}"
         )
         if args.trace:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_run(generator, SamplingParams(**video_fields(args)))
     p = plan.params
     print(
-        f"\none video: {p.width}x{p.height}, {p.num_frames} frames at {p.fps:g} a second, "
+        f"\none video: {p.height}x{p.width}, {p.num_frames} frames at {p.fps:g} a second, "
         f"{p.num_inference_steps} steps, guidance {p.guidance_scale:g}"
     )
     print(f"  latents    {' x '.join(map(str, plan.latent_shape))}")

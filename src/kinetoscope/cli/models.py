@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [("model", "task", "video", "steps", "guidance", "where")]
     for model in known_models():
         p = model.defaults
-        video = f"{p.width}x{p.height}, {p.num_frames} frames"
+        video = f"{p.height}x{p.width}, {p.num_frames} frames"
         rows.append(
             (model.name, ",".join(model.tasks), video, str(p.num_inference_steps), f"{p.guidance_scale:g}", model.where)
         )

@@ -12,17 +12,17 @@ DEFAULT_MODEL = "tiny-t2v"
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) from "WIDTHxHEIGHT"."""
-    width, x, height = text.lower().partition("x")
+    """(height, width) from "HEIGHTxWIDTH", the order of tensors and of the Python API."""
+    height, x, width = text.lower().partition("x")
     if not (x and re.fullmatch(r"[0-9]{1,9}", width) and re.fullmatch(r"[0-9]{1,9}", height)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for instance 832x480")
-    return int(width), int(height)
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for instance 480x832")
+    return int(height), int(width)
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """Size, frames, steps, guidance and schedule."""
     group = parser.add_argument_group("video (defaults come from the model)")
-    group.add_argument("--size", type=parse_size, metavar="WxH", help="width x height in pixels, for instance 832x480")
+    group.add_argument("--size", type=parse_size, metavar="HxW", help="height x width in pixels, for instance 480x832")
     group.add_argument("--frames", type=int, metavar="N", help="number of frames")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     group.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance; 1 is off")
@@ -32,7 +32,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 
 def video_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `generate_video` that `add_video_options` gave."""
-    width, height = args.size or (None, None)
+    height, width = args.size or (None, None)
     return {
         "height": height,
         "width": width,

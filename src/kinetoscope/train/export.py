@@ -64,7 +64,7 @@ def write_card(folder: Path, recipe: Recipe, path: str, overrides: list[str], fa
     lines = [
         f"# {recipe.name}",
         "",
-        f"Text-to-video in the Wan 2.1 layout: {world.width}x{world.height} pixels, {world.num_frames} frames, over "
+        f"Text-to-video in the Wan 2.1 layout: {world.height}x{world.width} pixels, {world.num_frames} frames, over "
         f"the procedural world `{world.name}`. Trained from nothing by this project's own trainer; no other data or "
         "weights.",
         "",

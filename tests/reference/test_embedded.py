@@ -1,0 +1,77 @@
+"""The embedded models: small enough to ship, loaded by diffusers too, and true to their cards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kinetoscope import VideoGenerator
+from kinetoscope.evaluation import flicker, heldout_specs, prompt_following
+from kinetoscope.loading import resolve_model
+from kinetoscope.reference import embedded_models
+from kinetoscope.worlds import get_world
+
+MEGABYTE = 10**6
+PROMPTS = ["a large red circle moving left on a black background", "a small blue star moving up on a white background"]
+
+
+def test_all_fit_into_the_package() -> None:
+    sizes = {
+        name: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for name, path in embedded_models().items()
+    }
+    assert "tiny-t2v" in sizes
+    assert sizes["tiny-t2v"] <= 10 * MEGABYTE
+    assert sum(sizes.values()) <= 32 * MEGABYTE
+
+
+@pytest.mark.parametrize("name", sorted(embedded_models()))
+def test_every_model_has_a_card_and_defaults(name: str) -> None:
+    model = resolve_model(name)
+    card = (model.path / "README.md").read_text(encoding="utf-8")
+    for words in ("kinetoscope train", "seed", "wall time", "## Scores", "kinetoscope eval"):
+        assert words in card
+    VideoGenerator.from_pretrained(name, device="cpu").defaults()
+
+
+def test_diffusers_loads_it_and_makes_the_same_video() -> None:
+    from diffusers import WanPipeline
+
+    ours = VideoGenerator.from_pretrained("tiny-t2v", device="cpu", dtype="float32")
+    fields: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 4.0}
+    result = ours.generate_video(PROMPTS[0], seed=3, **fields)
+    oracle = WanPipeline.from_pretrained(embedded_models()["tiny-t2v"], torch_dtype=torch.float32)
+    oracle.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 33, "negative_prompt": "", **fields}
+    latents = oracle(PROMPTS[0], generator=torch.Generator().manual_seed(3), output_type="latent", **call).frames[0]
+    assert (result.latents - latents).abs().max() <= 1e-4 * latents.std()
+    video = oracle(PROMPTS[0], generator=torch.Generator().manual_seed(3), **call).frames[0]
+    assert np.abs(result.frames - video * 255.0).max() <= 1.0
+
+
+def test_it_shows_what_it_is_told() -> None:
+    world = get_world("shapes")
+    results = VideoGenerator.from_pretrained("tiny-t2v", device="cpu").generate_video(PROMPTS, seed=1)
+    seen = [world.judge(r.frames) for r in results]
+    assert [s["colour"] for s in seen] == ["red", "blue"]
+    assert [s["motion"] for s in seen] == ["moving left", "moving up"]
+    assert [s["background"] for s in seen] == ["black", "white"]
+    assert all(flicker(r.frames) < 2 for r in results)
+
+
+@pytest.mark.slow
+def test_the_scores_of_the_card_hold() -> None:
+    """A smaller sample than the card's: its score must lie within the card's interval, widened by its own."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "eval_tiny-t2v.json"
+    card = json.loads(path.read_text(encoding="utf-8"))["model"]
+    world, count = get_world("shapes"), 64
+    specs = heldout_specs(world, count, seed=77)
+    generator = VideoGenerator.from_pretrained("tiny-t2v", device="cpu")
+    results = generator.generate_video([s.caption() for s in specs], seed=list(range(count)), batch_size=8)
+    report = prompt_following(world, zip(specs, (r.frames for r in results), strict=True))
+    for name, score in report.items():
+        assert score.interval[0] <= card[name]["high"] and score.interval[1] >= card[name]["low"], name
