@@ -46,3 +46,16 @@ def test_the_version_is_that_of_the_distribution() -> None:
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, kinetoscope, kinetoscope.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ratchets() -> None:
+    """What grows without anybody deciding it: files, and the batch that all stages share."""
+    from dataclasses import fields
+    from pathlib import Path
+
+    from kinetoscope.core.types import ForwardBatch
+
+    assert len(fields(ForwardBatch)) <= 30
+    root = Path(__file__).parents[2] / "src"
+    long = {p.name: n for p in root.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
