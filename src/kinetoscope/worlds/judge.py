@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.worlds.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, background_image, stamps
+from kinetoscope.worlds.drawing import BACKGROUNDS, COLOURS, SHAPES, SIZES, background_image, stamps
 
 Array = np.ndarray[Any, Any]
 

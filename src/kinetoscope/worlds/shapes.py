@@ -11,32 +11,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.worlds.base import SPLITS, Clip
+from kinetoscope.worlds.drawing import BACKGROUNDS, COLOURS, EXTENT, SHAPES, SIZES, SUB, background_image, stamps
+from kinetoscope.worlds.judge import judge_shapes
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (222, 38, 38),
-    "orange": (248, 140, 20),
-    "yellow": (246, 224, 48),
-    "green": (34, 160, 60),
-    "cyan": (40, 205, 222),
-    "blue": (48, 92, 236),
-    "purple": (148, 52, 188),
-    "pink": (255, 140, 196),
-}
-# Two greys of a pattern are steady and colourless, so that no object colour is near any background.
-BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-    "black": ((10, 10, 10), (10, 10, 10)),
-    "white": ((242, 242, 242), (242, 242, 242)),
-    "navy": ((18, 26, 78), (18, 26, 78)),
-    "striped": ((64, 64, 64), (112, 112, 112)),
-    "checkered": ((156, 156, 156), (204, 204, 204)),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
 MOTIONS = (
     "moving left",
     "moving right",
@@ -47,7 +30,6 @@ MOTIONS = (
     "bouncing up and down",
     "standing still",
 )
-SIZES: dict[str, float] = {"small": 0.12, "large": 0.2}  # radius / shorter side
 
 _MOTION_WORDS: dict[str, tuple[str, ...]] = {
     "moving left": ("moving left", "moving to the left", "going left", "moves left"),
@@ -64,9 +46,6 @@ _MOTION_WORDS: dict[str, tuple[str, ...]] = {
     "standing still": ("standing still", "not moving", "stands still"),
 }
 _SIZE_WORDS: dict[str, tuple[str, ...]] = {"small": ("small", "little"), "large": ("large", "big")}
-_EXTENT = 1.12  # the farthest point of any outline from its centre, in radii
-_CELL = 0.125  # width of a stripe or check / shorter side
-_SUB = 8  # supersampling per axis; also the steps of sub-pixel position
 _MIN_SIDE = 16
 
 
@@ -122,59 +101,6 @@ def _split() -> dict[str, tuple[ShapeSpec, ...]]:
     specs = [ShapeSpec(*values) for values in combinations]
     heldout = tuple(s for s in specs if _is_heldout(s))
     return {"train": tuple(s for s in specs if not _is_heldout(s)), "heldout": heldout}
-
-
-def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether points (in radii, y down) lie inside the outline of a shape centred on the origin."""
-    if shape == "circle":
-        return x * x + y * y <= 1
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) <= 0.88
-    if shape == "cross":
-        return (np.maximum(abs(x), abs(y)) <= 1.05) & (np.minimum(abs(x), abs(y)) <= 0.34)
-    if shape == "triangle":
-        corners = [(0.0, -1.08), (1.08, 0.88), (-1.08, 0.88)]
-    else:
-        radii = [_EXTENT, 0.46] * 5
-        angles = np.arange(10) * np.pi / 5 - np.pi / 2
-        corners = [(r * np.cos(a), r * np.sin(a)) for r, a in zip(radii, angles, strict=True)]
-    crossings = np.zeros(x.shape, int)
-    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
-        if ay != by:
-            crossings += ((ay > y) != (by > y)) & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
-    return crossings % 2 == 1
-
-
-@lru_cache(maxsize=64)
-def stamps(shape: str, radius: float) -> np.ndarray:
-    """Coverage of a shape at every sub-pixel position: float32 [8, 8, P, P] in [0, 1].
-
-    `stamps(...)[j, i]` is the shape centred at pixel coordinate (P // 2 + j / 8, P // 2 + i / 8) (y, x), each pixel
-    the exact mean of 8 x 8 samples. `radius` is in pixels.
-    """
-    half = int(np.ceil(radius * _EXTENT)) + 1
-    side = 2 * half + 1
-    axis = (np.arange((side + 1) * _SUB) + 0.5) / _SUB - half - 1  # one pixel of slack for the shifts below
-    y, x = np.meshgrid(axis / radius, axis / radius, indexing="ij")
-    inside = _inside(shape, x, y)
-    result = np.empty((_SUB, _SUB, side, side), np.float32)
-    for j, i in itertools.product(range(_SUB), repeat=2):
-        window = inside[_SUB - j :, _SUB - i :][: side * _SUB, : side * _SUB]
-        result[j, i] = window.reshape(side, _SUB, side, _SUB).mean((1, 3))
-    result.setflags(write=False)
-    return result
-
-
-@lru_cache(maxsize=32)
-def background_image(background: str, height: int, width: int) -> np.ndarray:
-    """The steady background as float32 [H, W, 3] in grey levels."""
-    cell = max(1, round(_CELL * min(height, width)))
-    rows, columns = np.arange(height)[:, None] // cell, np.arange(width)[None] // cell
-    odd = (columns + (rows if background == "checkered" else 0 * rows)) % 2 == 1
-    first, second = (np.array(c, np.float32) for c in BACKGROUNDS[background])
-    image = np.where(odd[..., None], second, first)
-    image.setflags(write=False)
-    return image
 
 
 def _path(
@@ -238,12 +164,12 @@ class ShapesWorld:
         radius = SIZES[spec.size] * short
         stamp = stamps(spec.shape, radius)
         side = stamp.shape[-1]
-        extent = radius * _EXTENT + 1
+        extent = radius * EXTENT + 1
         u = np.arange(num_frames) / max(num_frames - 1, 1)
         y, x = _path(spec.motion, rng, u, height / 2 - extent, width / 2 - extent)
         # Positions in eighths of a pixel, of the corner of the stamp that puts its centre at (y, x).
-        steps_y = np.floor((y + height / 2 - side // 2) * _SUB).astype(int)
-        steps_x = np.floor((x + width / 2 - side // 2) * _SUB).astype(int)
+        steps_y = np.floor((y + height / 2 - side // 2) * SUB).astype(int)
+        steps_x = np.floor((x + width / 2 - side // 2) * SUB).astype(int)
         # The stamp is a little wider than the shape, so near an edge it hangs over: draw on a padded canvas.
         pad = 3
         background = background_image(spec.background, height, width)
@@ -252,8 +178,8 @@ class ShapesWorld:
         frames[:] = np.round(canvas)
         colour = np.array(COLOURS[spec.colour], np.float32)
         for t in range(num_frames):
-            top, left = steps_y[t] // _SUB + pad, steps_x[t] // _SUB + pad
-            coverage = stamp[steps_y[t] % _SUB, steps_x[t] % _SUB][..., None]
+            top, left = steps_y[t] // SUB + pad, steps_x[t] // SUB + pad
+            coverage = stamp[steps_y[t] % SUB, steps_x[t] % SUB][..., None]
             under = canvas[top : top + side, left : left + side]
             frames[t, top : top + side, left : left + side] = under + coverage * (colour - under) + 0.5
         return np.ascontiguousarray(frames[:, pad:-pad, pad:-pad])
@@ -285,6 +211,4 @@ class ShapesWorld:
 
     def judge(self, frames: np.ndarray) -> dict[str, str | None]:
         """See `worlds.judge.judge_shapes`."""
-        from kinetoscope.worlds.judge import judge_shapes  # it draws with this module
-
         return judge_shapes(frames)
