@@ -16,7 +16,7 @@ from kinetoscope.loading import resolve_model
 from kinetoscope.reference import embedded_models
 from kinetoscope.worlds import get_world
 
-MEGABYTE = 10**6
+MEBIBYTE = 2**20
 PROMPTS = ["a large red circle moving left on a black background", "a small blue star moving up on a white background"]
 
 
@@ -25,8 +25,8 @@ def test_all_fit_into_the_package() -> None:
         name: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for name, path in embedded_models().items()
     }
     assert "tiny-t2v" in sizes
-    assert sizes["tiny-t2v"] <= 10 * MEGABYTE
-    assert sum(sizes.values()) <= 32 * MEGABYTE
+    assert sizes["tiny-t2v"] <= 10 * MEBIBYTE
+    assert sum(sizes.values()) <= 32 * MEBIBYTE
 
 
 @pytest.mark.parametrize("name", sorted(embedded_models()))

@@ -253,3 +253,18 @@ def test_noise_of_the_run_is_the_seeds(generator: VideoGenerator) -> None:
     batch = ForwardBatch(generator.defaults(), ["a"], [""], [9])
     drawn = stage.forward(batch, ExecutionArgs()).latents
     assert torch.equal(drawn, NoiseSource([9]).draw(drawn.shape[1:]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A red, circle!", "a-red-circle"),
+        ("日本", "video"),
+        ("x" * 60, "x" * 48),
+        ("a large red circle moving left on a navy background", "a-large-red-circle-moving-left-on-a-navy"),
+    ],
+)
+def test_file_names(prompt: str, name: str) -> None:
+    from kinetoscope.runtime.request import slug
+
+    assert slug(prompt) == name

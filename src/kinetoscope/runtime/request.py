@@ -126,8 +126,11 @@ def _with_batch(latents: Tensor | None, count: int) -> Tensor | None:
 
 
 def slug(prompt: str, limit: int = 48) -> str:
-    """A file name made of the prompt's letters and digits."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:limit].strip("-") or "video"
+    """A file name made of the prompt's letters and digits, whole words up to `limit` characters."""
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    if len(name) > limit:
+        name = name[: limit + 1].rpartition("-")[0] or name[:limit]
+    return name or "video"
 
 
 def output_paths(
