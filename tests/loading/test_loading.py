@@ -119,7 +119,11 @@ def test_missing_files(copy: Path, tmp_path: Path) -> None:
     next((sharded / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(ModelLoadError, match=r"shards .* are missing"):
         load(sharded)
-    (sharded / "transformer" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    index = sharded / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    edit(index, weight_map={"proj_out.bias": "../vae/diffusion_pytorch_model.safetensors"})
+    with pytest.raises(ModelLoadError, match="outside its folder"):
+        load(sharded)
+    index.unlink()
     with pytest.raises(ModelLoadError, match=r"no index\.json"):
         load(sharded)
     shutil.rmtree(copy / "vae")

@@ -30,6 +30,8 @@ def weight_files(folder: Path) -> list[Path]:
             shards = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, OSError) as error:
             raise ModelLoadError(f"{indexes[0]} is not a readable index of shards ({error!r})") from error
+        if outside := [s for s in shards if Path(s).name != s]:
+            raise ModelLoadError(f"{indexes[0]} names files outside its folder: {', '.join(map(str, outside))}")
         missing = [s for s in shards if not (folder / s).is_file()]
         if missing:
             raise ModelLoadError(f"{folder}: shards {', '.join(missing)} are missing; download the model again")
