@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,7 @@ def main() -> None:
         parts["embedded_float32"] = lambda: embedded(options.model, "float32", options.pairs)
         parts["embedded_bfloat16"] = lambda: embedded(options.model, "bfloat16", options.pairs)
     for name, run in parts.items():
+        sys.stderr.write(f"{name} ...\n")
         result[name] = run()
     report(result, "vs_diffusers", options.json_out)
 
