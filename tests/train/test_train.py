@@ -169,6 +169,7 @@ MINIATURE = {
     "vae.batches": [{"frames": 1, "batch": 2}, {"frames": 5, "batch": 1}],
     "vae.calibration_clips": 2,
     "decoder.optimizer.steps": 3,
+    "decoder.batches": [{"frames": 5, "batch": 1}],
     "world.num_frames": 5, "world.height": 32, "world.width": 32,
     "text.optimizer.steps": 3, "text.batch": 4,
     "text.config": {"d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 16, "num_layers": 1},

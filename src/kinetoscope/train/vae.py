@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.train.loop import step_generator
 from kinetoscope.train.recipe import ClipMix, DecoderSection, VaeSection, WorldSection
@@ -105,6 +106,8 @@ class VaeTask:
         """[B, 3, t, H, W]: one batch of a kind."""
         seeds = torch.randint(0, 2**31, (kind.batch,), generator=generator).tolist()
         room = self.world_section.num_frames - kind.frames
+        if room < 0:
+            raise ConfigError(f"batches of {kind.frames} frames from clips of {self.world_section.num_frames}")
         starts = torch.randint(0, room + 1, (kind.batch,), generator=generator).tolist()
         clips = [self._clip(s) for s in seeds]
         return to_video([c[a : a + kind.frames] for c, a in zip(clips, starts, strict=True)])
