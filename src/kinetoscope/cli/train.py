@@ -14,6 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="section.key=value"
     )
+    parser.add_argument(
+        "--part", dest="parts", action="append", default=[], metavar="PART",
+        help="train only this part (repeatable): text, encoder, decoder, transformer; then run without to finish",
+    )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="refuse to continue an earlier run in the same folder")
 
 
@@ -23,6 +27,6 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.train.run import run_recipe
 
     with RunProgress() as progress:
-        model = run_recipe(args.recipe, args.overrides, fresh=args.fresh, on_progress=progress.training)
+        model = run_recipe(args.recipe, args.overrides, parts=args.parts, fresh=args.fresh, on_progress=progress.training)
     print(model)
     return 0

@@ -15,46 +15,41 @@ from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.models.wan.spec import CONVENTION, TEXT_LENGTH, WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from kinetoscope.train.basis import Basis
 from kinetoscope.train.loop import step_generator
 from kinetoscope.train.recipe import TransformerSection, WorldSection
 from kinetoscope.train.text import encode_text
-from kinetoscope.train.vae import encode, to_video
+from kinetoscope.train.vae import Clips
 from kinetoscope.worlds import get_world
 
-ENCODE_BATCH = 8
+BATCH = 32
 
 
 def prepare_latents(
-    vae: Any, world: WorldSection, clips: int, path: Path, on_clip: Callable[[int, int], None] | None = None
+    basis: Basis, clips: Clips, count: int, path: Path, on_clip: Callable[[int, int], None] | None = None
 ) -> np.ndarray[Any, Any]:
-    """Normalised latents of the world's first `clips` clips, float16 [N, C, T, H, W], kept in a .npy file.
+    """Normalised latents of the world's first `count` clips, float16 [N, C, T, H, W], kept in a .npy file.
 
     An interrupted preparation continues where it was.
     """
-    source = get_world(world.name)
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    part, count = path.with_suffix(".part.npy"), path.with_suffix(".count")
+    part, progress = path.with_suffix(".part.npy"), path.with_suffix(".count")
     if path.exists():
         return np.load(path, mmap_mode="r")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = int(count.read_text()) if part.exists() and count.exists() else 0
+    done = int(progress.read_text()) if part.exists() and progress.exists() else 0
     latents: Any = np.load(part, mmap_mode="r+") if done else None
-    for start in range(done, clips, ENCODE_BATCH):
-        seeds = range(start, min(start + ENCODE_BATCH, clips))
-        videos = [
-            source.sample(s, height=world.height, width=world.width, num_frames=world.num_frames).frames for s in seeds
-        ]
-        z = (encode(vae, to_video(videos)) - mean) / std
+    for start in range(done, count, BATCH):
+        seeds = range(start, min(start + BATCH, count))
+        z = basis.latents(torch.cat([clips.whole(s) for s in seeds]))
         if latents is None:
-            latents = np.lib.format.open_memmap(part, "w+", np.float16, (clips, *z.shape[1:]))
+            latents = np.lib.format.open_memmap(part, "w+", np.float16, (count, *z.shape[1:]))
         latents[seeds.start : seeds.stop] = z.to(torch.float16).numpy()
-        count.write_text(str(seeds.stop))
+        progress.write_text(str(seeds.stop))
         if on_clip:
-            on_clip(seeds.stop, clips)
+            on_clip(seeds.stop, count)
     latents.flush()
     part.replace(path)
-    count.unlink()
+    progress.unlink()
     return np.load(path, mmap_mode="r")
 
 
@@ -88,10 +83,9 @@ class FlowTask:
         states, lengths = self.encode(self.sentences(picked, generator))
         noise = randn(x0.shape, generator)
         levels = torch.sigmoid(self.section.logit_mean + self.section.logit_std * randn((len(x0),), generator))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = self.denoiser.loss(
-                x0, noise, shift_sigma(levels, self.section.shift), encoder_hidden_states=states, text_lengths=lengths
-            )
+        loss = self.denoiser.loss(
+            x0, noise, shift_sigma(levels, self.section.shift), encoder_hidden_states=states, text_lengths=lengths
+        )
         return {"total": loss.mean()}
 
     def sentences(self, picked: Tensor, generator: torch.Generator) -> list[str]:

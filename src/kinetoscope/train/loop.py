@@ -61,11 +61,11 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return generator_for(NoiseSource([seed]).fork(step).seeds[0])
 
 
-def learning_rate(section: OptimizerSection, step: int) -> float:
-    """Linear warm-up, then cosine decay to `final_fraction` of the highest."""
+def schedule(section: OptimizerSection, step: int) -> float:
+    """The learning rate over the highest: linear warm-up, then cosine decay to `final_fraction`."""
     warm = min(1.0, (step + 1) / max(section.warmup, 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / section.steps))
-    return section.learning_rate * warm * (section.final_fraction + (1 - section.final_fraction) * cosine)
+    return warm * (section.final_fraction + (1 - section.final_fraction) * cosine)
 
 
 def train(
@@ -75,6 +75,7 @@ def train(
     *,
     seed: int,
     checkpoint_minutes: float,
+    precision: str = "float32",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Train `task` to the end of its schedule; continues from the checkpoint in `folder` if there is one.
@@ -89,21 +90,22 @@ def train(
         KinetoscopeError: a loss is not finite.
     """
     path, log = folder / f"{task.name}.pt", folder / f"{task.name}.jsonl"
-    parameters = task.module.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=section.betas, weight_decay=section.weight_decay)
+    optimizers = make_optimizers(task.module, section)
     average = {k: v.detach().clone() for k, v in task.module.state_dict().items()}
     start, spent = 0, 0.0
     if path.exists():
         state = load_checkpoint(path)
         task.module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
         average, start, spent = state["average"], state["step"], state["seconds"]
     _keep_log(log, start)
     begun = saved = time.monotonic()
 
     def save(step: int) -> None:
         seconds = spent + time.monotonic() - begun
-        values = {"module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        values = {"module": task.module.state_dict(), "optimizers": states, "average": average}
         save_checkpoint(path, {**values, "step": step, "seconds": seconds})
 
     losses: dict[str, float] = {}
@@ -111,7 +113,9 @@ def train(
     with _stop_signal() as stopping, log.open("a", encoding="utf-8") as lines:
         for step in range(start, section.steps):
             tick = time.monotonic()
-            losses = _update(task, optimizer, section, seed, step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                terms = task.losses(step, step_generator(seed, step))
+            losses = _update(task, terms, optimizers, section, step)
             _blend(average, task.module, min(section.ema, (1 + step) / (10 + step)))
             if on_progress:
                 on_progress(Progress(task.name, step + 1, section.steps, losses, time.monotonic() - tick))
@@ -131,11 +135,33 @@ def train(
     return {"steps": section.steps, "seconds": load_checkpoint(path)["seconds"], "losses": losses}
 
 
+def make_optimizers(module: nn.Module, section: OptimizerSection) -> dict[str, torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Learning rates are set at every update.
+    """
+    matrices, rest = [], []
+    for name, parameter in module.named_parameters():
+        inner = section.muon and name.startswith("blocks.") and parameter.ndim == 2
+        (matrices if inner else rest).append(parameter)
+    decay = section.weight_decay
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW(rest, lr=1.0, betas=section.betas, weight_decay=decay)
+    }
+    if matrices:
+        optimizers["muon"] = torch.optim.Muon(matrices, lr=1.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return optimizers
+
+
 def _update(
-    task: Task, optimizer: torch.optim.Optimizer, section: OptimizerSection, seed: int, step: int
+    task: Task,
+    terms: dict[str, Tensor],
+    optimizers: dict[str, torch.optim.Optimizer],
+    section: OptimizerSection,
+    step: int,
 ) -> dict[str, float]:
-    terms = task.losses(step, step_generator(seed, step))
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
     terms["total"].backward()
     norm = nn.utils.clip_grad_norm_(task.module.parameters(), section.clip)
     values = {name: float(value.detach()) for name, value in terms.items()} | {"grad_norm": float(norm)}
@@ -143,9 +169,11 @@ def _update(
         raise KinetoscopeError(
             f"{task.name}: step {step} gave values that are not finite ({values}); lower learning_rate"
         )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(section, step)
-    optimizer.step()
+    factor = schedule(section, step)
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = factor * (section.muon if name == "muon" else section.learning_rate)
+        optimizer.step()
     return values
 
 

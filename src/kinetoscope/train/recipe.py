@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +27,8 @@ class OptimizerSection(Section):
     Attributes:
         steps: updates.
         learning_rate: the highest.
+        muon: highest learning rate of Muon (kellerjordan.github.io/posts/muon), which then updates the matrices of
+            the module's `blocks`, scaled as arXiv 2502.16982 does; 0 leaves them to AdamW.
         warmup: updates from zero to it.
         final_fraction: the last learning rate as a fraction of the highest.
         clip: largest gradient norm.
@@ -35,6 +37,7 @@ class OptimizerSection(Section):
 
     steps: Positive
     learning_rate: float = Field(gt=0)
+    muon: float = Field(0.0, ge=0)
     warmup: int = Field(50, ge=0)
     final_fraction: float = Field(0.02, ge=0, le=1)
     betas: tuple[float, float] = (0.9, 0.99)
@@ -62,8 +65,15 @@ class ClipMix(Section):
     start: float = Field(0.0, ge=0, lt=1)
 
 
+class EncoderSection(Section):
+    """Training of the encoder half."""
+
+    optimizer: OptimizerSection
+    batches: list[ClipMix]
+
+
 class DecoderSection(Section):
-    """More training of the decoder alone, its encoder and so all latents fixed.
+    """Training of the decoder half.
 
     Attributes:
         noise: standard deviation added to the normalised latents, as a transformer's are never exact.
@@ -78,22 +88,17 @@ class DecoderSection(Section):
 
 
 class VaeSection(Section):
-    """A video autoencoder.
+    """A video autoencoder whose latents are principal components of blocks of pixels.
 
     Attributes:
         config: fields of diffusers' `AutoencoderKLWan`.
-        batches: kinds of batches; single frames teach space cheaply, clips teach time.
-        l1, l2, kl: weights of the loss terms.
-        calibration_clips: clips over which the latents' mean and deviation are measured.
+        basis_clips: clips over which the components are measured.
     """
 
     config: dict[str, Any]
-    optimizer: OptimizerSection
-    batches: list[ClipMix]
-    l1: float = 0.5
-    l2: float = 1.0
-    kl: float = 1e-4
-    calibration_clips: Positive = 128
+    basis_clips: Positive = 512
+    encoder: EncoderSection
+    decoder: DecoderSection
 
 
 class TextSection(Section):
@@ -138,6 +143,7 @@ class Recipe(Section):
         name: of the model.
         output: folder of checkpoints, logs, curves and the finished model.
         defaults: sampling defaults written beside the model.
+        precision: of the forward passes; bfloat16 is far slower than float32 on a CPU without instructions for it.
         checkpoint_minutes: time between checkpoints.
     """
 
@@ -145,10 +151,10 @@ class Recipe(Section):
     output: str
     seed: int = 0
     threads: Positive = 2
+    precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_minutes: float = Field(2.0, gt=0)
     world: WorldSection
     vae: VaeSection
-    decoder: DecoderSection
     text: TextSection
     transformer: TransformerSection
     defaults: dict[str, Any]

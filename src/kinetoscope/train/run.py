@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.train.basis import fit_basis
 from kinetoscope.train.curves import draw_curves
 from kinetoscope.train.export import export_model, write_card
 from kinetoscope.train.flow import FlowTask, prepare_latents
-from kinetoscope.train.loop import Progress, train
-from kinetoscope.train.recipe import Recipe, load_recipe
+from kinetoscope.train.loop import Progress, Task, train
+from kinetoscope.train.recipe import OptimizerSection, Recipe, load_recipe
 from kinetoscope.train.text import TextTask
-from kinetoscope.train.vae import DecoderTask, VaeTask
+from kinetoscope.train.vae import Clips, DecoderTask, EncoderTask, build_vae, psnr
 
-CALIBRATION_SEED = 10**9
-"""Clips from here on measure the VAE; training draws seeds below."""
+MEASURED_SEED = 10**9
+"""Clips from here on measure (the basis, the autoencoder's error)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,14 @@ class Folders:
         return self.root / "model"
 
 
+PARTS = ("text", "encoder", "decoder", "transformer")
+
+
 def run_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
     *,
+    parts: Sequence[str] = (),
     fresh: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Path:
@@ -53,40 +58,59 @@ def run_recipe(
     Args:
         path: a YAML file.
         overrides: "section.key=value" each.
+        parts: train these of `PARTS` only and write no model, so that several processes can share the work; the
+            transformer needs text, the others need nothing.
         fresh: refuse to continue an earlier run.
         on_progress: called after every step.
 
     Returns:
-        the finished model directory, in diffusers layout.
+        the finished model directory, in diffusers layout; the folder of the run if `parts` were named.
 
     Raises:
-        ConfigError: the recipe does not read, or its output folder holds a run of another recipe.
+        ConfigError: the recipe does not read, a part is unknown, or its output folder holds a run of another recipe.
         RunCancelled: stopped by a signal; the same command continues.
     """
     recipe = load_recipe(path, overrides)
+    unknown = [p for p in parts if p not in PARTS]
+    if unknown:
+        raise ConfigError(f"unknown part {', '.join(unknown)}; use some of: {', '.join(PARTS)}")
+    wanted = [p for p in PARTS if p in parts or not parts or (p == "text" and "transformer" in parts)]
     folders = Folders(Path(recipe.output))
     _claim(folders.root, recipe, fresh)
     torch.set_num_threads(recipe.threads)
-    common: Any = {
-        "seed": recipe.seed,
-        "checkpoint_minutes": recipe.checkpoint_minutes,
-        "on_progress": on_progress,
-    }
-    facts: dict[str, Any] = {}
+    clips = Clips(recipe.world)
+    config = recipe.vae.config
+    basis = fit_basis(
+        clips.whole, recipe.vae.basis_clips, config["z_dim"], config["scale_factor_spatial"],
+        config["scale_factor_temporal"], MEASURED_SEED,
+    )  # fmt: skip
+    vae = build_vae(config, recipe.seed)
     text = TextTask(recipe.text, recipe.world.name, recipe.seed)
-    facts["text"] = train(text, recipe.text.optimizer, folders.checkpoints, **common)
-    vae = VaeTask(recipe.vae, recipe.world, recipe.seed)
-    facts["vae"] = train(vae, recipe.vae.optimizer, folders.checkpoints, **common)
-    vae.calibrate(CALIBRATION_SEED)
-    latents = prepare_latents(
-        vae.module, recipe.world, recipe.transformer.clips, folders.root / "latents.npy", _report(on_progress)
-    )
-    decoder = DecoderTask(recipe.decoder, vae)
-    facts["decoder"] = train(decoder, recipe.decoder.optimizer, folders.checkpoints, **common)
-    facts["decoder"] |= vae.psnr(CALIBRATION_SEED)
+    facts: dict[str, Any] = {}
+
+    def fit(task: Task, section: OptimizerSection) -> None:
+        facts[task.name] = train(
+            task, section, folders.checkpoints,
+            seed=recipe.seed, precision=recipe.precision, checkpoint_minutes=recipe.checkpoint_minutes,
+            on_progress=on_progress,
+        )  # fmt: skip
+
+    if "text" in wanted:
+        fit(text, recipe.text.optimizer)
+    if "encoder" in wanted:
+        fit(EncoderTask(recipe.vae.encoder, vae, basis, clips), recipe.vae.encoder.optimizer)
+    if "decoder" in wanted:
+        fit(DecoderTask(recipe.vae.decoder, vae, basis, clips), recipe.vae.decoder.optimizer)
+    if "transformer" not in wanted:
+        return folders.root
+    file = folders.root / "latents.npy"
+    latents = prepare_latents(basis, clips, recipe.transformer.clips, file, _report(on_progress))
     flow = FlowTask(recipe.transformer, recipe.world, latents, text.tokenizer, text.module.encoder, recipe.seed)
-    facts["transformer"] = train(flow, recipe.transformer.optimizer, folders.checkpoints, **common)
-    export_model(folders.model, recipe, text.tokenizer, text.module.encoder, vae.module, flow.module)
+    fit(flow, recipe.transformer.optimizer)
+    if parts:
+        return folders.root
+    facts["decoder"]["psnr_db"] = psnr(vae, clips, range(MEASURED_SEED, MEASURED_SEED + 16))
+    export_model(folders.model, recipe, text.tokenizer, text.module.encoder, vae, flow.module)
     draw_curves(folders.checkpoints, folders.model / "loss.png")
     write_card(folders.model, recipe, str(path), list(overrides), facts)
     return folders.model

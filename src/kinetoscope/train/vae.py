@@ -1,4 +1,7 @@
-"""Training a small Wan video autoencoder on clips of a world."""
+"""Training the two halves of a small Wan video autoencoder on clips of a world, its latent space given.
+
+Neither half needs the other, and the transformer needs neither: the three can be trained at the same time.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.noise import randn
+from kinetoscope.train.basis import Basis
 from kinetoscope.train.loop import step_generator
-from kinetoscope.train.recipe import ClipMix, DecoderSection, VaeSection, WorldSection
+from kinetoscope.train.recipe import ClipMix, DecoderSection, EncoderSection, WorldSection
 from kinetoscope.worlds import get_world
 
-START_LOG_VARIANCE = -5.0
-"""Latent noise starts small, or it drowns the signal before there is one."""
+LOG_VARIANCE = -8.0
+"""Of the latents, everywhere: they are a function of the clip, as good as without noise."""
 
 
-def build_vae(section: VaeSection, seed: int) -> Any:
+def build_vae(config: dict[str, Any], seed: int) -> Any:
     """A new autoencoder, initialised so that the signal passes through all layers from the first step.
 
     torch's default shrinks it by a third at every convolution while biases stay, and the decoder then learns to
@@ -28,7 +32,7 @@ def build_vae(section: VaeSection, seed: int) -> Any:
     zero, as when an image model is inflated), and has no bias. Halving time starts by taking the last frame, doubling
     it by showing a frame twice: what was learned on single frames is where clips begin.
     """
-    vae: Any = AutoencoderKLWan(**section.config)
+    vae: Any = AutoencoderKLWan(**config)
     generator = step_generator(seed, 0)
     for name, layer in vae.named_modules():
         if not isinstance(layer, (nn.Conv2d, nn.Conv3d)):
@@ -44,8 +48,9 @@ def build_vae(section: VaeSection, seed: int) -> Any:
         assert layer.bias is not None
         layer.bias.data.zero_()
     width = vae.config.z_dim
-    vae.quant_conv.weight.data[width:] *= 0.1
-    vae.quant_conv.bias.data[width:] = START_LOG_VARIANCE
+    vae.quant_conv.weight.data[width:] = 0
+    vae.quant_conv.bias.data[width:] = LOG_VARIANCE
+    vae.register_to_config(latents_mean=[0.0] * width, latents_std=[1.0] * width)
     return vae
 
 
@@ -73,94 +78,77 @@ def to_video(clips: Sequence[np.ndarray[Any, Any]]) -> Tensor:
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-class VaeTask:
-    """Reconstruct clips; a little KL keeps the latents near a unit normal."""
+class Clips:
+    """Clips of a world as tensors, by seed."""
 
-    name = "vae"
+    def __init__(self, section: WorldSection) -> None:
+        self.section, self.world = section, get_world(section.name)
 
-    def __init__(self, section: VaeSection, world: WorldSection, seed: int) -> None:
-        self.section, self.world_section = section, world
-        self.world = get_world(world.name)
-        self.module: Any = build_vae(section, seed)
+    def whole(self, seed: int) -> Tensor:
+        """[1, 3, T, H, W] in [-1, 1]."""
+        w = self.section
+        return to_video([self.world.sample(seed, height=w.height, width=w.width, num_frames=w.num_frames).frames])
+
+    def batch(self, kinds: Sequence[ClipMix], done: float, generator: torch.Generator) -> Tensor:
+        """[B, 3, t, H, W]: windows of clips at random times, of a random kind (see `pick_kind`).
+
+        Raises ConfigError if the kind has more frames than a clip.
+        """
+        kind = pick_kind(kinds, done, generator)
+        room = self.section.num_frames - kind.frames
+        if room < 0:
+            raise ConfigError(f"batches of {kind.frames} frames from clips of {self.section.num_frames}")
+        seeds = torch.randint(0, 2**31, (kind.batch,), generator=generator).tolist()
+        starts = torch.randint(0, room + 1, (kind.batch,), generator=generator).tolist()
+        clips = [self.whole(s)[:, :, a : a + kind.frames] for s, a in zip(seeds, starts, strict=True)]
+        return torch.cat(clips)
+
+
+class EncoderTask:
+    """Compute the latents of a basis."""
+
+    name = "encoder"
+
+    def __init__(self, section: EncoderSection, vae: Any, basis: Basis, clips: Clips) -> None:
+        self.section, self.vae, self.basis, self.clips = section, vae, basis, clips
+        self.module = nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """l1, l2, kl and their weighted total on one batch of one kind."""
-        video = self.batch(step, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            latent = self.module.encode(video).latent_dist
-            noise = randn(latent.mean.shape, generator)
-            out = decode_unclamped(self.module, latent.mean + torch.exp(0.5 * latent.logvar) * noise)
-        error = out.float() - video
-        mean, logvar = latent.mean.float(), latent.logvar.float()
-        l1, l2 = error.abs().mean(), error.square().mean()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        total = self.section.l1 * l1 + self.section.l2 * l2 + self.section.kl * kl
-        return {"total": total, "l1": l1, "l2": l2, "kl": kl}
-
-    def batch(self, step: int, generator: torch.Generator) -> Tensor:
-        """[B, 3, t, H, W]: windows of clips at a random time, of a random kind."""
-        kind = pick_kind(self.section.batches, step / self.section.optimizer.steps, generator)
-        return self.clips(kind, generator)
-
-    def clips(self, kind: ClipMix, generator: torch.Generator) -> Tensor:
-        """[B, 3, t, H, W]: one batch of a kind."""
-        seeds = torch.randint(0, 2**31, (kind.batch,), generator=generator).tolist()
-        room = self.world_section.num_frames - kind.frames
-        if room < 0:
-            raise ConfigError(f"batches of {kind.frames} frames from clips of {self.world_section.num_frames}")
-        starts = torch.randint(0, room + 1, (kind.batch,), generator=generator).tolist()
-        clips = [self._clip(s) for s in seeds]
-        return to_video([c[a : a + kind.frames] for c, a in zip(clips, starts, strict=True)])
-
-    def _clip(self, seed: int) -> np.ndarray[Any, Any]:
-        w = self.world_section
-        return self.world.sample(seed, height=w.height, width=w.width, num_frames=w.num_frames).frames
-
-    @torch.no_grad()
-    def calibrate(self, seed: int) -> None:
-        """Measure mean and deviation of the latents over clips from `seed` on; put them into the VAE's config."""
-        clips = [self._clip(seed + i) for i in range(self.section.calibration_clips)]
-        latents = torch.cat([encode(self.module, to_video([c])) for c in clips])
-        mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-        self.module.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-
-    @torch.no_grad()
-    def psnr(self, seed: int) -> dict[str, float]:
-        """Peak signal-to-noise ratio (dB) of reconstructions of whole clips from `seed` on."""
-        videos = [to_video([self._clip(seed + i)]) for i in range(min(16, self.section.calibration_clips))]
-        errors = [(self.module.decode(encode(self.module, v)).sample - v).square().mean() / 4 for v in videos]
-        return {"psnr_db": float(-10 * torch.log10(torch.stack(errors).mean()))}
-
-
-@torch.no_grad()
-def encode(vae: Any, video: Tensor) -> Tensor:
-    """Mean latents [B, C, T, H, W] float32 of videos, not normalised."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return vae.encode(video).latent_dist.mean.float()
+        """Mean squared error of the normalised latents of one batch of one kind; 1 is to know nothing."""
+        video = self.clips.batch(self.section.batches, step / self.section.optimizer.steps, generator)
+        return {"total": (encode(self.vae, video) - self.basis.latents(video)).square().mean()}
 
 
 class DecoderTask:
-    """Reconstruct clips from the fixed latents of a calibrated autoencoder, training its decoder alone."""
+    """Draw clips from the latents of a basis."""
 
     name = "decoder"
 
-    def __init__(self, section: DecoderSection, vae: VaeTask) -> None:
-        self.section, self.source = section, vae
-        self.vae: Any = vae.module
-        self.module = nn.ModuleDict({"decoder": self.vae.decoder, "post_quant_conv": self.vae.post_quant_conv})
-        self.std = torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)
+    def __init__(self, section: DecoderSection, vae: Any, basis: Basis, clips: Clips) -> None:
+        self.section, self.vae, self.basis, self.clips = section, vae, basis, clips
+        self.module = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """l1, l2 and their weighted total on one batch of one kind."""
-        kind = pick_kind(self.section.batches, step / self.section.optimizer.steps, generator)
-        video = self.source.clips(kind, generator)
-        latents = encode(self.vae, video)
-        latents = latents + self.section.noise * self.std * randn(latents.shape, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = decode_unclamped(self.vae, latents)
-        error = out.float() - video
+        video = self.clips.batch(self.section.batches, step / self.section.optimizer.steps, generator)
+        latents = self.basis.latents(video)
+        latents = latents + self.section.noise * randn(latents.shape, generator)
+        error = decode_unclamped(self.vae, latents).float() - video
         l1, l2 = error.abs().mean(), error.square().mean()
         return {"total": self.section.l1 * l1 + self.section.l2 * l2, "l1": l1, "l2": l2}
+
+
+def encode(vae: Any, video: Tensor) -> Tensor:
+    """Mean latents [B, C, T, H, W] float32 of videos."""
+    return vae.encode(video).latent_dist.mean.float()
+
+
+@torch.no_grad()
+def psnr(vae: Any, clips: Clips, seeds: Sequence[int]) -> float:
+    """Peak signal-to-noise ratio (dB) of reconstructions of whole clips."""
+    videos = [clips.whole(s) for s in seeds]
+    errors = [(vae.decode(encode(vae, v)).sample - v).square().mean() / 4 for v in videos]
+    return float(-10 * torch.log10(torch.stack(errors).mean()))
 
 
 def pick_kind(kinds: Sequence[ClipMix], done: float, generator: torch.Generator) -> ClipMix:
