@@ -26,6 +26,9 @@ class SamplingParams:
         flow_shift: shift of the sigma schedule.
         scheduler: "unipc", "euler" or "dpm++".
         negative_prompt: what the unconditional row reads, unless a request says otherwise.
+        guidance_scale_2: guidance of the low-noise expert, for models with two; None: as `guidance_scale`.
+        strength: how much of a given video is noised, in (0, 1]; 1 keeps nothing of it.
+        extra: further parameters of a family, by their published names (`ComposedPipeline.extra_defaults`).
     """
 
     height: int | None = None
@@ -38,10 +41,15 @@ class SamplingParams:
     flow_shift: float | None = None
     scheduler: str | None = None
     negative_prompt: str | None = None
+    guidance_scale_2: float | None = None
+    strength: float | None = None
+    extra: Mapping[str, Any] | None = None
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
-        """These values where given, else those of `defaults`."""
+        """These values where given, else those of `defaults`; `extra` is merged name by name."""
         given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        if self.extra is not None and defaults.extra is not None:
+            given["extra"] = {**defaults.extra, **self.extra}
         return replace(defaults, **given)
 
 
@@ -64,6 +72,11 @@ class ForwardBatch:
         prompt_embeds: [B, L, D] encoded prompts, zero beyond the true length.
         prompt_lengths: [B] true token counts (int64, CPU).
         negative_embeds, negative_lengths: the same for the negative prompts; None when guidance is off.
+        image, last_image: [B, 3, H, W] float32 in [-1, 1], first and last picture at the request's size; None where
+            not given.
+        video: [B, 3, T, H, W] float32 in [-1, 1], the video to start from or to continue.
+        image_embeds: [B, N, D] features of an image encoder.
+        condition: [B, C', t, h, w] float32 condition on the latent grid: channels to add, or clean latents to keep.
         noise: the run's random numbers; `latents` is their first draw unless the caller gave latents.
         hooks: engine hooks of this request alone.
         timesteps: [S] the schedule the run will follow (CPU).
@@ -83,6 +96,11 @@ class ForwardBatch:
     prompt_lengths: Tensor | None = None
     negative_embeds: Tensor | None = None
     negative_lengths: Tensor | None = None
+    image: Tensor | None = None
+    last_image: Tensor | None = None
+    video: Tensor | None = None
+    image_embeds: Tensor | None = None
+    condition: Tensor | None = None
     noise: Noise | None = None
     hooks: list[Any] = field(default_factory=list[Any])
     timesteps: Tensor | None = None

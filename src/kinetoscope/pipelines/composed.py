@@ -45,6 +45,8 @@ class ComposedPipeline:
     required: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ()
     attention_roles: ClassVar[tuple[str, ...]] = ()
+    extra_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""
     geometry: VideoGeometry
 
     def __init__(
