@@ -15,7 +15,7 @@ from torch import nn
 from kinetoscope.core.errors import ConfigError, KinetoscopeError, RunCancelled
 from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
 from kinetoscope.train.loop import Progress, learning_rate, step_generator, train
-from kinetoscope.train.recipe import OptimizerSection, VaeSection, load_recipe
+from kinetoscope.train.recipe import OptimizerSection, load_recipe
 from kinetoscope.train.run import run_recipe
 from kinetoscope.train.vae import build_vae, decode_unclamped
 
@@ -118,12 +118,12 @@ def test_the_shipped_recipe_reads() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("vae.optimizer.step=3", "did you mean steps"),
+        ("vae.encoder.optimizer.step=3", "did you mean steps"),
         ("seed=many", "seed"),
         ("transformer.batch=0", "transformer.batch"),
         ("nonsense", "section.key=value"),
         ("seed.x=1", "seed is a value"),
-        ("vae.kl=[", "not valid YAML"),
+        ("vae.config=[", "not valid YAML"),
     ],
 )
 def test_recipe_mistakes_are_explained(override: str, says: str) -> None:
@@ -148,8 +148,7 @@ def test_unclamped_decode_is_the_vaes_own(patch: int | None) -> None:
     }  # fmt: skip
     if patch:
         config |= {"patch_size": patch, "in_channels": 3 * patch**2, "out_channels": 3 * patch**2}
-    section = VaeSection(config=config, optimizer=SECTION, batches=[])
-    vae = build_vae(section, 0)
+    vae = build_vae(config, 0)
     z = torch.empty(2, 4, 3, 2, 2).normal_(generator=step_generator(0, 0))
     with torch.no_grad():
         ours, theirs = decode_unclamped(vae, z), vae.decode(z).sample
@@ -165,17 +164,17 @@ MINIATURE = {
         "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
         "scale_factor_spatial": 8, "scale_factor_temporal": 4,
     },
-    "vae.optimizer.steps": 3,
-    "vae.batches": [{"frames": 1, "batch": 2}, {"frames": 5, "batch": 1}],
-    "vae.calibration_clips": 2,
-    "decoder.optimizer.steps": 3,
-    "decoder.batches": [{"frames": 5, "batch": 1}],
+    "vae.basis_clips": 2,
+    "vae.encoder.optimizer.steps": 3,
+    "vae.encoder.batches": [{"frames": 1, "batch": 2}, {"frames": 5, "batch": 1}],
+    "vae.decoder.optimizer.steps": 3,
+    "vae.decoder.batches": [{"frames": 5, "batch": 1}],
     "world.num_frames": 5, "world.height": 32, "world.width": 32,
     "text.optimizer.steps": 3, "text.batch": 4,
     "text.config": {"d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 16, "num_layers": 1},
     "transformer.config": {
         "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "freq_dim": 16,
-        "text_dim": 16, "in_channels": 4, "out_channels": 4,
+        "text_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2],
     },
     "transformer.optimizer.steps": 4, "transformer.batch": 2, "transformer.clips": 4,
     "defaults": {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "num_inference_steps": 2, "guidance_scale": 2.0},
@@ -183,10 +182,24 @@ MINIATURE = {
 
 
 def miniature(output: Path) -> list[str]:
-    return [
-        f"{k}={yaml.safe_dump(v, default_flow_style=True).strip()}"
-        for k, v in (MINIATURE | {"output": str(output)}).items()
-    ]
+    values = MINIATURE | {"output": str(output)}
+    return [f"{k}={yaml.safe_dump(v, default_flow_style=True).strip()}".replace("\n...", "") for k, v in values.items()]
+
+
+def test_parts_side_by_side_make_the_same_model(tmp_path: Path) -> None:
+    """Parts trained by themselves, in any order, and then finished: bit for bit the run in one go."""
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    for parts in (["decoder"], ["transformer"], ["encoder"]):
+        assert run_recipe(RECIPE, miniature(apart), parts=parts) == apart
+    seen: list[str] = []
+    run_recipe(RECIPE, miniature(apart), on_progress=lambda p: seen.append(p.task))
+    assert seen == []
+    run_recipe(RECIPE, miniature(together))
+    for part in ("vae", "transformer"):
+        file = f"model/{part}/diffusion_pytorch_model.safetensors"
+        assert (together / file).read_bytes() == (apart / file).read_bytes()
+    with pytest.raises(ConfigError, match="unknown part vae"):
+        run_recipe(RECIPE, miniature(apart), parts=["vae"])
 
 
 def test_a_recipe_from_start_to_finish(tmp_path: Path) -> None:
@@ -195,9 +208,9 @@ def test_a_recipe_from_start_to_finish(tmp_path: Path) -> None:
     from kinetoscope import VideoGenerator
 
     seen: list[str] = []
-    overrides = [o.replace("\n...", "") for o in miniature(tmp_path)]
+    overrides = miniature(tmp_path)
     model = run_recipe(RECIPE, overrides, on_progress=lambda p: seen.append(p.task))
-    assert list(dict.fromkeys(seen)) == ["text", "vae", "latents", "decoder", "transformer"]
+    assert list(dict.fromkeys(seen)) == ["text", "encoder", "decoder", "latents", "transformer"]
     card = (model / "README.md").read_text()
     assert "kinetoscope train" in card and "PSNR" in card
     assert (model / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -61,11 +61,11 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return generator_for(NoiseSource([seed]).fork(step).seeds[0])
 
 
-def schedule(section: OptimizerSection, step: int) -> float:
-    """The learning rate over the highest: linear warm-up, then cosine decay to `final_fraction`."""
+def learning_rate(section: OptimizerSection, step: int) -> float:
+    """Linear warm-up, then cosine decay to `final_fraction` of the highest."""
     warm = min(1.0, (step + 1) / max(section.warmup, 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / section.steps))
-    return warm * (section.final_fraction + (1 - section.final_fraction) * cosine)
+    return section.learning_rate * warm * (section.final_fraction + (1 - section.final_fraction) * cosine)
 
 
 def train(
@@ -90,22 +90,21 @@ def train(
         KinetoscopeError: a loss is not finite.
     """
     path, log = folder / f"{task.name}.pt", folder / f"{task.name}.jsonl"
-    optimizers = make_optimizers(task.module, section)
+    parameters = task.module.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=section.betas, weight_decay=section.weight_decay)
     average = {k: v.detach().clone() for k, v in task.module.state_dict().items()}
     start, spent = 0, 0.0
     if path.exists():
         state = load_checkpoint(path)
         task.module.load_state_dict(state["module"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        optimizer.load_state_dict(state["optimizer"])
         average, start, spent = state["average"], state["step"], state["seconds"]
     _keep_log(log, start)
     begun = saved = time.monotonic()
 
     def save(step: int) -> None:
         seconds = spent + time.monotonic() - begun
-        states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-        values = {"module": task.module.state_dict(), "optimizers": states, "average": average}
+        values = {"module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
         save_checkpoint(path, {**values, "step": step, "seconds": seconds})
 
     losses: dict[str, float] = {}
@@ -115,7 +114,7 @@ def train(
             tick = time.monotonic()
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
                 terms = task.losses(step, step_generator(seed, step))
-            losses = _update(task, terms, optimizers, section, step)
+            losses = _update(task, terms, optimizer, section, step)
             _blend(average, task.module, min(section.ema, (1 + step) / (10 + step)))
             if on_progress:
                 on_progress(Progress(task.name, step + 1, section.steps, losses, time.monotonic() - tick))
@@ -135,33 +134,14 @@ def train(
     return {"steps": section.steps, "seconds": load_checkpoint(path)["seconds"], "losses": losses}
 
 
-def make_optimizers(module: nn.Module, section: OptimizerSection) -> dict[str, torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
-
-    Learning rates are set at every update.
-    """
-    matrices, rest = [], []
-    for name, parameter in module.named_parameters():
-        inner = section.muon and name.startswith("blocks.") and parameter.ndim == 2
-        (matrices if inner else rest).append(parameter)
-    decay = section.weight_decay
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "adamw": torch.optim.AdamW(rest, lr=1.0, betas=section.betas, weight_decay=decay)
-    }
-    if matrices:
-        optimizers["muon"] = torch.optim.Muon(matrices, lr=1.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return optimizers
-
-
 def _update(
     task: Task,
     terms: dict[str, Tensor],
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     section: OptimizerSection,
     step: int,
 ) -> dict[str, float]:
-    for optimizer in optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     terms["total"].backward()
     norm = nn.utils.clip_grad_norm_(task.module.parameters(), section.clip)
     values = {name: float(value.detach()) for name, value in terms.items()} | {"grad_norm": float(norm)}
@@ -169,11 +149,9 @@ def _update(
         raise KinetoscopeError(
             f"{task.name}: step {step} gave values that are not finite ({values}); lower learning_rate"
         )
-    factor = schedule(section, step)
-    for name, optimizer in optimizers.items():
-        for group in optimizer.param_groups:
-            group["lr"] = factor * (section.muon if name == "muon" else section.learning_rate)
-        optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(section, step)
+    optimizer.step()
     return values
 
 

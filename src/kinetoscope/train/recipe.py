@@ -27,8 +27,6 @@ class OptimizerSection(Section):
     Attributes:
         steps: updates.
         learning_rate: the highest.
-        muon: highest learning rate of Muon (kellerjordan.github.io/posts/muon), which then updates the matrices of
-            the module's `blocks`, scaled as arXiv 2502.16982 does; 0 leaves them to AdamW.
         warmup: updates from zero to it.
         final_fraction: the last learning rate as a fraction of the highest.
         clip: largest gradient norm.
@@ -37,7 +35,6 @@ class OptimizerSection(Section):
 
     steps: Positive
     learning_rate: float = Field(gt=0)
-    muon: float = Field(0.0, ge=0)
     warmup: int = Field(50, ge=0)
     final_fraction: float = Field(0.02, ge=0, le=1)
     betas: tuple[float, float] = (0.9, 0.99)

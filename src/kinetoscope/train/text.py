@@ -89,12 +89,14 @@ class TextTask:
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw every matrix anew from `generator`, so that the start depends on the recipe's seed alone."""
+    """Draw every matrix from `generator` and clear biases, so that the start depends on the recipe's seed alone."""
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
                 std = parameter.shape[-1] ** -0.5
                 parameter.copy_(torch.empty_like(parameter).normal_(0.0, std, generator=generator))
+            elif name.endswith("bias"):
+                parameter.zero_()
 
 
 @torch.no_grad()
