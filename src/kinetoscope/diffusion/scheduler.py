@@ -6,7 +6,7 @@ mutable state (step index, multistep history), so that interleaved runs never to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import diffusers
@@ -34,7 +34,7 @@ class _DiffusersScheduler(Protocol):
     sigmas: Tensor
     config: Mapping[str, Any]
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None: ...
+    def set_timesteps(self, num_inference_steps: int, device: torch.device, **schedule: Any) -> None: ...
     def set_begin_index(self, begin_index: int) -> None: ...
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool) -> tuple[Tensor, ...]: ...
 
@@ -80,10 +80,30 @@ class SchedulerAdapter:
         config[_SHIFT_FIELD[name]] = self.shift if shift is None else float(shift)
         return SchedulerAdapter(name, config)
 
-    def start(self, num_steps: int, device: torch.device | str = "cpu") -> ScheduleRun:
-        """A private run of `num_steps` steps from pure noise."""
+    @property
+    def dynamic(self) -> bool:
+        """Whether the shift depends on the size of the video, so that `start` needs `mu`."""
+        return bool(self.config.get("use_dynamic_shifting", False))
+
+    def start(
+        self,
+        num_steps: int,
+        device: torch.device | str = "cpu",
+        *,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> ScheduleRun:
+        """A private run of `num_steps` steps from pure noise.
+
+        Args:
+            num_steps: of the schedule.
+            device: where the timesteps live.
+            sigmas: noise levels before the shift, one a step; None: the scheduler's own.
+            mu: logarithm of the shift, for a dynamic schedule.
+        """
         scheduler = getattr(diffusers, self.class_name).from_config(self.config)
-        return ScheduleRun(scheduler, num_steps, torch.device(device))
+        given = {k: v for k, v in (("sigmas", sigmas), ("mu", mu)) if v is not None}
+        return ScheduleRun(scheduler, num_steps, torch.device(device), **given)
 
 
 class ScheduleRun:
@@ -95,8 +115,8 @@ class ScheduleRun:
         sigmas: S + 1 Python floats, the last is the final noise level.
     """
 
-    def __init__(self, scheduler: _DiffusersScheduler, num_steps: int, device: torch.device) -> None:
-        scheduler.set_timesteps(num_steps, device=device)
+    def __init__(self, scheduler: _DiffusersScheduler, num_steps: int, device: torch.device, **schedule: Any) -> None:
+        scheduler.set_timesteps(num_steps, device=device, **schedule)
         scheduler.set_begin_index(0)
         self._scheduler = scheduler
         self.timesteps: Tensor = scheduler.timesteps

@@ -107,7 +107,8 @@ def _load_scheduler(model: ModelDir, name: str, dtype: torch.dtype, device: torc
     config = {k: v for k, v in model.config(name).items() if not k.startswith("_")}
     adapter = SchedulerAdapter(model.components()[name], config)
     nothing = torch.zeros(1, 1)
-    adapter.start(2).step(nothing, 0, nothing)  # a configuration that cannot step is refused here
+    run = adapter.start(2, mu=0.0 if adapter.dynamic else None)
+    run.step(nothing, 0, nothing)  # a configuration that cannot step is refused here
     return adapter
 
 

@@ -1,0 +1,66 @@
+"""The LTX-Video family as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.diffusion.convention import Convention
+from kinetoscope.models.ltx.config import LTXConfig
+
+__all__ = [
+    "CONVENTION",
+    "EXTRA_DEFAULTS",
+    "KEY_MAP",
+    "NEGATIVE_PROMPT",
+    "PRESETS",
+    "PUBLISHED",
+    "TEXT_LENGTH",
+    "TEXT_MODE",
+    "LTXConfig",
+    "forward_flops",
+]
+
+KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
+CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=1.0)
+TEXT_MODE = "true_length"  # padding is masked out of the cross-attention
+TEXT_LENGTH = 128
+NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"  # model card
+
+EXTRA_DEFAULTS: dict[str, Any] = {
+    "decode_timestep": 0.0,  # noise level the VAE is told, for VAEs that take one (0.9.1)
+    "decode_noise_scale": None,  # noise mixed into the latents before decoding; None: as decode_timestep
+}
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # transformer/config.json; what is left out is the class's default
+    "2B": {},
+    "13B": {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
+}
+
+_COMMON = {
+    "num_frames": 161,
+    "fps": 25.0,  # the pipelines' default frame_rate, to which the rotary positions are scaled
+    "num_inference_steps": 50,
+    "guidance_scale": 3.0,
+    "negative_prompt": NEGATIVE_PROMPT,
+}
+# Model cards of Lightricks and diffusers' LTX-Video page.
+PRESETS: dict[str, SamplingParams] = {
+    "Lightricks/LTX-Video": SamplingParams(height=480, width=704, **_COMMON),
+    "Lightricks/LTX-Video-0.9.1": SamplingParams(
+        height=512, width=768, extra={"decode_timestep": 0.03, "decode_noise_scale": 0.025}, **_COMMON
+    ),
+}
+
+
+def forward_flops(config: LTXConfig, tokens: int, text_tokens: int = TEXT_LENGTH) -> float:
+    """Floating-point operations of one row of a forward, a multiply-add counted as two.
+
+    Linear layers of the blocks (6 d^2 of attention and 8 d^2 of feed-forward a token), keys and values of the text,
+    both products of both attentions, and the projections at both ends.
+    """
+    d = config.dim
+    linear = tokens * 14 * d * d + text_tokens * 2 * d * d
+    attention = 2 * tokens * d * (tokens + text_tokens)
+    ends = tokens * d * (config.in_channels + (config.out_channels or config.in_channels))
+    return 2.0 * (config.num_layers * (linear + attention) + ends)
