@@ -11,7 +11,7 @@ from torch import Tensor
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
 from kinetoscope.diffusion.noise import NoiseSource
-from kinetoscope.diffusion.scheduler import SchedulerAdapter
+from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree, take_rows
 
 
@@ -57,15 +57,15 @@ class StandardStrategy:
         self.parts = parts
 
     def prepare(self, batch: ForwardBatch, args: ExecutionArgs) -> StrategyState:
-        """Private scheduler; text K/V, modulation of every step and RoPE tables, once."""
+        """Private scheduler; text K/V, modulation of every step and RoPE tables, once.
+
+        A family whose arithmetic differs in one of these overrides the method that makes it.
+        """
         params = batch.params
-        assert batch.latents is not None and params.num_inference_steps is not None
-        prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
-        scheduler = prototype.start(params.num_inference_steps, args.device)
+        assert batch.latents is not None
         guidance = Guidance(params.guidance_scale or 1.0, params.guidance_rescale or 0.0)
         latents = batch.latents.to(args.device, torch.float32)
-        transformer = self.parts.transformer
-        embeds, lengths = _stack_text(batch, guidance.branches)
+        scheduler = self.start_schedule(batch, args)
         return StrategyState(
             batch=batch,
             args=args,
@@ -74,14 +74,36 @@ class StandardStrategy:
             noise=batch.noise or NoiseSource(batch.seeds),
             times=scheduler.times,
             scheduler=scheduler,
-            conditioning=transformer.prepare_conditioning(
-                encoder_hidden_states=embeds.to(args.device, args.dtype), text_lengths=lengths
-            ),
+            conditioning=self.prepare_conditioning(batch, args, guidance.branches),
             tables={
-                "steps": transformer.prepare_timesteps(scheduler.timesteps),
-                "shared": transformer.prepare_shared(latents.shape),
+                "steps": self.prepare_steps(batch, scheduler),
+                "shared": self.prepare_shared(batch, latents),
             },
         )
+
+    def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
+        """The run's private scheduler."""
+        params = batch.params
+        assert params.num_inference_steps is not None
+        prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
+        return prototype.start(params.num_inference_steps, args.device)
+
+    def prepare_conditioning(
+        self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]
+    ) -> dict[str, Tree]:
+        """What the rows are conditioned on, branch-major."""
+        embeds, lengths = stack_text(batch, branches)
+        return self.parts.transformer.prepare_conditioning(
+            encoder_hidden_states=embeds.to(args.device, args.dtype), text_lengths=lengths
+        )
+
+    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> dict[str, Tree]:
+        """Trees with a leading axis S for the S steps of the run."""
+        return self.parts.transformer.prepare_timesteps(scheduler.timesteps)
+
+    def prepare_shared(self, batch: ForwardBatch, latents: Tensor) -> dict[str, Tree]:
+        """Trees that all rows of all steps share."""
+        return self.parts.transformer.prepare_shared(latents.shape)
 
     def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
         """The sample once for each branch."""
@@ -122,7 +144,7 @@ def split_branches(state: StrategyState, noise_pred: Tensor) -> Mapping[str, Ten
     return dict(zip(branches, noise_pred.chunk(len(branches)), strict=True))
 
 
-def _stack_text(batch: ForwardBatch, branches: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+def stack_text(batch: ForwardBatch, branches: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     """Embeddings [R, L, D] and true lengths [R] of all rows, branch-major."""
     embeds = {COND: batch.prompt_embeds, UNCOND: batch.negative_embeds}
     lengths = {COND: batch.prompt_lengths, UNCOND: batch.negative_lengths}

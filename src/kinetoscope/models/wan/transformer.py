@@ -54,12 +54,16 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: [R, F, M, d] -> three of [R, N, H, D]"""
+        heads = (x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
+        q = apply_rope(self.norm_q(self.to_q(x)).view(heads), rope)
+        k = apply_rope(self.norm_k(self.to_k(x)).view(heads), rope)
+        return q, k, self.to_v(x).view(heads)
+
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """[R, F, M, d] -> [R, F, M, d]"""
-        heads = (x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
-        q = apply_rope(self.norm_q(self.to_q(x)).view(heads), rope)  # [R, N, H, D]
-        k = apply_rope(self.norm_k(self.to_k(x)).view(heads), rope)  # [R, N, H, D]
-        v = self.to_v(x).view(heads)  # [R, N, H, D]
+        q, k, v = self.project(x, rope)
         return self.to_out(attention(q, k, v, role="self").reshape(x.shape))
 
 
