@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,6 +31,12 @@ TINY = {
 PUBLISHED = {  # transformer/config.json of the published text-to-video models; what they share are the defaults
     "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+    "I2V-14B": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "FLF2V-14B": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514},
+    "2.2-I2V-A14B": {"in_channels": 36},
+    "2.2-TI2V-5B": {
+        "in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30,
+    },
 }
 
 
@@ -78,6 +84,39 @@ class TestWanTimestepPerFrame(TestWan):
         frame_tokens = inputs["latents"][0, 0, 0].numel() // 4
         timestep = inputs["timestep"].repeat_interleave(frame_tokens, dim=1)
         return super().call_oracle(oracle, inputs | {"timestep": timestep})
+
+
+class TestWanImage(TestWan):
+    """Image features and condition channels of Wan 2.1 image-to-video; the oracle wants 512 text tokens."""
+
+    SHAPES = ((2, 36, 2, 8, 8), (1, 36, 1, 4, 6))
+    MORE: ClassVar[dict[str, Any]] = {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 64}
+    FEATURES = 9
+
+    def make_oracle(self) -> nn.Module:
+        return Oracle(**TINY | self.MORE)
+
+    def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+        features = torch.randn(shape[0], self.FEATURES, 20, generator=generator)
+        return super().inputs(shape, generator) | {"image_embeds": features}
+
+    def call_oracle(self, oracle: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        features = inputs["image_embeds"]
+        inputs = {k: v for k, v in inputs.items() if k != "image_embeds"}
+        return super().call_oracle(oracle, inputs | {"encoder_hidden_states_image": self.for_oracle(features)})
+
+    def for_oracle(self, features: Tensor) -> Tensor:
+        return features
+
+
+class TestWanTwoImages(TestWanImage):
+    """First and last frame: the features of both, with position embeddings."""
+
+    MORE: ClassVar[dict[str, Any]] = TestWanImage.MORE | {"pos_embed_seq_len": 10}
+    FEATURES = 10
+
+    def for_oracle(self, features: Tensor) -> Tensor:
+        return features.reshape(-1, 5, 20)
 
 
 def padded_text(lengths: list[int], generator: torch.Generator, total: int = 512) -> Tensor:
@@ -208,7 +247,7 @@ def test_init_weights_is_a_function_of_the_generator() -> None:
         ({"attention_head_dim": 15}, "attention_head_dim"),
         ({"freq_dim": 31}, "freq_dim"),
         ({"qk_norm": "layer_norm"}, "qk_norm"),
-        ({"image_dim": 1280}, "image conditioning"),
+        ({"image_dim": 1280}, "go together"),
     ],
 )
 def test_bad_config(change: dict[str, Any], words: str) -> None:

@@ -25,8 +25,9 @@ class WanConfig:
         qk_norm: normalisation of queries and keys; every published model has "rms_norm_across_heads".
         eps: epsilon of all norms.
         rope_max_seq_len: largest number of positions along an axis.
-        image_dim, added_kv_proj_dim, pos_embed_seq_len: image conditioning of Wan 2.1 image-to-video; None in
-            text-to-video.
+        image_dim, added_kv_proj_dim: width of the image encoder and of its embedded features, in Wan 2.1 image-to-video;
+            else None.
+        pos_embed_seq_len: tokens of two images together, in first-and-last-frame models; else None.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -86,12 +87,11 @@ class WanConfig:
             raise ConfigError(f"Wan transformer config: freq_dim={self.freq_dim} should be even")
         if self.qk_norm != "rms_norm_across_heads":
             raise ConfigError(f"Wan transformer config: qk_norm={self.qk_norm!r}; only 'rms_norm_across_heads' exists")
-        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-            if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"Wan transformer config: {name}={getattr(self, name)} asks for image conditioning, "
-                    "which this text-to-video transformer does not have"
-                )
+        if (self.image_dim is None) != (self.added_kv_proj_dim is None):
+            raise ConfigError(
+                f"Wan transformer config: image_dim={self.image_dim} and added_kv_proj_dim={self.added_kv_proj_dim} "
+                "go together: both are set in image-to-video models that read image features, neither in others"
+            )
 
 
 def _patch_size(value: Any) -> tuple[int, int, int]:

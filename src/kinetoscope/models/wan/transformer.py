@@ -27,11 +27,12 @@ TEXT_MULTIPLE = 32
 
 
 class TextContext(NamedTuple):
-    """What cross-attention needs of the text, one entry a block; rows first."""
+    """What cross-attention needs of text and image, one entry a block; rows first."""
 
     keys: list[Tensor]  # [R, L, H, D] each
     values: list[Tensor]  # [R, L, H, D] each
     key_bias: Tensor | None  # [R, L] float32, None: all tokens count once
+    image: list[tuple[Tensor, Tensor]] | None = None  # keys and values [R, I, H, D] of image features
 
 
 class Modulation(NamedTuple):
@@ -68,9 +69,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from the tokens of the video to those of the text."""
+    """Attention from the tokens of the video to those of the text and, added to it, to those of an image."""
 
-    def __init__(self, dim: int, head_dim: int, eps: float) -> None:
+    def __init__(self, dim: int, head_dim: int, eps: float, added_dim: int | None = None) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.to_q = Linear(dim, dim)
@@ -79,16 +80,36 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(Linear(dim, dim))
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
+        if added_dim is not None:
+            self.add_k_proj = Linear(added_dim, dim)
+            self.add_v_proj = Linear(added_dim, dim)
+            self.norm_added_k = RMSNorm(dim, eps)
 
     def project(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of embedded text: [R, L, d] -> two of [R, L, H, D]"""
         heads = (-1, self.head_dim)
         return self.norm_k(self.to_k(text)).unflatten(-1, heads), self.to_v(text).unflatten(-1, heads)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None) -> Tensor:
+    def project_image(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of embedded image features: [R, I, d] -> two of [R, I, H, D]"""
+        heads = (-1, self.head_dim)
+        keys = self.norm_added_k(self.add_k_proj(features)).unflatten(-1, heads)
+        return keys, self.add_v_proj(features).unflatten(-1, heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key_bias: Tensor | None,
+        image: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """[R, F, M, d] -> [R, F, M, d]"""
         q = self.norm_q(self.to_q(x)).view(x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
-        return self.to_out(attention(q, keys, values, role="cross", key_bias=key_bias).reshape(x.shape))
+        out = attention(q, keys, values, role="cross", key_bias=key_bias)
+        if image is not None:
+            out = out + attention(q, *image, role="cross")
+        return self.to_out(out.reshape(x.shape))
 
 
 class WanTransformerBlock(nn.Module):
@@ -99,7 +120,7 @@ class WanTransformerBlock(nn.Module):
         dim, head_dim, eps = config.dim, config.attention_head_dim, config.eps
         self.norm1 = ModulatedNorm(dim, eps)
         self.attn1 = SelfAttention(dim, head_dim, eps)
-        self.attn2 = CrossAttention(dim, head_dim, eps)
+        self.attn2 = CrossAttention(dim, head_dim, eps, config.added_kv_proj_dim)
         self.norm2 = FP32LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.norm3 = ModulatedNorm(dim, eps)
@@ -113,11 +134,12 @@ class WanTransformerBlock(nn.Module):
         key_bias: Tensor | None,
         modulation: Tensor,
         rope: Tensor,
+        image: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x [R, F, M, d], modulation [R or 1, F, 6, d] -> [R, F, M, d]"""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = gated_add(x, self.attn1(self.norm1(x, shift_a, scale_a), rope), gate_a)
-        x = x + self.attn2(self.norm2(x), keys, values, key_bias)
+        x = x + self.attn2(self.norm2(x), keys, values, key_bias, image)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
 
 
@@ -126,8 +148,25 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
 
 
+class ImageProjection(nn.Module):
+    """Image features to the width of the model: norm, two linear layers with an exact GELU, norm."""
+
+    def __init__(self, in_dim: int, dim: int, positions: int | None) -> None:
+        super().__init__()
+        self.norm1 = FP32LayerNorm(in_dim, 1e-5)
+        self.ff = FeedForward(in_dim, in_dim, out_dim=dim, approximate="none")
+        self.norm2 = FP32LayerNorm(dim, 1e-5)
+        self.pos_embed = None if positions is None else nn.Parameter(torch.zeros(1, positions, in_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[R, I, in] -> [R, I, d]"""
+        if self.pos_embed is not None:
+            features = features + self.pos_embed
+        return self.norm2(self.ff(self.norm1(features)))
+
+
 class ConditionEmbedder(nn.Module):
-    """Embeddings of timestep and text."""
+    """Embeddings of timestep, text and image."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -135,6 +174,8 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = TimestepEmbedding(config.freq_dim, config.dim)
         self.time_proj = Linear(config.dim, 6 * config.dim)
         self.text_embedder = TextProjection(config.text_dim, config.dim)
+        if config.image_dim is not None:
+            self.image_embedder = ImageProjection(config.image_dim, config.dim, config.pos_embed_seq_len)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """[R, F] -> embedding [R, F, d] and its six-way projection [R, F, 6, d]"""
@@ -143,7 +184,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class WanTransformer3DModel(nn.Module):
-    """Wan text-to-video transformer.
+    """Wan video transformer: text-to-video, and image-to-video by added channels and image features.
 
     Built on the meta device it has exactly the names and shapes of a published checkpoint; `keep_in_float32` names the
     parts whose weights stay float32 when the rest is in bfloat16.
@@ -188,9 +229,13 @@ class WanTransformer3DModel(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def prepare_conditioning(
-        self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None = None
+        self,
+        *,
+        encoder_hidden_states: Tensor,
+        text_lengths: Tensor | None = None,
+        image_embeds: Tensor | None = None,
     ) -> dict[str, TextContext]:
-        """Keys and values of the text for all blocks, once a run.
+        """Keys and values of text and image for all blocks, once a run.
 
         Wan attends to its zero padding: the tokens beyond the true length are part of what it learned. They are equal,
         so are their keys and values, so attention to n of them is attention to one with log n added to its logit. With
@@ -199,9 +244,10 @@ class WanTransformer3DModel(nn.Module):
         Args:
             encoder_hidden_states: [R, L, text_dim].
             text_lengths: [R] true lengths; every token beyond must be zero. None: use all L tokens as they are.
+            image_embeds: [R, I, image_dim] for models that read image features.
 
         Raises:
-            InputError: a length is not in [0, L].
+            InputError: a length is not in [0, L]; image features are given to a model without them, or the reverse.
         """
         total = encoder_hidden_states.shape[1]
         key_bias = None
@@ -217,7 +263,18 @@ class WanTransformer3DModel(nn.Module):
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))  # [R, L', d]
         pairs = [block.attn2.project(text) for block in self._blocks()]
-        return {"text": TextContext([k for k, _ in pairs], [v for _, v in pairs], key_bias)}
+        image = self._image_pairs(image_embeds)
+        return {"text": TextContext([k for k, _ in pairs], [v for _, v in pairs], key_bias, image)}
+
+    def _image_pairs(self, image_embeds: Tensor | None) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values of image features for all blocks."""
+        if (image_embeds is None) != (self.config.image_dim is None):
+            needs = "needs" if image_embeds is None else "takes no"
+            raise InputError(f"this Wan transformer {needs} image features (image_dim={self.config.image_dim})")
+        if image_embeds is None:
+            return None
+        features = self.condition_embedder.image_embedder(image_embeds.to(self.proj_out.weight.dtype))  # [R, I, d]
+        return [block.attn2.project_image(features) for block in self._blocks()]
 
     def prepare_timesteps(self, timesteps: Tensor) -> dict[str, Modulation]:
         """Modulation of each of S timesteps, once a run: [S] -> tensors with leading dimension S.
@@ -242,6 +299,7 @@ class WanTransformer3DModel(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         *,
         text_lengths: Tensor | None = None,
+        image_embeds: Tensor | None = None,
         text: TextContext | None = None,
         modulation: Modulation | None = None,
         rope: Tensor | None = None,
@@ -252,7 +310,7 @@ class WanTransformer3DModel(nn.Module):
             latents: [R, C, T, H, W].
             timestep: [R] in [0, 1000], or [R, F]: one for each of F groups of consecutive tokens (latent frames).
             encoder_hidden_states: [R, L, text_dim]; needed unless `text` is given.
-            text_lengths: see `prepare_conditioning`.
+            text_lengths, image_embeds: see `prepare_conditioning`.
             text, modulation, rope: what the `prepare_*` methods return, to spare computing them again.
 
         Returns:
@@ -265,9 +323,9 @@ class WanTransformer3DModel(nn.Module):
         if text is None:
             if encoder_hidden_states is None:
                 raise InputError("the Wan transformer needs encoder_hidden_states or prepared text")
-            text = self.prepare_conditioning(encoder_hidden_states=encoder_hidden_states, text_lengths=text_lengths)[
-                "text"
-            ]
+            text = self.prepare_conditioning(
+                encoder_hidden_states=encoder_hidden_states, text_lengths=text_lengths, image_embeds=image_embeds
+            )["text"]
 
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
@@ -275,8 +333,9 @@ class WanTransformer3DModel(nn.Module):
         groups = modulation.out.shape[1]
         x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
         tables = modulation.blocks.unbind(2)
-        for block, keys, values, table in zip(self.blocks, text.keys, text.values, tables, strict=True):
-            x = block(x, keys, values, text.key_bias, table, rope)  # [R, F, M, d]
+        images = text.image or [None] * len(self.blocks)
+        for block, keys, values, image, table in zip(self.blocks, text.keys, text.values, images, tables, strict=True):
+            x = block(x, keys, values, text.key_bias, table, rope, image)  # [R, F, M, d]
         shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, pt ph pw C]
         return self._unpatchify(x, grid).to(latents.dtype)
