@@ -61,9 +61,8 @@ class StandardStrategy:
 
         A family whose arithmetic differs in one of these overrides the method that makes it.
         """
-        params = batch.params
         assert batch.latents is not None
-        guidance = Guidance(params.guidance_scale or 1.0, params.guidance_rescale or 0.0)
+        guidance = self.make_guidance(batch)
         latents = batch.latents.to(args.device, torch.float32)
         scheduler = self.start_schedule(batch, args)
         return StrategyState(
@@ -80,6 +79,11 @@ class StandardStrategy:
                 "shared": self.prepare_shared(batch, latents),
             },
         )
+
+    def make_guidance(self, batch: ForwardBatch) -> Guidance:
+        """Which rows a step needs, and how they combine."""
+        params = batch.params
+        return Guidance(params.guidance_scale or 1.0, params.guidance_rescale or 0.0)
 
     def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
         """The run's private scheduler."""
