@@ -12,7 +12,7 @@ from kinetoscope.core.errors import KinetoscopeError, ModelLoadError
 from kinetoscope.core.onednn import speed_up_convolutions
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 from kinetoscope.loading.directory import ModelDir
-from kinetoscope.loading.weights import load_weights
+from kinetoscope.loading.weights import load_weights, tensor_names, weight_files
 
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
 _LOADERS: dict[str, Loader] = {}
@@ -24,7 +24,10 @@ def register_component(class_name: str, loader: Loader) -> None:
 
 
 def register_transformer(
-    class_name: str, build: Callable[[Any], nn.Module], read_config: Callable[[Mapping[str, Any]], Any]
+    class_name: str,
+    build: Callable[[Any], nn.Module],
+    read_config: Callable[[Mapping[str, Any]], Any],
+    optional: Mapping[str, str] | None = None,
 ) -> None:
     """Register one of our own transformers.
 
@@ -32,10 +35,14 @@ def register_transformer(
         class_name: as published in model_index.json.
         build: configuration -> module; its `keep_in_float32` names parts whose weights stay float32.
         read_config: parsed config.json -> configuration.
+        optional: boolean field of the configuration -> part of a tensor's name, for parts that config.json does not
+            tell of: the field is true where the weights hold such a tensor.
     """
 
     def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        config = read_config(model.config(name))
+        found = tensor_names(weight_files(model.folder(name))) if optional else []
+        present = {f: True for f, part in (optional or {}).items() if any(part in key.split(".") for key in found)}
+        config = read_config({**model.config(name), **present})
         with torch.device("meta"):
             module = build(config)
         kept = tuple(getattr(build, "keep_in_float32", ()))

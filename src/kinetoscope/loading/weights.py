@@ -44,6 +44,24 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def tensor_names(files: list[Path]) -> list[str]:
+    """Keys of all files, from their headers alone.
+
+    Raises:
+        ModelLoadError: a file is truncated or is not safetensors.
+    """
+    names: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, "pt", device="cpu") as content:
+                names += content.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(
+                f"{file} is truncated or not a safetensors file ({error}); download it again"
+            ) from error
+    return names
+
+
 def read_tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
     """(file, key, tensor) of all files, one tensor at a time.
 

@@ -25,9 +25,11 @@ class WanConfig:
         qk_norm: normalisation of queries and keys; every published model has "rms_norm_across_heads".
         eps: epsilon of all norms.
         rope_max_seq_len: largest number of positions along an axis.
-        image_dim, added_kv_proj_dim: width of the image encoder and of its embedded features, in Wan 2.1 image-to-video;
-            else None.
+        image_dim, added_kv_proj_dim: width of the image encoder and of its embedded features, in Wan 2.1
+            image-to-video; else None.
         pos_embed_seq_len: tokens of two images together, in first-and-last-frame models; else None.
+        compress_gates: whether the blocks hold the gates of video sparse attention (arXiv 2505.13389). No published
+            configuration says so; it is read from the weights. Dense attention does not use them.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -46,6 +48,7 @@ class WanConfig:
     image_dim: int | None = None
     added_kv_proj_dim: int | None = None
     pos_embed_seq_len: int | None = None
+    compress_gates: bool = False
 
     @property
     def dim(self) -> int:

@@ -125,6 +125,8 @@ class WanTransformerBlock(nn.Module):
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.norm3 = ModulatedNorm(dim, eps)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
+        if config.compress_gates:
+            self.to_gate_compress = Linear(dim, dim)
 
     def forward(
         self,
@@ -352,8 +354,8 @@ class WanTransformer3DModel(nn.Module):
         one_b = blocks.new_tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).unsqueeze(-1)
         return Modulation(blocks + one_b, out + out.new_tensor([0.0, 1.0]).unsqueeze(-1))
 
-    def _rope(self, latent_shape: Sequence[int]) -> Tensor:
-        """[..., T, H, W] -> complex64 [N, D/2]"""
+    def _rope(self, latent_shape: Sequence[int], start_frame: int = 0) -> Tensor:
+        """[..., T, H, W] of frames from `start_frame` on -> complex64 [N, D/2]"""
         positions: list[Tensor] = []
         for axis, size, patch in zip("THW", latent_shape[-3:], self.config.patch_size, strict=True):
             if size % patch or size < 1 or size // patch > self.config.rope_max_seq_len:
@@ -362,6 +364,7 @@ class WanTransformer3DModel(nn.Module):
                     f"at most {self.config.rope_max_seq_len * patch}"
                 )
             positions.append(torch.arange(size // patch, device=self.proj_out.weight.device))
+        positions[0] = positions[0] + start_frame
         return rope_table(positions, split_rope_dims(self.config.attention_head_dim))
 
     def _unpatchify(self, x: Tensor, grid: Sequence[int]) -> Tensor:

@@ -70,4 +70,9 @@ def _as_dict(params: SamplingParams) -> dict[str, Any]:
     return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
 
 
-register_transformer("WanTransformer3DModel", WanTransformer3DModel, spec.WanConfig.from_dict)
+register_transformer(
+    "WanTransformer3DModel",
+    WanTransformer3DModel,
+    spec.WanConfig.from_dict,
+    optional={"compress_gates": "to_gate_compress"},
+)
