@@ -10,10 +10,15 @@ from kinetoscope.core.types import ExecutionArgs, SamplingParams
 from kinetoscope.loading import ModelDir
 from kinetoscope.models.wan.spec import PRESETS
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets.ltx import LTXVideo
 from kinetoscope.pipelines.presets.wan import WanTextToVideo
 from kinetoscope.reference import embedded_models
 
-PIPELINES: dict[str, type[ComposedPipeline]] = {"WanPipeline": WanTextToVideo}
+PIPELINES: dict[str, type[ComposedPipeline]] = {
+    "LTXImageToVideoPipeline": LTXVideo,
+    "LTXPipeline": LTXVideo,
+    "WanPipeline": WanTextToVideo,
+}
 
 
 def pipeline_class(model: ModelDir) -> type[ComposedPipeline]:
