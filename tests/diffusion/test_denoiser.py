@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kinetoscope.diffusion.convention import Convention, shift_sigma
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.diffusion.convention import Convention, Preconditioning, shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.noise import NoiseSource
 
@@ -17,6 +18,10 @@ CONVENTIONS = [
     for p in ("flow", "epsilon", "v", "x0")
     for i in ("linear", "cosine")
     for s in (1, -1)
+]
+EDM = [
+    Convention(prediction="edm", interpolant="additive", preconditioning=p)
+    for p in (Preconditioning(0.5), Preconditioning(1.0, flow=True))
 ]
 
 
@@ -33,7 +38,7 @@ class Knowing:
 
 
 @pytest.mark.parametrize("s", [torch.tensor([0.3, 0.8]), torch.tensor([[0.1, 0.5, 0.9], [0.4, 0.4, 0.2]])])
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("convention", CONVENTIONS + EDM)
 def test_the_target_leads_back_to_clean_and_noise(convention: Convention, s: torch.Tensor) -> None:
     plain = Denoiser(Knowing(X0), convention)
     network = Knowing(plain.target(X0, NOISE, s) * convention.sign)
@@ -42,7 +47,9 @@ def test_the_target_leads_back_to_clean_and_noise(convention: Convention, s: tor
     torch.testing.assert_close(denoiser.predict_x0(x, s), X0, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(denoiser.predict_noise(x, s), NOISE, atol=1e-5, rtol=1e-5)
     assert torch.all(denoiser.loss(X0, NOISE, s) < 1e-10)
-    assert torch.equal(network.seen[0], s * 1000)
+    assert torch.equal(network.seen[0], convention.timestep(s))
+    if convention.preconditioning is None:
+        assert torch.equal(network.seen[0], s * 1000)
 
 
 def test_flow_matching_in_numbers() -> None:
@@ -57,3 +64,38 @@ def test_shift() -> None:
     s = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(shift_sigma(s, 3.0), torch.tensor([0.0, 0.75, 1.0]))
     torch.testing.assert_close(shift_sigma(s, 1.0), s)
+
+
+class Reading:
+    """A network that returns zeros and notes its input."""
+
+    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, **conditioning: Any) -> torch.Tensor:
+        self.seen = latents
+        return torch.zeros_like(latents)
+
+
+@pytest.mark.parametrize("convention", EDM)
+@pytest.mark.parametrize("level", [0.002, 0.5, 7.0, 80.0])
+def test_preconditioned_input_and_target_have_unit_variance(convention: Convention, level: float) -> None:
+    """The purpose of the scalings (arXiv 2206.00364, appendix B.6); the flow form has a flow's variances instead."""
+    edm = convention.preconditioning
+    assert edm is not None
+    many = NoiseSource([5]).draw((40_000,)), NoiseSource([6]).draw((40_000,))
+    x0, noise, s = edm.sigma_data * many[0], many[1], torch.tensor([level])
+    network = Reading()
+    denoiser = Denoiser(network, convention)
+    denoiser.predict(denoiser.add_noise(x0, noise, s), s)
+    target = denoiser.target(x0, noise, s)
+    if edm.flow:
+        t = level / (1 + level)
+        torch.testing.assert_close(network.seen, (1 - t) * x0 + t * noise, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target, noise - x0, rtol=1e-2, atol=1e-2)  # c_out is near 0 at small levels
+    else:
+        assert abs(network.seen.std() - 1) < 0.02 and abs(target.std() - 1) < 0.02
+
+
+def test_edm_comes_whole() -> None:
+    with pytest.raises(ConfigError, match="together"):
+        Convention(prediction="edm")
+    with pytest.raises(ConfigError, match="together"):
+        Convention(preconditioning=Preconditioning())

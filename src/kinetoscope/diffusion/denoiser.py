@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kinetoscope.diffusion.convention import Convention
+from kinetoscope.diffusion.convention import Convention, Preconditioning
 
 
 class Network(Protocol):
@@ -19,8 +19,9 @@ class Network(Protocol):
 class Denoiser:
     """Reads a network's output by its family's convention. All arithmetic outside the network is float32.
 
-    Noise levels `s` are float tensors of shape [R] (one a sample), or any shape that broadcasts against the latents
-    once trailing axes are added, for instance [R, T] for one level a latent frame (then axis 2 of the latents).
+    Noise levels `s` (in [0, 1], or [0, inf) for EDM) are float tensors of shape [R] (one a sample), or any shape that
+    broadcasts against the latents once trailing axes are added, for instance [R, T] for one level a latent frame (then
+    axis 2 of the latents).
 
     Args:
         network: the transformer.
@@ -33,7 +34,9 @@ class Denoiser:
 
     def predict(self, x: Tensor, s: Tensor, **conditioning: Any) -> Tensor:
         """Network output in the convention's own terms (sign applied), float32, shape of `x`."""
-        out = self.network(x, s * self.convention.timestep_scale, **conditioning)
+        if (edm := self.convention.preconditioning) is not None:
+            x = x * edm.c_in(self._levels(s, x)[0])
+        out = self.network(x, self.convention.timestep(s), **conditioning)
         return out.float() * self.convention.sign
 
     def predict_x0(self, x: Tensor, s: Tensor, **conditioning: Any) -> Tensor:
@@ -57,6 +60,9 @@ class Denoiser:
                 return (x - sigma * output) / alpha
             case "v":
                 return (alpha * x - sigma * output) / (alpha * alpha + sigma * sigma)
+            case "edm":
+                edm = self._preconditioning
+                return edm.c_skip(sigma) * x + edm.c_out(sigma) * output
 
     def to_noise(self, output: Tensor, x: Tensor, s: Tensor) -> Tensor:
         """Noise estimate from a prediction made at `x`, `s`."""
@@ -71,6 +77,8 @@ class Denoiser:
                 return (x - alpha * output) / sigma
             case "v":
                 return (sigma * x + alpha * output) / (alpha * alpha + sigma * sigma)
+            case "edm":
+                return (x - self.to_x0(output, x, s)) / sigma
 
     def add_noise(self, x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
         """Noisy sample at level `s`, float32: alpha(s) x0 + s noise."""
@@ -90,11 +98,19 @@ class Denoiser:
                 return noise
             case "v":
                 return alpha * noise - sigma * x0
+            case "edm":
+                edm = self._preconditioning
+                return (x0 - edm.c_skip(sigma) * (x0 + sigma * noise)) / edm.c_out(sigma)
 
     def loss(self, x0: Tensor, noise: Tensor, s: Tensor, **conditioning: Any) -> Tensor:
         """Mean squared error of the prediction, one value a sample: [R] float32, differentiable in the network."""
         output = self.predict(self.add_noise(x0, noise, s), s, **conditioning)
         return (output - self.target(x0, noise, s)).square().flatten(1).mean(1)
+
+    @property
+    def _preconditioning(self) -> Preconditioning:
+        assert self.convention.preconditioning is not None  # the convention holds it together with "edm"
+        return self.convention.preconditioning
 
     def _levels(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """sigma and alpha shaped to broadcast against x: [R] -> [R,1,1,1,1], [R,T] -> [R,1,T,1,1]."""

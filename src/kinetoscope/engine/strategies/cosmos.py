@@ -1,0 +1,178 @@
+"""Cosmos Predict: guidance on clean estimates (or velocities), given frames kept and restored at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.convention import Convention
+from kinetoscope.diffusion.denoiser import Denoiser
+from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
+from kinetoscope.diffusion.scheduler import ScheduleRun
+from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
+from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrategy, VideoTransformer, split_branches
+
+
+@dataclass(frozen=True, slots=True)
+class CosmosInputs:
+    """What a Cosmos request has besides the common fields; `ForwardBatch.condition` holds the latents of given frames.
+
+    Attributes:
+        fps: frames a second that rotary positions are told; None: the model does not read it.
+        mask: whether the network reads a channel that marks given frames.
+        frames: given latent frames, at the start; 0: none.
+        level: noise level the network is told for given frames; None: that of the step.
+        augment_sigma: noise added to given frames, fresh for every row of every step (Predict 1); a step at or below
+            this level treats no frame as given. None: given frames are clean.
+        guide_frames: whether the unconditional row is told that no frame is given.
+    """
+
+    fps: float | None = None
+    mask: bool = False
+    frames: int = 0
+    level: float | None = None
+    augment_sigma: float | None = None
+    guide_frames: bool = False
+
+
+class CosmosTransformer(VideoTransformer, Protocol):
+    """A `VideoTransformer` whose positions know the frame rate, and whose timesteps may be one a latent frame."""
+
+    def prepare_shared(self, latent_shape: Sequence[int], *, fps: float | None = None) -> dict[str, Tree]: ...
+
+
+class CosmosStrategy(StandardStrategy):
+    """Rows [uncond, cond], given frames put in and restored, guidance c + w (c - u), one scheduler step.
+
+    With an "edm" convention predictions are clean estimates and the scheduler steps on those (Predict 1 and 2); with a
+    flow they are velocities, and a given frame moves straight from its noise to its latent (Predict 2.5). A batch whose
+    `family` is not `CosmosInputs` has no given frames and no frame rate.
+
+    Args:
+        parts: the transformer and the scheduler prototype, usually the denoising stage.
+        convention: how the network speaks.
+    """
+
+    def __init__(self, parts: DenoisingParts, convention: Convention) -> None:
+        super().__init__(parts)
+        self.convention = convention
+
+    def prepare(self, batch: ForwardBatch, args: ExecutionArgs) -> StrategyState:
+        """As the standard strategy; noise at the first level, and what given frames are restored to."""
+        state = super().prepare(batch, args)
+        assert state.scheduler is not None
+        if self.convention.preconditioning is not None:
+            state.latents = state.latents * state.scheduler.sigmas[0]
+        inputs = _inputs(batch)
+        if inputs.frames:
+            assert batch.condition is not None
+            given = batch.condition.to(state.latents)
+            velocity = state.latents - given
+            frame = torch.arange(state.latents.shape[2], device=state.latents.device)
+            state.tables["given"] = given
+            state.tables["is_given"] = (frame < inputs.frames).view(1, 1, -1, 1, 1)
+            state.tables["restored"] = velocity if self.convention.preconditioning is None else given
+        return state
+
+    def make_guidance(self, batch: ForwardBatch) -> Guidance:
+        """c + w (c - u), which is u + (w + 1) (c - u); w = 1 switches it off all the same."""
+        guidance = super().make_guidance(batch)
+        return guidance if guidance.scale == 1.0 else replace(guidance, scale=guidance.scale + 1.0)
+
+    def prepare_conditioning(
+        self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]
+    ) -> dict[str, Tree]:
+        """Text, and where the network reads it the mask of given frames: [R, 1, T, 1, 1], 1 where given."""
+        conditioning = super().prepare_conditioning(batch, args, branches)
+        inputs = _inputs(batch)
+        if inputs.mask:
+            assert batch.latents is not None
+            samples, _, frames = batch.latents.shape[:3]
+            mask = torch.zeros(len(branches), samples, 1, frames, 1, 1, device=args.device)
+            mask[:, :, :, : inputs.frames] = 1.0
+            if inputs.guide_frames and UNCOND in branches:
+                mask[branches.index(UNCOND)] = 0.0
+            conditioning["condition_mask"] = mask.flatten(0, 1)
+        return conditioning
+
+    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> dict[str, Tree]:
+        """Timesteps as the network takes them: [S], or [S, T] where given frames have one of their own.
+
+        What the network makes of them is left to each step: it is large where frames differ.
+        """
+        inputs = _inputs(batch)
+        timestep = self.convention.timestep(_levels(scheduler.sigmas[:-1], scheduler.timesteps.device))
+        if inputs.frames and inputs.level is not None:
+            assert batch.latents is not None
+            timestep = timestep.unsqueeze(1).repeat(1, batch.latents.shape[2])
+            timestep[:, : inputs.frames] = self.convention.timestep(_levels([inputs.level], timestep.device))
+        return {"timestep": timestep}
+
+    def prepare_shared(self, batch: ForwardBatch, latents: Tensor) -> dict[str, Tree]:
+        """Positions, in time by the frame rate where the model reads it."""
+        return cast(CosmosTransformer, self.parts.transformer).prepare_shared(latents.shape, fps=_inputs(batch).fps)
+
+    def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
+        """The scaled sample once for each branch, given frames put in; every row has the same timesteps."""
+        branches = state.guidance.branches
+        rows = self._rows(state, step_idx, branches)
+        latents = torch.cat(rows).to(state.args.dtype)
+        timestep = state.tables["steps"]["timestep"][step_idx : step_idx + 1]
+        shared = state.tables["shared"] | self.parts.transformer.prepare_timesteps(timestep)
+        timestep = timestep.expand(len(latents), *timestep.shape[1:])
+        return ModelInputs(latents, timestep, branches, len(rows[0]), state.conditioning, shared)
+
+    def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
+        """Clean estimates (EDM) or velocities of each branch with given frames restored, then guidance."""
+        predictions: Mapping[str, Tensor] = split_branches(state, noise_pred)
+        index = state.active.index
+        if self.convention.preconditioning is not None:
+            assert state.scheduler is not None
+            level = _levels([state.scheduler.sigmas[index]], state.latents.device)
+            denoiser = Denoiser(self.parts.transformer, self.convention)
+            predictions = {b: denoiser.to_x0(p.float(), state.latents, level) for b, p in predictions.items()}
+        if _given_at(state, index):
+            is_given, restored = state.tables["is_given"], state.tables["restored"]
+            predictions = {b: torch.where(is_given, restored, p.float()) for b, p in predictions.items()}
+        return state.guidance.combine(predictions)
+
+    def _rows(self, state: StrategyState, index: int, branches: tuple[str, ...]) -> list[Tensor]:
+        """What each branch reads of the sample, [B, C, T, H, W] float32 each."""
+        scaled = state.latents
+        edm, device = self.convention.preconditioning, state.latents.device
+        if edm is not None:
+            assert state.scheduler is not None
+            scaled = scaled * edm.c_in(_levels([state.scheduler.sigmas[index]], device))
+        augment = _inputs(state.batch).augment_sigma
+        given: dict[str, Tensor] = {}
+        for branch in (COND, UNCOND):  # the published order of draws; they are also made where they are not used
+            if augment is not None and branch in branches:
+                assert edm is not None
+                noise = state.noise.draw(state.latents.shape[1:]).to(device)
+                noisy = state.tables["given"] + augment * noise
+                given[branch] = noisy * edm.c_in(_levels([augment], device))
+        if not _given_at(state, index):
+            return [scaled] * len(branches)
+        is_given, clean = state.tables["is_given"], state.tables["given"]
+        return [torch.where(is_given, given.get(branch, clean), scaled) for branch in branches]
+
+
+def _inputs(batch: ForwardBatch) -> CosmosInputs:
+    return batch.family if isinstance(batch.family, CosmosInputs) else CosmosInputs()
+
+
+def _given_at(state: StrategyState, index: int) -> bool:
+    """Whether given frames are put in and restored at step `index`."""
+    inputs = _inputs(state.batch)
+    assert state.scheduler is not None
+    return inputs.frames > 0 and (inputs.augment_sigma is None or inputs.augment_sigma < state.scheduler.sigmas[index])
+
+
+def _levels(values: Sequence[float], device: torch.device) -> Tensor:
+    """Noise levels as a float32 tensor [len(values)]."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
