@@ -1,0 +1,61 @@
+"""Encoders and processors of transformers, used as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.loading.components import register_component
+from kinetoscope.loading.directory import ModelDir
+
+
+def register_transformers_model(class_name: str) -> None:
+    """Say that components of `class_name` are transformers' class of that name, loaded by its own loader.
+
+    For models that keep tables outside their weights (rotary frequencies, positions), which a module built on the meta
+    device would miss.
+    """
+
+    def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        import transformers
+
+        folder = model.folder(name)
+        model.config(name)  # refuses a directory of another class
+        module, report = getattr(transformers, class_name).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+            raise ModelLoadError(f"{folder} does not fit {class_name}: missing {', '.join(missing[:4])}")
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()  # tensors mapped from a file are not 64-byte aligned
+        return module.requires_grad_(False).eval().to(device)
+
+    register_component(class_name, load)
+
+
+def register_tokenizer(class_name: str) -> None:
+    """Say that components of `class_name` are tokenizers."""
+
+    def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+        from transformers import AutoTokenizer
+
+        folder = model.folder(name)
+        if not any(folder.iterdir()):
+            raise ModelLoadError(f"{folder} is empty; download the model again")
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    register_component(class_name, load)
+
+
+def register_image_processor(class_name: str) -> None:
+    """Say that components of `class_name` prepare images for an encoder."""
+
+    def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+        import transformers
+
+        return getattr(transformers, class_name).from_pretrained(model.folder(name), local_files_only=True)
+
+    register_component(class_name, load)

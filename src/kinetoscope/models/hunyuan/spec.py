@@ -1,0 +1,81 @@
+"""The HunyuanVideo family as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.diffusion.convention import Convention
+from kinetoscope.models.hunyuan.config import HunyuanVideoConfig
+
+__all__ = [
+    "CLIP_LENGTH",
+    "CONVENTION",
+    "EXTRA_DEFAULTS",
+    "HIDDEN_STATE",
+    "KEY_MAP",
+    "PRESETS",
+    "TEMPLATE",
+    "TEMPLATE_TOKENS",
+    "TEXT_LENGTH",
+    "TEXT_MODE",
+    "HunyuanVideoConfig",
+    "forward_flops",
+]
+
+KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
+CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=7.0)
+TEXT_MODE = "true_length"  # text is masked for real
+TEXT_LENGTH = 256
+CLIP_LENGTH = 77
+HIDDEN_STATE = -3  # of the language model: the last but two
+
+# What the language model reads around the prompt; its tokens before the prompt are cropped (published constants).
+_ASPECTS = (
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+)
+TEMPLATE = (
+    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+    + _ASPECTS
+    + "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
+TEMPLATE_TOKENS = 95
+
+EXTRA_DEFAULTS: dict[str, Any] = {"true_cfg_scale": 1.0}  # classifier-free guidance on top of the embedded one
+
+# Sampling settings of the published models (model cards; shift from the published scheduler_config.json; FastHunyuan
+# from its card: 6 distilled steps at shift 17).
+_T2V = SamplingParams(
+    height=720,
+    width=1280,
+    num_frames=129,
+    fps=24.0,
+    num_inference_steps=50,
+    guidance_scale=6.0,
+    flow_shift=7.0,
+    scheduler="euler",
+)
+PRESETS: dict[str, SamplingParams] = {
+    "hunyuanvideo-community/HunyuanVideo": _T2V,
+    "FastVideo/FastHunyuan-diffusers": replace(_T2V, num_frames=125, num_inference_steps=6, flow_shift=17.0),
+    "hunyuanvideo-community/HunyuanVideo-I2V": _T2V,
+    "hunyuanvideo-community/HunyuanVideo-I2V-33ch": replace(_T2V, guidance_scale=1.0),
+}
+
+
+def forward_flops(config: HunyuanVideoConfig, tokens: int, text_tokens: int = TEXT_LENGTH) -> float:
+    """Floating-point operations of one row of a forward, a multiply-add counted as two.
+
+    Both kinds of block have (4 + 2 mlp_ratio) d^2 weights a token of video or text and attend over both; patch
+    embedding and projection at the ends. The refiner is left out (256 tokens through two blocks).
+    """
+    d, patch, length = config.dim, math.prod(config.patch), tokens + text_tokens
+    block = length * (4 + 2 * config.mlp_ratio) * d * d + 2 * length * length * d
+    ends = tokens * d * patch * (config.in_channels + (config.out_channels or config.in_channels))
+    return 2.0 * ((config.num_layers + config.num_single_layers) * block + ends)

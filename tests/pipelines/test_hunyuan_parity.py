@@ -1,0 +1,142 @@
+"""HunyuanVideo's whole path against diffusers' pipelines, on the same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kinetoscope.core.errors import InputError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.loading import resolve_model
+from kinetoscope.models.hunyuan import spec
+from kinetoscope.pipelines.presets import build_pipeline
+from models.tiny_hunyuan import make_tiny_hunyuan
+
+PROMPTS = ["A red cat walks on the grass", "a dog"]
+NEGATIVE = ["bad", "an ugly thing, blurred"]
+SEEDS = [3, 4]
+STEPS = 5
+
+
+def our_run(pipeline: Any, size: tuple[int, int, int], **fields: Any) -> ForwardBatch:
+    frames, height, width = size
+    given = {k: fields.pop(k) for k in ("image", "last_image") if k in fields}
+    params = SamplingParams(height=height, width=width, num_frames=frames, num_inference_steps=STEPS, **fields)
+    return pipeline.run(ForwardBatch(params.over(pipeline.defaults()), PROMPTS, NEGATIVE, SEEDS, **given))
+
+
+def oracle_run(oracle: Any, output: str, size: tuple[int, int, int], **fields: Any) -> Any:
+    frames, height, width = size
+    return oracle(
+        prompt=PROMPTS,
+        negative_prompt=NEGATIVE,
+        num_frames=frames,
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        generator=[torch.Generator("cpu").manual_seed(s) for s in SEEDS],
+        output_type=output,
+        **fields,
+    ).frames
+
+
+def check_same(ours: ForwardBatch, latents: torch.Tensor, video: np.ndarray[Any, Any]) -> None:
+    assert ours.latents is not None
+    assert (ours.latents - latents).abs().max() <= 1e-4 * latents.std()
+    frames = np.stack(ours.frames)
+    assert frames.shape == video.shape
+    assert np.abs(frames - video * 255.0).max() <= 1.0
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Our pipeline and diffusers', opened from one directory."""
+    from diffusers import HunyuanVideoPipeline
+
+    path = make_tiny_hunyuan(tmp_path_factory.mktemp("hunyuan"))
+    oracle = HunyuanVideoPipeline.from_pretrained(path)
+    oracle.set_progress_bar_config(disable=True)
+    return build_pipeline(resolve_model(str(path)), ExecutionArgs()), oracle
+
+
+@pytest.mark.parametrize("true_cfg_scale", [1.0, 4.0])
+@pytest.mark.parametrize("size", [(5, 32, 48), (9, 48, 32), (1, 32, 32)])
+def test_text_to_video(pair: tuple[Any, Any], size: tuple[int, int, int], true_cfg_scale: float) -> None:
+    ours, oracle = pair
+    more = {"guidance_scale": 6.0, "true_cfg_scale": true_cfg_scale}
+    latents, video = (oracle_run(oracle, output, size, **more) for output in ("latent", "np"))
+    check_same(our_run(ours, size, extra={"true_cfg_scale": true_cfg_scale}), latents, video)
+
+
+@pytest.mark.parametrize("cfg", ["sequential", "batched"])
+def test_rows_together_or_alone(pair: tuple[Any, Any], cfg: str) -> None:
+    ours, oracle = pair
+    ours.args = ExecutionArgs(cfg=cfg)
+    theirs = oracle_run(oracle, "latent", (5, 32, 32), guidance_scale=3.0, true_cfg_scale=2.0)
+    batch = our_run(ours, (5, 32, 32), guidance_scale=3.0, extra={"true_cfg_scale": 2.0})
+    assert (batch.latents - theirs).abs().max() <= 1e-4 * theirs.std()
+
+
+def test_the_embedded_guidance_matters(pair: tuple[Any, Any]) -> None:
+    ours, oracle = pair
+    theirs = oracle_run(oracle, "latent", (5, 32, 32), guidance_scale=6.0)
+    other = our_run(ours, (5, 32, 32), guidance_scale=1.0).latents
+    assert other is not None and (other - theirs).abs().max() > 1e-3 * theirs.std()
+
+
+def test_text(pair: tuple[Any, Any]) -> None:
+    ours, oracle = pair
+    embeds, pooled, mask = oracle.encode_prompt(PROMPTS)
+    batch = our_run(ours, (1, 32, 32))
+    assert batch.prompt_embeds is not None and batch.prompt_lengths is not None
+    assert torch.equal(mask.sum(1), batch.prompt_lengths)
+    assert batch.prompt_embeds.shape == embeds.shape
+    assert (batch.prompt_embeds - embeds * mask.unsqueeze(-1)).abs().max() <= 1e-5
+    family: Any = batch.family
+    assert (family.pooled - pooled).abs().max() <= 1e-5
+
+
+def test_a_long_prompt_is_refused(pair: tuple[Any, Any]) -> None:
+    stage = pair[0].stages["text_encoding"]
+    with pytest.raises(InputError, match="at most 256"):
+        stage.encode(["x" * 300], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [0.5, 1000.0, "6", True, float("nan")])
+def test_bad_true_cfg_scale(pair: tuple[Any, Any], value: Any) -> None:
+    with pytest.raises(InputError, match="true_cfg_scale"):
+        our_run(pair[0], (1, 32, 32), extra={"true_cfg_scale": value})
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from kinetoscope.core.errors import ModelLoadError
+
+    path = make_tiny_hunyuan(tmp_path)
+    file = path / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("norm.weight")
+    save_file(tensors, file, {"format": "pt"})
+    pipeline = build_pipeline(resolve_model(str(path)), ExecutionArgs())
+    with pytest.raises(ModelLoadError, match=r"norm\.weight"):
+        pipeline.get_module("text_encoder")
+
+
+def test_presets() -> None:
+    """Model cards and published scheduler configurations; see `spec.PRESETS`."""
+    table = {
+        "hunyuanvideo-community/HunyuanVideo": (720, 1280, 129, 24.0, 50, 6.0, 7.0),
+        "FastVideo/FastHunyuan-diffusers": (720, 1280, 125, 24.0, 6, 6.0, 17.0),
+        "hunyuanvideo-community/HunyuanVideo-I2V": (720, 1280, 129, 24.0, 50, 6.0, 7.0),
+        "hunyuanvideo-community/HunyuanVideo-I2V-33ch": (720, 1280, 129, 24.0, 50, 1.0, 7.0),
+    }
+    assert table.keys() == spec.PRESETS.keys()
+    for name, p in spec.PRESETS.items():
+        got = (p.height, p.width, p.num_frames, p.fps, p.num_inference_steps, p.guidance_scale, p.flow_shift)
+        assert got == table[name], name
+        assert p.scheduler == "euler"
