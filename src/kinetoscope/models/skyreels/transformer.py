@@ -1,0 +1,388 @@
+"""The SkyReels-V2 video transformer (arXiv 2504.13074), parameter names as in the published diffusers checkpoints.
+
+Wan's block; beyond it one timestep a latent frame (diffusion forcing), attention that may be causal in blocks of
+frames, and a frame rate that conditions the modulation. R rows, F modulation groups of M tokens each (F = 1: one
+timestep a row), N = F M tokens, d width, H heads of D channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kinetoscope.attention import attention
+from kinetoscope.core.errors import InputError
+from kinetoscope.models.skyreels.config import SkyReelsConfig
+from kinetoscope.nn.embeddings import TextProjection, TimestepEmbedding
+from kinetoscope.nn.feed_forward import FeedForward
+from kinetoscope.nn.linear import Linear
+from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
+from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+from kinetoscope.nn.text_padding import fold_padding
+
+SLOW_FPS = 16
+"""The frame rate that has an embedding of its own; all others share one."""
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values [R, L, H, D]."""
+
+
+class TextContext(NamedTuple):
+    """What cross-attention needs of text and image, one entry a block; rows first."""
+
+    text: list[Pair]
+    key_bias: Tensor | None  # [R, L] float32, None: all tokens count once
+    image: list[Pair] | None  # None: a model without image features
+
+
+class Modulation(NamedTuple):
+    """What timestep and frame rate give, before the tables of the blocks are added."""
+
+    projected: Tensor  # [R or 1, F, 6, d]
+    embedded: Tensor  # [R or 1, F, d]
+
+
+class SelfAttention(nn.Module):
+    """Attention over the tokens of the video, RMS norm over all heads at once, rotary positions."""
+
+    def __init__(self, config: SkyReelsConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.attention_head_dim
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
+        self.to_out = nn.Sequential(Linear(dim, dim))
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+
+    def forward(self, x: Tensor, rope: Tensor, block_tokens: int) -> Tensor:
+        """[R, N, d] -> [R, N, d]; a token sees its block of `block_tokens` tokens and those before."""
+        heads = (-1, self.head_dim)
+        q = apply_rope(self.norm_q(self.to_q(x)).unflatten(-1, heads), rope)  # [R, N, H, D]
+        k = apply_rope(self.norm_k(self.to_k(x)).unflatten(-1, heads), rope)  # [R, N, H, D]
+        v = self.to_v(x).unflatten(-1, heads)  # [R, N, H, D]
+        ends = range(block_tokens, x.shape[1] + 1, block_tokens)
+        seen = [attention(q[:, e - block_tokens : e], k[:, :e], v[:, :e], role="self") for e in ends]
+        out = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
+        return self.to_out(out.flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the tokens of the video to those of the text and, added to it, to those of an image."""
+
+    def __init__(self, config: SkyReelsConfig) -> None:
+        super().__init__()
+        dim, added = config.dim, config.added_kv_proj_dim
+        self.head_dim = config.attention_head_dim
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
+        self.to_out = nn.Sequential(Linear(dim, dim))
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+        if added is not None:
+            self.add_k_proj = Linear(added, dim)
+            self.add_v_proj = Linear(added, dim)
+            self.norm_added_k = RMSNorm(dim, config.eps)
+
+    def project(self, text: Tensor) -> Pair:
+        """Keys and values of embedded text [R, L, d]"""
+        heads = (-1, self.head_dim)
+        return self.norm_k(self.to_k(text)).unflatten(-1, heads), self.to_v(text).unflatten(-1, heads)
+
+    def project_image(self, features: Tensor) -> Pair:
+        """Keys and values of embedded image features [R, I, d]"""
+        heads = (-1, self.head_dim)
+        keys = self.norm_added_k(self.add_k_proj(features)).unflatten(-1, heads)
+        return keys, self.add_v_proj(features).unflatten(-1, heads)
+
+    def forward(self, x: Tensor, text: Pair, key_bias: Tensor | None, image: Pair | None) -> Tensor:
+        """[R, N, d] -> [R, N, d]"""
+        q = self.norm_q(self.to_q(x)).unflatten(-1, (-1, self.head_dim))  # [R, N, H, D]
+        out = attention(q, *text, role="cross", key_bias=key_bias)
+        if image is not None:
+            out = out + attention(q, *image, role="cross")
+        return self.to_out(out.flatten(2))
+
+
+class SkyReelsV2TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each on a residual."""
+
+    def __init__(self, config: SkyReelsConfig) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = ModulatedNorm(dim, eps)
+        self.attn1 = SelfAttention(config)
+        self.attn2 = CrossAttention(config)
+        self.norm2 = FP32LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, config.ffn_dim)
+        self.norm3 = ModulatedNorm(dim, eps)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Pair,
+        key_bias: Tensor | None,
+        image: Pair | None,
+        projected: Tensor,
+        rope: Tensor,
+        block_tokens: int,
+    ) -> Tensor:
+        """x [R, F, M, d], projected [R or 1, F, 6, d] -> [R, F, M, d]"""
+        table = (self.scale_shift_table.float() + projected.float()).unsqueeze(3)  # [R, F, 6, 1, d]
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unbind(2)  # [R, F, 1, d] each
+        y = self.attn1(self.norm1(x, shift_a, 1 + scale_a).flatten(1, 2), rope, block_tokens)
+        x = gated_add(x, y.view_as(x), gate_a)
+        x = x + self.attn2(self.norm2(x).flatten(1, 2), text, key_bias, image).view_as(x)
+        return gated_add(x, self.ffn(self.norm3(x, shift_f, 1 + scale_f)), gate_f)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y gate in float32, result in the dtype of x."""
+    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+
+class ImageProjection(nn.Module):
+    """Image features to the width of the model: norm, two linear layers with an exact GELU, norm."""
+
+    def __init__(self, in_dim: int, dim: int, positions: int | None) -> None:
+        super().__init__()
+        self.norm1 = FP32LayerNorm(in_dim, 1e-5)
+        self.ff = FeedForward(in_dim, in_dim, out_dim=dim, approximate="none")
+        self.norm2 = FP32LayerNorm(dim, 1e-5)
+        self.pos_embed = None if positions is None else nn.Parameter(torch.zeros(1, positions, in_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[R, I, in] -> [R, I, d]"""
+        if self.pos_embed is not None:
+            features = features + self.pos_embed
+        return self.norm2(self.ff(self.norm1(features)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeddings of timestep, text and image."""
+
+    def __init__(self, config: SkyReelsConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TimestepEmbedding(config.freq_dim, config.dim)
+        self.time_proj = Linear(config.dim, 6 * config.dim)
+        self.text_embedder = TextProjection(config.text_dim, config.dim)
+        if config.image_dim is not None:
+            self.image_embedder = ImageProjection(config.image_dim, config.dim, config.pos_embed_seq_len)
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, F] -> six-way projection [R, F, 6, d] and embedding [R, F, d]; angles in float64, as published."""
+        half = self.freq_dim // 2
+        frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+        angle = timestep.double().unsqueeze(-1) * frequencies
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        embedded = self.time_embedder(waves).to(self.time_proj.weight.dtype)
+        return self.time_proj(nn.functional.silu(embedded)).unflatten(-1, (6, -1)), embedded
+
+
+class SiLUProjection(nn.Module):
+    """Linear then SiLU."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]"""
+        return nn.functional.silu(self.proj(x))
+
+
+class FrameRateProjection(nn.Module):
+    """The frame rate's part of the modulation. The identity at index 1 keeps the published indices."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(SiLUProjection(dim), nn.Identity(), Linear(dim, 6 * dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[d] -> [6, d]"""
+        return self.net(x).unflatten(-1, (6, -1))
+
+
+class SkyReelsV2Transformer3DModel(nn.Module):
+    """SkyReels-V2 video transformer: text-to-video, image-to-video and diffusion forcing.
+
+    Built on the meta device it has exactly the names and shapes of a published checkpoint; `keep_in_float32` names the
+    parts whose weights stay float32 when the rest is in bfloat16.
+
+    Args:
+        config: published sizes.
+    """
+
+    keep_in_float32 = ("time_embedder", "scale_shift_table", "norm2")
+
+    def __init__(self, config: SkyReelsConfig) -> None:
+        super().__init__()
+        config.check()
+        self.config = config
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList(SkyReelsV2TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm_out = ModulatedNorm(config.dim, config.eps)
+        self.proj_out = Linear(config.dim, (config.out_channels or config.in_channels) * math.prod(patch))
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
+        if config.inject_sample_info:
+            self.fps_embedding = nn.Embedding(2, config.dim)
+            self.fps_projection = FrameRateProjection(config.dim)
+
+    def prepare_conditioning(
+        self,
+        *,
+        encoder_hidden_states: Tensor,
+        text_lengths: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> dict[str, TextContext]:
+        """Keys and values of text and image for all blocks, once a run.
+
+        Args:
+            encoder_hidden_states: [R, L, text_dim]; zero padding is attended to, as the model learned.
+            text_lengths: [R] true lengths; every token beyond must be zero, and is folded into one. None: use all L
+                tokens as they are.
+            image_embeds: [R, I, image_dim] for models that read image features.
+
+        Raises:
+            InputError: a length is not in [0, L]; image features are given to a model without them, or the reverse.
+        """
+        if (image_embeds is None) != (self.config.image_dim is None):
+            needs = "needs" if image_embeds is None else "takes no"
+            raise InputError(f"this SkyReels-V2 transformer {needs} image features (image_dim={self.config.image_dim})")
+        bias = None
+        if text_lengths is not None:
+            encoder_hidden_states, bias = fold_padding(encoder_hidden_states, text_lengths)
+        embedder, dtype = self.condition_embedder, self.proj_out.weight.dtype
+        text = embedder.text_embedder(encoder_hidden_states.to(dtype))  # [R, L', d]
+        pairs = [block.attn2.project(text) for block in self._blocks()]
+        images = None
+        if image_embeds is not None:
+            features = embedder.image_embedder(image_embeds.to(dtype))  # [R, I, d]
+            images = [block.attn2.project_image(features) for block in self._blocks()]
+        return {"text": TextContext(pairs, bias, images)}
+
+    def prepare_timesteps(self, timesteps: Tensor, *, fps: float = 24.0) -> dict[str, Modulation]:
+        """Modulation of each of S steps, once a run: [S], or [S, F] for one timestep a latent frame.
+
+        Each is computed alone, so a step has the same bits as a forward of one row that was given its timestep.
+        """
+        steps = [self._modulation(t.view(1, -1), fps) for t in timesteps]
+        projected, embedded = (torch.cat(parts) for parts in zip(*steps, strict=True))
+        return {"modulation": Modulation(projected, embedded)}
+
+    def prepare_shared(self, latent_shape: Sequence[int], *, frames_per_block: int | None = None) -> dict[str, object]:
+        """Rotary table of a latent shape [..., T, H, W], and the tokens of a causal block, once a run.
+
+        Args:
+            latent_shape: of the latents.
+            frames_per_block: latent frames that see each other and those before; 1 lets all see all. None: as the
+                configuration says.
+
+        Raises:
+            InputError: a size is not a multiple of the patch, or has more positions than the model knows; T is not a
+                whole number of blocks.
+        """
+        rope = self._rope(latent_shape)
+        frames, per_block = latent_shape[-3] // self.config.patch_size[0], frames_per_block
+        if per_block is None:
+            per_block = self.config.num_frame_per_block
+        if per_block == 1:
+            per_block = frames
+        if frames % per_block:
+            raise InputError(f"{frames} latent frames are not a whole number of causal blocks of {per_block}")
+        return {"rope": rope, "block_tokens": len(rope) // frames * per_block}
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        text_lengths: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        fps: float = 24.0,
+        frames_per_block: int | None = None,
+        text: TextContext | None = None,
+        modulation: Modulation | None = None,
+        rope: Tensor | None = None,
+        block_tokens: int | None = None,
+    ) -> Tensor:
+        """Predicted flow velocity.
+
+        Args:
+            latents: [R, C, T, H, W].
+            timestep: [R] in [0, 1000], or [R, F]: one for each latent frame.
+            encoder_hidden_states: [R, L, text_dim]; needed unless `text` is given.
+            text_lengths, image_embeds: see `prepare_conditioning`.
+            fps: frames a second, for models conditioned on it: 16, or anything else.
+            frames_per_block: see `prepare_shared`.
+            text, modulation, rope, block_tokens: what the `prepare_*` methods return.
+
+        Returns:
+            [R, C, T, H, W] in the dtype of `latents`.
+        """
+        if rope is None or block_tokens is None:
+            shared = self.prepare_shared(latents.shape, frames_per_block=frames_per_block)
+            rope, block_tokens = shared["rope"], shared["block_tokens"]  # pyright: ignore[reportAssignmentType]
+        assert rope is not None and block_tokens is not None
+        if modulation is None:
+            modulation = self._modulation(timestep if timestep.ndim == 2 else timestep.unsqueeze(1), fps)
+        if text is None:
+            if encoder_hidden_states is None:
+                raise InputError("the SkyReels-V2 transformer needs encoder_hidden_states or prepared text")
+            text = self.prepare_conditioning(
+                encoder_hidden_states=encoder_hidden_states, text_lengths=text_lengths, image_embeds=image_embeds
+            )["text"]
+
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
+        grid = x.shape[2:]
+        groups = modulation.embedded.shape[1]
+        x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
+        images = text.image or [None] * len(self.blocks)
+        for block, pair, image in zip(self.blocks, text.text, images, strict=True):
+            x = block(x, pair, text.key_bias, image, modulation.projected, rope, block_tokens)  # [R, F, M, d]
+        table = self.scale_shift_table.float() + modulation.embedded.float().unsqueeze(2)  # [R, F, 2, d]
+        shift, scale = table.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
+        x = self.proj_out(self.norm_out(x, shift, 1 + scale))  # [R, F, M, pt ph pw C]
+        return self._unpatchify(x, grid).to(latents.dtype)
+
+    def _blocks(self) -> list[SkyReelsV2TransformerBlock]:
+        return [block for block in self.blocks if isinstance(block, SkyReelsV2TransformerBlock)]
+
+    def _modulation(self, timestep: Tensor, fps: float) -> Modulation:
+        """[R, F] -> six-way projection and embedding"""
+        projected, embedded = self.condition_embedder.embed_time(timestep)
+        if self.config.inject_sample_info:
+            index = torch.tensor(int(fps != SLOW_FPS), device=timestep.device)
+            projected = projected + self.fps_projection(self.fps_embedding(index))  # [R, F, 6, d]
+        return Modulation(projected, embedded)
+
+    def _rope(self, latent_shape: Sequence[int]) -> Tensor:
+        """[..., T, H, W] -> complex64 [N, D/2]"""
+        positions: list[Tensor] = []
+        for axis, size, patch in zip("THW", latent_shape[-3:], self.config.patch_size, strict=True):
+            if size % patch or size < 1 or size // patch > self.config.rope_max_seq_len:
+                raise InputError(
+                    f"latent {axis}={size} must be a multiple of the patch size {patch}, "
+                    f"at most {self.config.rope_max_seq_len * patch}"
+                )
+            positions.append(torch.arange(size // patch, device=self.proj_out.weight.device))
+        return rope_table(positions, split_rope_dims(self.config.attention_head_dim))
+
+    def _unpatchify(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """[R, F, M, pt ph pw C] -> [R, C, T, H, W]"""
+        pt, ph, pw = self.config.patch_size
+        x = x.reshape(x.shape[0], *grid, pt, ph, pw, -1)
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [R, C, T', pt, H', ph, W', pw]
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
