@@ -51,3 +51,18 @@ class Guidance:
         axes = tuple(range(1, guided.ndim))
         matched = guided * (cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
         return self.rescale * matched + (1.0 - self.rescale) * guided
+
+
+def cfg_zero_scale(cond: Tensor, uncond: Tensor) -> Tensor:
+    """How much of `uncond` lies along `cond`: <c, u> / (|u|^2 + 1e-8) a sample (arXiv 2503.18886, equation 7).
+
+    CFG-Zero* is classifier-free guidance with the unconditional prediction times this.
+
+    Args:
+        cond, uncond: [B, ...] float32.
+
+    Returns:
+        [B, 1, ...], to multiply `uncond` with.
+    """
+    axes = tuple(range(1, cond.ndim))
+    return (cond * uncond).sum(axes, keepdim=True) / (uncond.square().sum(axes, keepdim=True) + 1e-8)

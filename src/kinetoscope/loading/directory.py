@@ -18,9 +18,42 @@ SIDECAR = "kinetoscope.json"
 CONFIG_FILES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model is laid out that is published without `model_index.json`.
+
+    Attributes:
+        folder, class_name: recognised by the class that `folder`/config.json names.
+        index: what its `model_index.json` would say.
+        folders: component -> folder, where they differ.
+    """
+
+    folder: str
+    class_name: str
+    index: Mapping[str, Any]
+    folders: Mapping[str, str]
+
+
+_LAYOUTS: list[Layout] = []
+
+
+def register_layout(layout: Layout) -> None:
+    """Make directories of such a layout known."""
+    _LAYOUTS.append(layout)
+
+
+def find_layout(path: Path) -> Layout | None:
+    """The layout of a directory without an index, or None."""
+    for layout in _LAYOUTS:
+        file = path / layout.folder / CONFIG_FILES[0]
+        if file.is_file() and read_json(file).get("_class_name") == layout.class_name:
+            return layout
+    return None
+
+
 @dataclass(frozen=True)
 class ModelDir:
-    """A directory with `model_index.json` and one folder a component.
+    """A directory with `model_index.json` (or of a known layout without one) and one folder a component.
 
     Attributes:
         path: the directory.
@@ -32,8 +65,13 @@ class ModelDir:
 
     @cached_property
     def model_index(self) -> dict[str, Any]:
-        """The parsed `model_index.json`."""
-        return read_json(self.path / INDEX)
+        """The parsed `model_index.json`, or what the layout says in its place."""
+        return dict(self.layout.index) if self.layout else read_json(self.path / INDEX)
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """The layout, for a directory that has no index."""
+        return None if (self.path / INDEX).is_file() else find_layout(self.path)
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:
@@ -84,7 +122,7 @@ class ModelDir:
                 f"{self.path / INDEX} lists no component {component!r}; "
                 f"it lists {', '.join(self.components()) or 'none'}"
             )
-        folder = self.path / component
+        folder = self.path / (self.layout.folders.get(component, component) if self.layout else component)
         if not folder.is_dir():
             raise ModelLoadError(f"{self.path}: the folder of component {component!r} is missing; download it again")
         return folder
@@ -117,7 +155,7 @@ class ModelDir:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the names and contents of the index and of all files of the components."""
         total = hashlib.sha256()
-        files = [self.path / INDEX]
+        files = [] if self.layout else [self.path / INDEX]
         for component in self.components():
             files += [f for f in self.folder(component).rglob("*") if f.is_file()]
         for file in sorted(files):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kinetoscope.core.config import settings
 from kinetoscope.core.errors import ModelLoadError
-from kinetoscope.loading.directory import INDEX, ModelDir
+from kinetoscope.loading.directory import INDEX, ModelDir, find_layout
 from kinetoscope.reference import embedded_models
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -46,7 +46,7 @@ def resolve_model(name_or_path: str | Path) -> ModelDir:
 def _checked(path: Path, name: str) -> ModelDir:
     if not path.is_dir():
         raise ModelLoadError(f"{path} is a file; give the directory that holds {INDEX}")
-    if not (path / INDEX).is_file():
+    if not (path / INDEX).is_file() and find_layout(path) is None:
         inner = sorted(p.parent.name for p in path.glob(f"*/{INDEX}"))
         hint = f"; did you mean {path / inner[0]}?" if inner else ""
         raise ModelLoadError(f"{path} has no {INDEX}, so it is not a model in diffusers layout{hint}")

@@ -22,10 +22,9 @@ from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.swiglu import SwiGLU
+from kinetoscope.nn.text_padding import fold_padding
 
 EPS = 1e-6
-TEXT_MULTIPLE = 32
-"""Text tokens kept when padding is folded come in this multiple; softmax over fewer is slower on a CPU."""
 
 
 class TextContext(NamedTuple):
@@ -237,34 +236,24 @@ class LongCatVideoTransformer3DModel(nn.Module):
         """Keys and values of the text for all blocks, once a run.
 
         Beyond the true length the projected text is set to zero, and the published model attends to those zeros
-        (`text_tokens_zero_pad`). Equal tokens have equal keys and values, so n of them are one with log n added to its
-        logit: only the tokens of the longest text and some padding are kept. Without `text_tokens_zero_pad` tokens
-        beyond the length are masked.
+        (`text_tokens_zero_pad`), which are folded into one. Without `text_tokens_zero_pad` they are masked.
 
         Args:
             encoder_hidden_states: [R, L, caption_channels].
             text_lengths: [R] true lengths; None: all L tokens are text.
 
         Raises:
-            InputError: a length is not in [1, L].
+            InputError: a length is not in [0, L].
         """
-        text = encoder_hidden_states
-        rows, total = text.shape[:2]
-        key_bias = padding = None
+        text, key_bias, padding = encoder_hidden_states, None, None
         if text_lengths is not None:
-            longest = int(text_lengths.max())
-            if int(text_lengths.min()) < 1 or longest > total:
-                raise InputError(f"text_lengths must be in [1, {total}], the text given; got {text_lengths.tolist()}")
-            folds = self.config.text_tokens_zero_pad
-            kept = min(total, -(-(longest + folds) // TEXT_MULTIPLE) * TEXT_MULTIPLE)
-            text = text[:, :kept]
-            padding = torch.arange(kept, device=text.device) >= text_lengths.to(text.device).unsqueeze(1)  # [R, kept]
-            if folds and kept < total:
-                key_bias = torch.zeros(rows, kept, device=text.device)
-                key_bias[:, -1] = math.log(1 + total - kept)
-            if not folds:
-                key_bias = torch.zeros(rows, kept, device=text.device).masked_fill(padding, -math.inf)
-        embedded = self.y_embedder(text.to(self.x_embedder.proj.weight.dtype))  # [R, kept, d]
+            if self.config.text_tokens_zero_pad:
+                text, key_bias = fold_padding(text, text_lengths)
+            positions = torch.arange(text.shape[1], device=text.device)
+            padding = positions >= text_lengths.to(text.device).unsqueeze(1)  # [R, L']
+            if not self.config.text_tokens_zero_pad:
+                key_bias = torch.zeros(padding.shape, device=text.device).masked_fill(padding, -math.inf)
+        embedded = self.y_embedder(text.to(self.x_embedder.proj.weight.dtype))  # [R, L', d]
         if padding is not None:
             embedded = embedded.masked_fill(padding.unsqueeze(-1), 0.0)
         pairs = [block.cross_attn.project(embedded) for block in self._blocks()]
