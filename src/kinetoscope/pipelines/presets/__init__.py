@@ -10,6 +10,7 @@ from kinetoscope.core.types import ExecutionArgs, SamplingParams
 from kinetoscope.loading import ModelDir
 from kinetoscope.models.wan.spec import PRESETS
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets.longcat import LongCatVideo
 from kinetoscope.pipelines.presets.ltx import LTXVideo
 from kinetoscope.pipelines.presets.wan import WanTextToVideo
 from kinetoscope.reference import embedded_models
@@ -17,6 +18,7 @@ from kinetoscope.reference import embedded_models
 PIPELINES: dict[str, type[ComposedPipeline]] = {
     "LTXImageToVideoPipeline": LTXVideo,
     "LTXPipeline": LTXVideo,
+    "LongCatVideoPipeline": LongCatVideo,
     "WanPipeline": WanTextToVideo,
 }
 
