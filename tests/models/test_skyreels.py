@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ LENGTHS = [7, 3, 40]
 
 class TestTextToVideo(FamilyContract):
     SHAPES = ((2, 16, 2, 8, 8), (1, 16, 1, 4, 6), (1, 16, 5, 6, 4))
-    CHANGES: dict[str, Any] = {}
+    CHANGES: ClassVar[dict[str, Any]] = {}
 
     def make_oracle(self) -> nn.Module:
         return Oracle(**{**TINY, **self.CHANGES})
@@ -66,7 +66,7 @@ class TestTextToVideo(FamilyContract):
 
 class TestImageToVideo(TestTextToVideo):
     SHAPES = ((2, 20, 2, 8, 8), (1, 20, 3, 4, 6))
-    CHANGES: dict[str, Any] = {"in_channels": 20, "image_dim": 12, "added_kv_proj_dim": 32}
+    CHANGES: ClassVar[dict[str, Any]] = {"in_channels": 20, "image_dim": 12, "added_kv_proj_dim": 32}
 
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
         return super().inputs(shape, generator) | {"image_embeds": torch.randn(shape[0], 5, 12, generator=generator)}
@@ -75,7 +75,7 @@ class TestImageToVideo(TestTextToVideo):
 class TestFirstAndLastFrame(TestImageToVideo):
     """Positions for the features of two images."""
 
-    CHANGES = TestImageToVideo.CHANGES | {"pos_embed_seq_len": 10}
+    CHANGES: ClassVar[dict[str, Any]] = TestImageToVideo.CHANGES | {"pos_embed_seq_len": 10}
 
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
         return super().inputs(shape, generator) | {"image_embeds": torch.randn(shape[0], 10, 12, generator=generator)}
@@ -88,7 +88,7 @@ class TestFirstAndLastFrame(TestImageToVideo):
 class TestForcing(TestTextToVideo):
     """One timestep a latent frame and a frame rate; the oracle can take one row at a time only."""
 
-    CHANGES: dict[str, Any] = {"inject_sample_info": True}
+    CHANGES: ClassVar[dict[str, Any]] = {"inject_sample_info": True}
     FPS = 24
 
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
