@@ -1,0 +1,99 @@
+"""The Matrix-Game 2 family as data."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.diffusion.convention import Convention
+from kinetoscope.models.matrix_game.config import MatrixGameConfig
+
+CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=5.0)
+IMAGE_TOKENS = 257  # CLIP ViT-H/14 at 224 pixels: a class token and 16 x 16 patches
+IMAGE_SIZE = 224
+
+KEY_MAP: tuple[tuple[str, str], ...] = (  # names of the original repository -> ours; both are read
+    (r"model\.", ""),
+    (r"patch_embedding\.proj\.", "patch_embedding."),
+    (r"time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
+    (r"img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
+    (r"img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
+    (r"img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
+    (r"head\.modulation$", "scale_shift_table"),
+    (r"head\.head\.", "proj_out."),
+    (r"(blocks\.\d+)\.self_attn\.o\.", r"\1.attn1.to_out.0."),
+    (r"(blocks\.\d+)\.self_attn\.([qkv])\.", r"\1.attn1.to_\2."),
+    (r"(blocks\.\d+)\.self_attn\.", r"\1.attn1."),
+    (r"(blocks\.\d+)\.cross_attn\.o\.", r"\1.attn2.to_out.0."),
+    (r"(blocks\.\d+)\.cross_attn\.([qkv])\.", r"\1.attn2.to_\2."),
+    (r"(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
+    (r"(blocks\.\d+)\.norm3\.", r"\1.norm2."),
+    (r"(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
+    (r"(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2."),
+    (r"(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
+)
+
+
+def rename(key: str) -> str:
+    """Our name of a stored tensor, in the original repository's layout or in that of a converted directory."""
+    for pattern, name in KEY_MAP:
+        key = re.sub(rf"^{pattern}", name, key)
+    return key
+
+
+EXTRA_DEFAULTS: dict[str, object] = {
+    "denoising_step_list": (1000, 666, 333),
+    "warp_denoising_step": True,
+    "context_noise": 0,
+}
+"""Published fields of the inference configurations; a step t stands for the shifted time at index 1000 - t."""
+
+_GAME = SamplingParams(
+    height=352,
+    width=640,
+    num_frames=57,
+    fps=25.0,
+    num_inference_steps=3,
+    guidance_scale=1.0,
+    flow_shift=5.0,
+    extra=EXTRA_DEFAULTS,
+)
+_RUNNER = SamplingParams(
+    num_inference_steps=4, extra={**EXTRA_DEFAULTS, "denoising_step_list": (1000, 750, 500, 250)}
+).over(_GAME)
+
+# Steps, shift, size and length (15 latent frames): configs/inference_yaml of github.com/SkyworkAI/Matrix-Game, folder
+# Matrix-Game-2. Frame rate: FastVideo's preset of these directories.
+PRESETS: dict[str, SamplingParams] = {
+    "FastVideo/Matrix-Game-2.0-Base-Distilled-Diffusers": _GAME,
+    "FastVideo/Matrix-Game-2.0-GTA-Distilled-Diffusers": _GAME,
+    "FastVideo/Matrix-Game-2.0-TempleRun-Distilled-Diffusers": _RUNNER,
+}
+LAYOUTS: dict[int, str] = {4: "universal", 2: "gta_drive", 7: "templerun"}
+"""Keyboard width of a model -> its action layout (`media.actions.LAYOUTS`)."""
+
+
+def preset_for(config: MatrixGameConfig) -> SamplingParams:
+    """The settings of the published model with this keyboard."""
+    return _RUNNER if config.action.keyboard_dim_in == 7 else _GAME
+
+
+def forward_flops(config: MatrixGameConfig, tokens: int) -> float:
+    """Floating-point operations of one row of a forward without memory, a multiply-add counted as two.
+
+    As in Wan, with the image's keys and values in place of the text's, and the linear layers of the action modules
+    (their attention is over time alone and does not count).
+    """
+    d, patch, action = config.dim, math.prod(config.patch_size), config.action
+    linear = tokens * (6 * d * d + 2 * d * config.ffn_dim) + IMAGE_TOKENS * 2 * d * d
+    attention = 2 * tokens * d * (tokens + IMAGE_TOKENS)
+    steer = 2 * d * action.keyboard_hidden_dim
+    if action.enable_mouse:
+        c = action.mouse_hidden_dim
+        steer += (d + action.mouse_dim_in * action.window) * c + 4 * c * c + c * d
+    ends = tokens * d * patch * (config.in_channels + config.out_channels)
+    return 2.0 * (config.num_layers * (linear + attention) + len(action.blocks) * tokens * steer + ends)
