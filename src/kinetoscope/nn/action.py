@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kinetoscope.attention import attention
+from kinetoscope.core.context import AttentionFn
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.published import read_published
 from kinetoscope.nn.linear import Linear
@@ -162,10 +162,15 @@ class ActionModule(nn.Module):
 
     Mouse: token and camera turns through an MLP, then attention over time for each position. Keyboard: attention over
     time from the tokens to the keys, which all positions share. Over time means: the frames given and those remembered.
+
+    Args:
+        config: sizes.
+        attend: softmax attention of q [R, N, H, D] to k and v, with a keyword `role` ("mouse" or "keyboard").
     """
 
-    def __init__(self, config: ActionConfig) -> None:
+    def __init__(self, config: ActionConfig, attend: AttentionFn) -> None:
         super().__init__()
+        self.attend = attend
         dim, heads, bias = config.img_hidden_size, config.heads_num, config.qkv_bias
         self.heads = heads
         if config.enable_mouse:
@@ -208,7 +213,7 @@ class ActionModule(nn.Module):
         if memory is not None and memory.mouse is not None:
             k, v = memory.mouse.update(memory.layer, k, v, memory.start)  # [R, l, M, H, D]
         q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))  # [R M, F or l, H, D]
-        out = attention(q, k, v, role="mouse").flatten(2).view(rows, tokens, frames, -1)
+        out = self.attend(q, k, v, role="mouse").flatten(2).view(rows, tokens, frames, -1)
         return self.proj_mouse(out.transpose(1, 2))
 
     def _press(self, x: Tensor, keyboard: Tensor, rope: Tensor, memory: ActionMemory | None) -> Tensor:
@@ -221,5 +226,5 @@ class ActionModule(nn.Module):
         if memory is not None:
             k, v = memory.keyboard.update(memory.layer, k.unsqueeze(2), v.unsqueeze(2), memory.start)
             k, v = k.squeeze(2), v.squeeze(2)  # [R, l, H, D]
-        out = attention(q, k, v, role="keyboard")
+        out = self.attend(q, k, v, role="keyboard")
         return self.proj_keyboard(out.flatten(2).unflatten(1, (frames, tokens)))

@@ -115,7 +115,7 @@ class MatrixGameBlock(nn.Module):
         self.attn1 = Attention(dim, head_dim, eps)
         self.norm2 = FP32LayerNorm(dim, eps)
         self.attn2 = Attention(dim, head_dim, eps)
-        self.action_model = ActionModule(config.action) if layer in config.action.blocks else None
+        self.action_model = ActionModule(config.action, attention) if layer in config.action.blocks else None
         self.action_layer = sorted(config.action.blocks).index(layer) if self.action_model is not None else 0
         self.norm3 = ModulatedNorm(dim, eps)
         self.ffn = FeedForward(dim, config.ffn_dim)
