@@ -36,7 +36,7 @@ def tiny_llama_tokenizer() -> Any:
     made = LlamaTokenizer(
         vocab=vocab, merges=[], pad_token="<pad>", padding_side="right", extra_special_tokens=SPECIAL[4:]
     )
-    made.add_tokens(sorted(set(re.findall(r"[A-Za-z]{3,}", spec.TEMPLATE))))
+    made.add_tokens(sorted(set(re.findall(r"[A-Za-z]{3,}", spec.IMAGE_TEMPLATE))))
     return made
 
 
@@ -112,6 +112,48 @@ def make_tiny_hunyuan(path: Path, seed: int = 0) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=text_encoder_2.eval(),
         tokenizer_2=tokenizer_2,
+    )
+    pipeline.save_pretrained(path)
+    return path
+
+
+def make_tiny_hunyuan_i2v(path: Path, kind: str, seed: int = 0) -> Path:
+    """A random HunyuanVideo image-to-video pipeline of an `image_condition_type`; every parameter perturbed."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoImageToVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(seed)  # noqa: TID251 - diffusers initialises from the global generator
+    tokenizer, tokenizer_2 = tiny_llama_tokenizer(), tiny_clip_tokenizer()
+    vision = CLIPVisionConfig(  # 24 x 24 patches, as the published tower
+        hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=2
+    )
+    text_encoder = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=llama_config(tokenizer),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            pad_token_id=tokenizer.pad_token_id,
+            image_seq_length=576,
+        )
+    )
+    text_encoder_2 = tiny_clip_text(tokenizer_2)
+    concat = {"in_channels": 9, "guidance_embeds": False} if kind == "latent_concat" else {}
+    transformer = HunyuanVideoTransformer3DModel(**TRANSFORMER | concat, image_condition_type=kind)
+    for index, module in enumerate((transformer, text_encoder, text_encoder_2)):
+        perturb(module, seed + index)
+    pipeline = HunyuanVideoImageToVideoPipeline(
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+        vae=tiny_vae().eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer_2=tokenizer_2,
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
     )
     pipeline.save_pretrained(path)
     return path

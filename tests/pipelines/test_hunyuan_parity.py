@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
 from kinetoscope.models.hunyuan import spec
 from kinetoscope.pipelines.presets import build_pipeline
-from models.tiny_hunyuan import make_tiny_hunyuan
+from models.tiny_hunyuan import make_tiny_hunyuan, make_tiny_hunyuan_i2v
 
 PROMPTS = ["A red cat walks on the grass", "a dog"]
 NEGATIVE = ["bad", "an ugly thing, blurred"]
@@ -125,6 +126,63 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
     pipeline = build_pipeline(resolve_model(str(path)), ExecutionArgs())
     with pytest.raises(ModelLoadError, match=r"norm\.weight"):
         pipeline.get_module("text_encoder")
+
+
+@pytest.fixture(scope="module", params=["token_replace", "latent_concat"])
+def image_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Image-to-video, our pipeline and diffusers', opened from one directory."""
+    from diffusers import HunyuanVideoImageToVideoPipeline
+
+    path = make_tiny_hunyuan_i2v(tmp_path_factory.mktemp("hunyuan"), request.param)
+    oracle = HunyuanVideoImageToVideoPipeline.from_pretrained(path)
+    oracle.set_progress_bar_config(disable=True)
+    return build_pipeline(resolve_model(str(path)), ExecutionArgs()), oracle
+
+
+def pictures(count: int, height: int, width: int) -> tuple[list[Image.Image], torch.Tensor]:
+    """Random pictures, and the same as a batch holds them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return [Image.fromarray(p) for p in pixels], tensor
+
+
+@pytest.mark.parametrize("size", [(9, 32, 48), (5, 48, 32)])
+def test_image_to_video(image_pair: tuple[Any, Any], size: tuple[int, int, int]) -> None:
+    ours, oracle = image_pair
+    images, tensor = pictures(2, *size[1:])
+    latents, video = (oracle_run(oracle, output, size, image=images, guidance_scale=6.0) for output in ("latent", "np"))
+    check_same(our_run(ours, size, image=tensor), latents, video)
+
+
+@pytest.mark.parametrize("cfg", ["sequential", "batched"])
+def test_image_to_video_with_guidance(image_pair: tuple[Any, Any], cfg: str) -> None:
+    """One sample: the reference makes one black picture whatever the number of prompts."""
+    ours, oracle = image_pair
+    ours.args = ExecutionArgs(cfg=cfg)
+    images, tensor = pictures(1, 32, 48)
+    theirs = oracle(
+        image=images[0],
+        prompt=PROMPTS[0],
+        negative_prompt=NEGATIVE[0],
+        height=32,
+        width=48,
+        num_frames=9,
+        num_inference_steps=STEPS,
+        guidance_scale=6.0,
+        true_cfg_scale=3.0,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="latent",
+    ).frames
+    params = SamplingParams(
+        height=32, width=48, num_frames=9, num_inference_steps=STEPS, extra={"true_cfg_scale": 3.0}
+    ).over(ours.defaults())
+    batch = ours.run(ForwardBatch(params, PROMPTS[:1], NEGATIVE[:1], [7], image=tensor))
+    assert (batch.latents - theirs).abs().max() <= 1e-4 * theirs.std()
+
+
+def test_an_image_is_needed(image_pair: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError, match="image"):
+        our_run(image_pair[0], (5, 32, 32))
 
 
 def test_presets() -> None:

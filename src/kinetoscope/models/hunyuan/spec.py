@@ -11,11 +11,19 @@ from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.hunyuan.config import HunyuanVideoConfig
 
 __all__ = [
+    "ANSWER_HEADER",
     "CLIP_LENGTH",
     "CONVENTION",
     "EXTRA_DEFAULTS",
+    "HEADER_END",
     "HIDDEN_STATE",
+    "IMAGE_STRIDE",
+    "IMAGE_TEMPLATE",
+    "IMAGE_TEMPLATE_TOKENS",
+    "IMAGE_TOKENS",
     "KEY_MAP",
+    "NEGATIVE_IMAGE_STRIDE",
+    "NOISE_SHARE",
     "PRESETS",
     "TEMPLATE",
     "TEMPLATE_TOKENS",
@@ -46,6 +54,18 @@ TEMPLATE = (
     + "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
 TEMPLATE_TOKENS = 95
+IMAGE_TEMPLATE = (
+    "<|start_header_id|>system<|end_header_id|>\n\n<image>\nDescribe the video by detailing the following aspects "
+    "according to the reference image: " + _ASPECTS + "\n\n<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+IMAGE_TEMPLATE_TOKENS = 103
+IMAGE_TOKENS = 576  # of the language model's vision tower, in place of the one "<image>"
+HEADER_END = "<|end_header_id|>"
+ANSWER_HEADER = 4  # tokens from the prompt's end mark to the last header's end, which are cropped too
+IMAGE_STRIDE = {"latent_concat": 2, "token_replace": 4}  # every which image token the transformer reads
+NEGATIVE_IMAGE_STRIDE = 2  # the published pipeline's default, which its unconditional rows get for either kind
+NOISE_SHARE = 0.999  # of noise in the start; the rest is the image's latents, in every frame
 
 EXTRA_DEFAULTS: dict[str, Any] = {"true_cfg_scale": 1.0}  # classifier-free guidance on top of the embedded one
 

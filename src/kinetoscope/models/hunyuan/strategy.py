@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.guidance import COND, Guidance
-from kinetoscope.engine.protocols import Tree
+from kinetoscope.engine.protocols import StrategyState, Tree
 from kinetoscope.engine.strategies.standard import StandardStrategy, stack_text
 
 
@@ -58,3 +58,23 @@ class HunyuanStrategy(StandardStrategy):
             pooled_projections=torch.cat([p for p in pooled if p is not None]).to(args.device, args.dtype),
             guidance=guidance,
         )
+
+
+class HunyuanFirstFrameStrategy(HunyuanStrategy):
+    """Image-to-video by "token_replace": the first latent frame is `batch.condition` [B, C, 1, h, w], never moved."""
+
+    def prepare(self, batch: ForwardBatch, args: ExecutionArgs) -> StrategyState:
+        """The image's latents into the first frame."""
+        state = super().prepare(batch, args)
+        assert batch.condition is not None
+        state.latents = torch.cat([batch.condition.to(state.latents), state.latents[:, :, 1:]], dim=2)
+        return state
+
+    def model_latents(self, state: StrategyState) -> Tensor:
+        """The sample; the condition is in it."""
+        return state.latents
+
+    def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
+        """A step of all frames but the first."""
+        moved = super().scheduler_step(state, noise_pred, t)
+        return torch.cat([state.latents[:, :, :1], moved[:, :, 1:]], dim=2)

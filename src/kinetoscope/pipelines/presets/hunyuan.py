@@ -1,4 +1,4 @@
-"""HunyuanVideo: text-to-video."""
+"""HunyuanVideo: text-to-video and image-to-video."""
 
 from __future__ import annotations
 
@@ -6,39 +6,45 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.even_schedule import EvenSchedule
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
 from kinetoscope.loading import register_transformer
 from kinetoscope.loading.autoencoders import register_autoencoder
-from kinetoscope.loading.transformers_models import register_tokenizer, register_transformers_model
+from kinetoscope.loading.transformers_models import (
+    register_image_processor,
+    register_tokenizer,
+    register_transformers_model,
+)
 from kinetoscope.models.hunyuan import spec
-from kinetoscope.models.hunyuan.strategy import HunyuanStrategy
+from kinetoscope.models.hunyuan.strategy import HunyuanFirstFrameStrategy, HunyuanStrategy
 from kinetoscope.models.hunyuan.transformer import HunyuanVideoTransformer3DModel
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.lazy import Lazy
 from kinetoscope.pipelines.stages import (
     DenoisingStage,
     LatentPreparationStage,
+    Stage,
     TimestepPreparationStage,
     VideoGeometry,
 )
-from kinetoscope.pipelines.stages.hunyuan import HunyuanTextEncodingStage, HunyuanValidationStage
+from kinetoscope.pipelines.stages.hunyuan import (
+    HunyuanImageLatentStage,
+    HunyuanImageTextStage,
+    HunyuanTextEncodingStage,
+    HunyuanValidationStage,
+)
 from kinetoscope.pipelines.stages.scaled_vae import ScaledDecodingStage
+
+TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
 
 class HunyuanVideo(ComposedPipeline):
     """Prompt -> video with a HunyuanVideo directory."""
 
-    required: ClassVar[tuple[str, ...]] = (
-        "tokenizer",
-        "text_encoder",
-        "tokenizer_2",
-        "text_encoder_2",
-        "transformer",
-        "vae",
-        "scheduler",
-    )
+    required: ClassVar[tuple[str, ...]] = (*TEXT_PARTS, "transformer", "vae", "scheduler")
+    tasks: ClassVar[tuple[str, ...]] = ("t2v",)
     attention_roles: ClassVar[tuple[str, ...]] = ("joint", "refiner")
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.EXTRA_DEFAULTS
     preset: ClassVar[str] = "hunyuanvideo-community/HunyuanVideo"
@@ -53,21 +59,22 @@ class HunyuanVideo(ComposedPipeline):
             temporal=vae.get("temporal_compression_ratio", 4),
             patch=config.patch,
         )
-        scheduler = Lazy[SchedulerAdapter](lambda: EvenSchedule.of(self.get_module("scheduler")))
         self.add_stage("validation", HunyuanValidationStage(self.geometry))
-        self.add_stage(
-            "text_encoding",
-            HunyuanTextEncodingStage(
-                self.lazy("tokenizer"),
-                self.lazy("text_encoder"),
-                self.lazy("tokenizer_2"),
-                self.lazy("text_encoder_2"),
-            ),
-        )
-        self.add_stage("timesteps", TimestepPreparationStage(scheduler))
+        self.add_stage("text_encoding", self._text_stage())
+        self.add_stage("timesteps", TimestepPreparationStage(self._even_schedule()))
         self.add_stage("latents", LatentPreparationStage(self.geometry, config.latent_channels))
-        self.add_stage("denoising", DenoisingStage(self.lazy("transformer"), scheduler, HunyuanStrategy, self.hooks))
-        self.add_stage("decoding", ScaledDecodingStage(self.lazy("vae")))
+        self._denoise_and_decode(HunyuanStrategy)
+
+    def _text_stage(self) -> Stage:
+        return HunyuanTextEncodingStage(*(self.lazy(name) for name in TEXT_PARTS))
+
+    def _even_schedule(self) -> Lazy[SchedulerAdapter]:
+        return Lazy[SchedulerAdapter](lambda: EvenSchedule.of(self.get_module("scheduler")))
+
+    def _denoise_and_decode(self, strategy: type[HunyuanStrategy], skip: int = 0) -> None:
+        transformer = self.lazy("transformer")
+        self.add_stage("denoising", DenoisingStage(transformer, self._even_schedule(), strategy, self.hooks))
+        self.add_stage("decoding", ScaledDecodingStage(self.lazy("vae"), skip))
 
     def defaults(self) -> SamplingParams:
         """The directory's own defaults over the preset of its published name."""
@@ -81,11 +88,42 @@ class HunyuanVideo(ComposedPipeline):
         return spec.forward_flops(self.config, tokens)
 
 
+class HunyuanImageToVideo(HunyuanVideo):
+    """Prompt and first picture -> video. The transformer's `image_condition_type` says how the picture enters."""
+
+    required: ClassVar[tuple[str, ...]] = (*TEXT_PARTS, "image_processor", "transformer", "vae", "scheduler")
+    tasks: ClassVar[tuple[str, ...]] = ("i2v",)
+    preset: ClassVar[str] = "hunyuanvideo-community/HunyuanVideo-I2V"
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """An image, which it needs."""
+        return {"image": True}
+
+    def create_stages(self) -> None:
+        """As text-to-video, with the image in the text, in the start and as a condition."""
+        super().create_stages()
+        kind = self.config.image_condition_type
+        if kind is None:
+            raise ModelLoadError(
+                f"{self.model.path}/transformer/config.json has no image_condition_type, so it takes no image"
+            )
+        self.add_stage("image_latents", HunyuanImageLatentStage(self.lazy("vae"), kind), after="latents")
+        concat = kind == "latent_concat"  # its first latent frame is the image and no part of the video
+        self._denoise_and_decode(HunyuanStrategy if concat else HunyuanFirstFrameStrategy, int(concat))
+
+    def _text_stage(self) -> Stage:
+        stride = spec.IMAGE_STRIDE.get(self.config.image_condition_type or "", 1)
+        parts = [self.lazy(name) for name in TEXT_PARTS]
+        return HunyuanImageTextStage(*parts, image_processor=self.lazy("image_processor"), stride=stride)
+
+
 register_autoencoder("AutoencoderKLHunyuanVideo")
-for _name in ("LlamaModel", "CLIPTextModel"):
+for _name in ("LlamaModel", "LlavaForConditionalGeneration", "CLIPTextModel"):
     register_transformers_model(_name)
 for _name in ("LlamaTokenizer", "LlamaTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast"):
     register_tokenizer(_name)
+register_image_processor("CLIPImageProcessor")
 register_transformer(
     "HunyuanVideoTransformer3DModel", HunyuanVideoTransformer3DModel, spec.HunyuanVideoConfig.from_dict
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from kinetoscope.core.errors import InputError
@@ -15,6 +16,7 @@ from kinetoscope.models.hunyuan import spec
 from kinetoscope.models.hunyuan.strategy import HunyuanInputs, true_cfg_scale
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.scaled_vae import encode_images
 from kinetoscope.pipelines.stages.text import CACHE_SIZE
 from kinetoscope.pipelines.stages.validation import MAX_GUIDANCE, InputValidationStage
 
@@ -99,6 +101,107 @@ class HunyuanTextEncodingStage(Stage):
             prompt, padding="max_length", max_length=spec.CLIP_LENGTH, truncation=True, return_tensors="pt"
         ).input_ids
         return resolve(self._text_encoder_2)(ids.to(device)).pooler_output[0]
+
+
+class HunyuanImageTextStage(HunyuanTextEncodingStage):
+    """The same for a language model that sees the image: its image tokens come before those of the prompt.
+
+    It sees the image at the size of the video; unconditional rows see a black one.
+
+    Args:
+        tokenizer, text_encoder: of a Llava-like model, or lazy.
+        tokenizer_2, text_encoder_2: of CLIP, or lazy.
+        image_processor: of the language model, or lazy.
+        stride: every which image token is kept.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any | Lazy[Any],
+        text_encoder: nn.Module | Lazy[nn.Module],
+        tokenizer_2: Any | Lazy[Any],
+        text_encoder_2: nn.Module | Lazy[nn.Module],
+        image_processor: Any | Lazy[Any],
+        stride: int,
+    ) -> None:
+        super().__init__(tokenizer, text_encoder, tokenizer_2, text_encoder_2)
+        self._image_processor = image_processor
+        self.stride = stride
+
+    @torch.no_grad()
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The batch with text of both branches padded to one length."""
+        if batch.image is None:
+            raise InputError("this model makes videos from an image; give image=")
+        length = spec.TEXT_LENGTH + spec.IMAGE_TOKENS // min(self.stride, spec.NEGATIVE_IMAGE_STRIDE)
+        words, pooled = self._encode_all(batch.prompts, batch.image, self.stride, args.device)
+        batch.prompt_embeds, batch.prompt_lengths = pad_rows(words, length)
+        batch.family = HunyuanInputs(pooled)
+        if true_cfg_scale(batch) != 1.0:
+            black = torch.full_like(batch.image, -1.0)
+            words, batch.family.negative_pooled = self._encode_all(
+                batch.negative_prompts, black, spec.NEGATIVE_IMAGE_STRIDE, args.device
+            )
+            batch.negative_embeds, batch.negative_lengths = pad_rows(words, length)
+        return batch
+
+    def _encode_all(
+        self, prompts: Sequence[str], images: Tensor, stride: int, device: torch.device
+    ) -> tuple[list[Tensor], Tensor]:
+        words = [self._see(prompt, image, stride, device) for prompt, image in zip(prompts, images, strict=True)]
+        return words, torch.stack([self.pool(prompt, device) for prompt in prompts])
+
+    def _see(self, prompt: str, image: Tensor, stride: int, device: torch.device) -> Tensor:
+        """[n, D] image tokens, then those of the prompt, of one image [3, H, W] in [-1, 1]."""
+        tokenizer, encoder = resolve(self._tokenizer), resolve(self._text_encoder)
+        config: Any = encoder.config
+        ids = tokenizer(spec.IMAGE_TEMPLATE.format(prompt), return_tensors="pt").input_ids[0]
+        check_length(len(ids) - spec.IMAGE_TEMPLATE_TOKENS)
+        start = int((ids == config.image_token_index).nonzero()[0])
+        grown = torch.cat([ids[:start], ids[start].repeat(spec.IMAGE_TOKENS), ids[start + 1 :]]).unsqueeze(0).to(device)
+        pixels = resolve(self._image_processor)(to_picture(image), return_tensors="pt").pixel_values
+        states = encoder(
+            input_ids=grown,
+            attention_mask=torch.ones_like(grown),
+            pixel_values=pixels.to(next(encoder.parameters())),
+            output_hidden_states=True,
+        ).hidden_states[spec.HIDDEN_STATE][0]
+        more = spec.IMAGE_TOKENS - 1  # tokens after the image stand that much further on
+        header = int((ids == tokenizer.convert_tokens_to_ids(spec.HEADER_END)).nonzero()[-1]) + 1
+        prompt_states = states[spec.IMAGE_TEMPLATE_TOKENS + more : header + more - spec.ANSWER_HEADER]
+        image_states = states[start : start + spec.IMAGE_TOKENS : stride]
+        return torch.cat([image_states, prompt_states, states[header + more :]])
+
+
+class HunyuanImageLatentStage(Stage):
+    """Fills `condition` from the image, and mixes a little of it into the start.
+
+    Args:
+        vae: encodes the image, or lazy.
+        kind: the transformer's `image_condition_type`.
+    """
+
+    def __init__(self, vae: Any | Lazy[Any], kind: str) -> None:
+        self._vae = vae
+        self.kind = kind
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The batch with `condition`: the image's latents [B, C, 1, h, w], or latents and mask [B, C + 1, T, h, w]."""
+        assert batch.image is not None and batch.latents is not None
+        z = encode_images(resolve(self._vae), batch.image)  # [B, C, 1, h, w]
+        share = torch.tensor(spec.NOISE_SHARE)
+        batch.latents = batch.latents * share + z * (1 - share)
+        batch.condition = z
+        if self.kind == "latent_concat":
+            first = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+            batch.condition = nn.functional.pad(first, (0, 0, 0, 0, 0, batch.latents.shape[2] - 1))
+        return batch
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """An image [3, H, W] in [-1, 1] as encoders' processors take it."""
+    pixels = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def check_length(count: int) -> None:
