@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.diffusion.guidance import Guidance
+from kinetoscope.diffusion.guidance import Guidance, cfg_zero_scale
 from kinetoscope.diffusion.noise import NoiseSource
 
 COND, UNCOND = NoiseSource([1, 2]).draw((4, 3, 5, 5)), NoiseSource([3, 4]).draw((4, 3, 5, 5))
@@ -41,3 +41,13 @@ def test_bfloat16_predictions_are_combined_in_float32() -> None:
 def test_out_of_range(values: dict[str, float]) -> None:
     with pytest.raises(InputError):
         Guidance(**values)
+
+
+def test_cfg_zero_scale_is_the_projection() -> None:
+    """What is left of cond after the scaled uncond is taken away is orthogonal to it, in every sample by itself."""
+    scale = cfg_zero_scale(COND, UNCOND)
+    assert scale.shape == (len(COND), *[1] * (COND.ndim - 1))
+    rest = (COND - scale * UNCOND) * UNCOND
+    assert rest.flatten(1).sum(1).abs().max() < 1e-3
+    torch.testing.assert_close(cfg_zero_scale(2.5 * UNCOND, UNCOND), torch.full_like(scale, 2.5))
+    assert cfg_zero_scale(COND, torch.zeros_like(UNCOND)).abs().max() == 0

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kinetoscope.attention.backends import sdpa_attention
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.longcat import spec
@@ -138,6 +139,36 @@ def test_prepared_is_bit_equal(model: LongCatVideoTransformer3DModel, recorded: 
     ahead = model.prepare_conditioning(**text(recorded)) | model.prepare_shared(recorded["latents"].shape)
     one = model(recorded["latents"], recorded["per_row"], **ahead)
     assert torch.equal(one, model(recorded["latents"], recorded["per_row"], **text(recorded)))
+
+
+@torch.no_grad()
+def test_bfloat16_drift(model: LongCatVideoTransformer3DModel, recorded: dict[str, Tensor]) -> None:
+    """Timesteps are read in the compute dtype, as published; modulation and the last layer stay float32."""
+    low = build()
+    for name, parameter in low.named_parameters():
+        if not set(name.split(".")) & set(low.keep_in_float32):
+            parameter.data = parameter.data.bfloat16()
+    latents, words = recorded["latents"], {**text(recorded), "encoder_hidden_states": recorded["text"].bfloat16()}
+    rounded = recorded["per_frame"].bfloat16().float()
+    exact = model(latents, rounded, **text(recorded), num_cond_latents=2)
+    whole = low(latents.bfloat16(), recorded["per_frame"], **words, num_cond_latents=2)
+    cache = low.cache_condition(latents[:, :, :2].bfloat16())
+    rest = low(latents[:, :, 2:].bfloat16(), rounded[:, 2:], **words, num_cond_latents=2, kv_cache=cache)
+    assert whole.dtype == torch.float32 and cache[0].keys.dtype == torch.bfloat16
+    for got, expected in ((whole, exact), (rest, exact[:, :, 2:])):
+        assert (got - expected).norm() / expected.norm() < 0.02
+
+
+@torch.no_grad()
+def test_blocks_are_one_graph(recorded: dict[str, Tensor]) -> None:
+    compiled = build()
+    for block in compiled.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    latents, timestep = recorded["latents"][:, :, 2:], recorded["per_frame"][:, 2:]
+    with forward_context(ForwardContext({"self": sdpa_attention, "cross": sdpa_attention})):
+        close(compiled(recorded["latents"], recorded["per_row"], **text(recorded)), recorded["plain"])
+        cache = compiled.cache_condition(recorded["latents"][:1, :, :2])
+        close(compiled(latents, timestep, **text(recorded), num_cond_latents=2, kv_cache=cache), recorded["cached"])
 
 
 def test_every_parameter_has_a_gradient(recorded: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.guidance import Guidance
@@ -107,6 +108,13 @@ def test_frames(pipeline: ComposedPipeline, recorded: dict[str, Tensor]) -> None
     expected = recorded["t2v.frames"][0].numpy()
     assert frames.shape == expected.shape
     assert np.abs(frames.astype(int) - expected).max() <= 1
+
+
+def test_opened_by_path(recorded: dict[str, Tensor]) -> None:
+    generator = VideoGenerator.from_pretrained(MODEL, device="cpu", dtype="float32")
+    arguments = RUNS["t2v"][1]
+    result = generator.generate_video(PROMPT, NEGATIVE, *SIZE, seed=SEED, **arguments)
+    assert error(result.latents[None], recorded["t2v"]) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "frames"), [("refine", 10), ("refine_spatial", 5), ("refine_i2v", 10)])
