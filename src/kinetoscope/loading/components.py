@@ -12,7 +12,7 @@ from kinetoscope.core.errors import KinetoscopeError, ModelLoadError
 from kinetoscope.core.onednn import speed_up_convolutions
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 from kinetoscope.loading.directory import ModelDir
-from kinetoscope.loading.weights import load_weights, tensor_names, weight_files
+from kinetoscope.loading.weights import KeyMap, load_weights, tensor_names, weight_files
 
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
 _LOADERS: dict[str, Loader] = {}
@@ -28,6 +28,7 @@ def register_transformer(
     build: Callable[[Any], nn.Module],
     read_config: Callable[[Mapping[str, Any]], Any],
     optional: Mapping[str, str] | None = None,
+    key_map: KeyMap | None = None,
 ) -> None:
     """Register one of our own transformers.
 
@@ -37,6 +38,7 @@ def register_transformer(
         read_config: parsed config.json -> configuration.
         optional: boolean field of the configuration -> part of a tensor's name, for parts that config.json does not
             tell of: the field is true where the weights hold such a tensor.
+        key_map: as in `load_weights`, for families whose weights are also published under other names.
     """
 
     def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -50,7 +52,7 @@ def register_transformer(
         def policy(parameter: str) -> torch.dtype:
             return torch.float32 if any(part in parameter.split(".") for part in kept) else dtype
 
-        return load_weights(module, model.folder(name), dtype=policy, device=device)
+        return load_weights(module, model.folder(name), dtype=policy, device=device, key_map=key_map)
 
     register_component(class_name, load)
 

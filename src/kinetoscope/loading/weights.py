@@ -16,6 +16,7 @@ SHOWN = 4
 """Keys of each kind that an error names; the rest is counted."""
 
 DtypePolicy = Callable[[str], torch.dtype]
+KeyMap = Mapping[str, str] | Callable[[str], str]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -85,7 +86,7 @@ def load_weights(
     *,
     dtype: DtypePolicy,
     device: torch.device,
-    key_map: Mapping[str, str] | None = None,
+    key_map: KeyMap | None = None,
     check_finite: bool = True,
 ) -> nn.Module:
     """Fill `module`, built on the meta device, from the files of `folder`.
@@ -95,7 +96,7 @@ def load_weights(
 
     Args:
         dtype: parameter name -> dtype.
-        key_map: prefix of a stored key -> prefix of our name, where they differ.
+        key_map: prefix of a stored key -> prefix of our name, where they differ; or stored key -> our name.
         check_finite: refuse NaN and infinity, at the price of one pass over the weights.
 
     Raises:
@@ -128,7 +129,9 @@ def load_weights(
     return module.requires_grad_(False).eval()
 
 
-def _rename(key: str, key_map: Mapping[str, str]) -> str:
+def _rename(key: str, key_map: KeyMap) -> str:
+    if not isinstance(key_map, Mapping):
+        return key_map(key)
     for old, new in key_map.items():
         if key.startswith(old):
             return new + key[len(old) :]
