@@ -20,7 +20,8 @@ from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrat
 
 @dataclass(frozen=True, slots=True)
 class CosmosInputs:
-    """What a Cosmos request has besides the common fields; `ForwardBatch.condition` holds the latents of given frames.
+    """What a Cosmos request has besides the common fields; `ForwardBatch.condition` holds the latents of given frames
+    [B, C, frames, h, w].
 
     Attributes:
         fps: frames a second that rotary positions are told; None: the model does not read it.
@@ -71,7 +72,8 @@ class CosmosStrategy(StandardStrategy):
         inputs = _inputs(batch)
         if inputs.frames:
             assert batch.condition is not None
-            given = batch.condition.to(state.latents)
+            missing = state.latents.shape[2] - batch.condition.shape[2]
+            given = torch.nn.functional.pad(batch.condition.to(state.latents), (0, 0, 0, 0, 0, missing))
             velocity = state.latents - given
             frame = torch.arange(state.latents.shape[2], device=state.latents.device)
             state.tables["given"] = given
@@ -158,8 +160,8 @@ class CosmosStrategy(StandardStrategy):
                 given[branch] = noisy * edm.c_in(_levels([augment], device))
         if not _given_at(state, index):
             return [scaled] * len(branches)
-        is_given, clean = state.tables["is_given"], state.tables["given"]
-        return [torch.where(is_given, given.get(branch, clean), scaled) for branch in branches]
+        clean: Tensor = state.tables["given"]
+        return [torch.where(state.tables["is_given"], given.get(branch, clean), scaled) for branch in branches]
 
 
 def _inputs(batch: ForwardBatch) -> CosmosInputs:

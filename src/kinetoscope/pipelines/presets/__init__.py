@@ -10,12 +10,24 @@ from kinetoscope.core.types import ExecutionArgs, SamplingParams
 from kinetoscope.loading import ModelDir
 from kinetoscope.models.wan.spec import PRESETS
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets.cosmos import (
+    Cosmos2TextToImage,
+    Cosmos2VideoToWorld,
+    Cosmos25Predict,
+    CosmosTextToWorld,
+    CosmosVideoToWorld,
+)
 from kinetoscope.pipelines.presets.longcat import LongCatVideo
 from kinetoscope.pipelines.presets.ltx import LTXVideo
 from kinetoscope.pipelines.presets.wan import WanTextToVideo
 from kinetoscope.reference import embedded_models
 
 PIPELINES: dict[str, type[ComposedPipeline]] = {
+    "Cosmos2TextToImagePipeline": Cosmos2TextToImage,
+    "Cosmos2VideoToWorldPipeline": Cosmos2VideoToWorld,
+    "Cosmos2_5_PredictBasePipeline": Cosmos25Predict,
+    "CosmosTextToWorldPipeline": CosmosTextToWorld,
+    "CosmosVideoToWorldPipeline": CosmosVideoToWorld,
     "LTXImageToVideoPipeline": LTXVideo,
     "LTXPipeline": LTXVideo,
     "LongCatVideoPipeline": LongCatVideo,
