@@ -8,6 +8,7 @@ for the `first` leading tokens of the sequence (a clean first frame).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,45 @@ class ModulatedOutput(nn.Module):
         return modulate(self.modulated, x, shift, scale)
 
 
+class PatchEmbedding(nn.Module):
+    """Video to tokens, and the shapes that go with it.
+
+    Args:
+        in_channels: of the video's latents.
+        dim: d.
+        patch: latent frames, rows and columns of a token.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Sequence[int]]:
+        """[R, C, T, H, W] -> tokens [R, N, d] in the dtype of the weights, and their grid (T', H', W')"""
+        dtype = self.proj.weight.dtype
+        x = self.proj(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
+        return x.flatten(2).transpose(1, 2).contiguous(), x.shape[2:]
+
+    def undo(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Projected tokens [R, N, C pt ph pw] -> [R, C, T, H, W]"""
+        x = x.reshape(x.shape[0], *grid, -1, *self.patch)
+        x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [R, C, T', pt, H', ph, W', pw]
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def positions(self, latent_shape: Sequence[int]) -> list[Tensor]:
+        """Positions of the tokens of [..., T, H, W] along each axis.
+
+        Raises:
+            InputError: a size is not a multiple of the patch.
+        """
+        for axis, size, patch in zip("THW", latent_shape[-3:], self.patch, strict=True):
+            if size % patch or size < 1:
+                raise InputError(f"latent {axis}={size} must be a multiple of the patch size {patch}, at least 1")
+        sizes = zip(latent_shape[-3:], self.patch, strict=True)
+        return [torch.arange(size // patch, device=self.proj.weight.device) for size, patch in sizes]
+
+
 # -- the token refiner: a small transformer over the text, modulated by time and the mean of the text ----------------
 
 
@@ -269,20 +309,31 @@ class TokenRefiner(nn.Module):
         return x
 
 
-def trim_text(text: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def trim_text(text: Tensor, lengths: Tensor | None, shortest: int = 1) -> tuple[Tensor, Tensor | None]:
     """Text [R, L, D] cut to the longest of `lengths` [R], and the key bias that hides what is beyond a row's own.
 
     Raises:
-        InputError: a length is not in [1, L].
+        InputError: a length is not in [shortest, L].
     """
     if lengths is None:
         return text, None
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    if shortest < 1 or longest > text.shape[1]:
-        raise InputError(f"text_lengths must be in [1, {text.shape[1]}], the text given; got {lengths.tolist()}")
+    low, longest = int(lengths.min()), int(lengths.max())
+    if low < shortest or longest > text.shape[1]:
+        raise InputError(
+            f"text_lengths must be in [{shortest}, {text.shape[1]}], the text given; got {lengths.tolist()}"
+        )
     text = text[:, :longest]
-    if shortest == longest:
+    if low == longest:
         return text, None
     position = torch.arange(longest, device=text.device)
     beyond = position >= lengths.to(text.device).unsqueeze(1)
     return text, torch.zeros(beyond.shape, device=text.device).masked_fill(beyond, -torch.inf)
+
+
+def join_biases(biases: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
+    """Key biases [R, n] of groups of `counts` tokens side by side; None, everywhere or for a group, hides nothing."""
+    given = next((b for b in biases if b is not None), None)
+    if given is None:
+        return None
+    parts = zip(biases, counts, strict=True)
+    return torch.cat([given.new_zeros(len(given), n) if b is None else b for b, n in parts], dim=1)

@@ -24,9 +24,11 @@ from kinetoscope.nn.dual_stream import (
     MaskedText,
     ModulatedOutput,
     ModulationLayer,
+    PatchEmbedding,
     TimeTextEmbedding,
     TokenRefiner,
     gated_add,
+    join_biases,
     modulate,
 )
 from kinetoscope.nn.embeddings import TimestepEmbedding, sinusoidal_embedding
@@ -100,14 +102,6 @@ class ConditionEmbedding(TimeTextEmbedding):
         self.guidance_embedder = TimestepEmbedding(FREQ_DIM, config.dim) if config.guidance_embeds else None
 
 
-class PatchEmbedding(nn.Module):
-    """The published level of names around the convolution."""
-
-    def __init__(self, config: HunyuanVideoConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv3d(config.in_channels, config.dim, kernel_size=config.patch, stride=config.patch)
-
-
 class HunyuanVideoTransformer3DModel(nn.Module):
     """HunyuanVideo transformer, text-to-video and both kinds of image-to-video.
 
@@ -124,7 +118,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         config.check()
         self.config = config
         dim, head_dim = config.dim, config.attention_head_dim
-        self.x_embedder = PatchEmbedding(config)
+        self.x_embedder = PatchEmbedding(config.in_channels, dim, config.patch)
         self.context_embedder = TokenRefiner(config.text_embed_dim, dim, head_dim, config.num_refiner_layers, attention)
         self.time_text_embed = ConditionEmbedding(config)
         self.transformer_blocks = nn.ModuleList(
@@ -230,14 +224,9 @@ class HunyuanVideoTransformer3DModel(nn.Module):
 
         words = self.context_embedder(text.words, time.refiner)  # [R, L, d]
         emb = self._embedding(text, time)  # [R, G, d]
-        dtype = self.x_embedder.proj.weight.dtype
-        x = self.x_embedder.proj(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
-        grid = x.shape[2:]
+        x, grid = self.x_embedder(latents)  # [R, N, d]
         first = grid[1] * grid[2]
-        x = x.flatten(2).transpose(1, 2).contiguous()  # [R, N, d]
-        key_bias = text.words.key_bias
-        if key_bias is not None:
-            key_bias = F.pad(key_bias, (x.shape[1], 0))  # [R, N + L]
+        key_bias = join_biases([None, text.words.key_bias], [x.shape[1], words.shape[1]])  # [R, N + L]
         for block in self.transformer_blocks:
             x, words = block(x, words, emb, rope, key_bias, first)
         unrotated = torch.ones(words.shape[1], rope.shape[1], dtype=rope.dtype, device=rope.device)
@@ -245,7 +234,7 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         for block in self.single_transformer_blocks:
             joined = block(joined, emb, table, key_bias, first)
         x = self.norm_out(joined[:, : x.shape[1]], emb[:, -1:])
-        return self._unpatchify(self.proj_out(x), grid).to(latents.dtype)
+        return self.x_embedder.undo(self.proj_out(x), grid).to(latents.dtype)
 
     def _time(self, timestep: Tensor) -> HunyuanTime:
         """[R] -> embeddings [R, d]"""
@@ -265,15 +254,5 @@ class HunyuanVideoTransformer3DModel(nn.Module):
 
     def _rope(self, latent_shape: Sequence[int]) -> Tensor:
         """[..., T, H, W] -> complex64 [N, D/2]"""
-        positions: list[Tensor] = []
-        for axis, size, patch in zip("THW", latent_shape[-3:], self.config.patch, strict=True):
-            if size % patch or size < 1:
-                raise InputError(f"latent {axis}={size} must be a multiple of the patch size {patch}")
-            positions.append(torch.arange(size // patch, device=self.proj_out.weight.device))
+        positions = self.x_embedder.positions(latent_shape)
         return rope_table(positions, self.config.rope_axes_dim, self.config.rope_theta)
-
-    def _unpatchify(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """[R, N, C pt ph pw] -> [R, C, T, H, W]"""
-        x = x.reshape(x.shape[0], *grid, -1, *self.config.patch)
-        x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [R, C, T', pt, H', ph, W', pw]
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
