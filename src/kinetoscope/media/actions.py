@@ -12,8 +12,8 @@ A step says:
 
 - "keys": names of pressed keys, or "keyboard": one number in [0, 1] for each key of the layout, in its order. Neither:
   nothing is pressed;
-- "mouse": the camera's turn in the frame as [up, right], numbers in [-1, 1] (published demonstrations turn by 0.1), or a
-  name of `CAMERA`. Left out: no turn. Only in layouts with a mouse;
+- "mouse": the camera's turn in the frame as [up, right], numbers in [-1, 1] (published demonstrations turn by 0.1),
+  or a name of `CAMERA`. Left out: no turn. Only in layouts with a mouse;
 - "repeat": pixel frames that it lasts, 1 if left out.
 """
 

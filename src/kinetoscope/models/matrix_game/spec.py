@@ -46,7 +46,7 @@ def rename(key: str) -> str:
 
 
 EXTRA_DEFAULTS: dict[str, object] = {
-    "denoising_step_list": (1000, 666, 333),
+    "dmd_denoising_steps": (1000, 666, 333),
     "warp_denoising_step": True,
     "context_noise": 0,
 }
@@ -63,7 +63,7 @@ _GAME = SamplingParams(
     extra=EXTRA_DEFAULTS,
 )
 _RUNNER = SamplingParams(
-    num_inference_steps=4, extra={**EXTRA_DEFAULTS, "denoising_step_list": (1000, 750, 500, 250)}
+    num_inference_steps=4, extra={**EXTRA_DEFAULTS, "dmd_denoising_steps": (1000, 750, 500, 250)}
 ).over(_GAME)
 
 # Steps, shift, size and length (15 latent frames): configs/inference_yaml of github.com/SkyworkAI/Matrix-Game, folder
