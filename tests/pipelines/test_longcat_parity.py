@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kinetoscope import VideoGenerator
-from kinetoscope.core.errors import InputError
+from kinetoscope.core.errors import InputError, KinetoscopeError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.guidance import Guidance
 from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.strategies.longcat import LongCatInputs, LongCatStrategy, start_schedule
 from kinetoscope.loading import resolve_model
+from kinetoscope.media import read_video, write_video
 from kinetoscope.models.longcat import spec
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
@@ -38,8 +41,17 @@ TOLERANCE = 1e-4  # of the latents' standard deviation
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> ComposedPipeline:
+def whole() -> ComposedPipeline:
     return build_pipeline(resolve_model(MODEL), ExecutionArgs())
+
+
+@pytest.fixture(scope="module")
+def pipeline(whole: ComposedPipeline) -> ComposedPipeline:
+    """Up to the latents; decoding takes most of the time of so small a model."""
+    names = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    shared = build_pipeline(whole.model, whole.args, modules={name: whole.get_module(name) for name in names})
+    del shared.stages["decoding"]
+    return shared
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +71,7 @@ def request(pipeline: ComposedPipeline, task: str, arguments: dict[str, Any], sa
     fields = {k: arguments.pop(k) for k in list(arguments) if k in SamplingParams.__dataclass_fields__}
     kind = {"i2v": "image", "vc": "video"}.get(task) or arguments.pop("condition", None)
     if task == "refine":
-        arguments["stage1_video"] = moving_picture(*STAGE1)
+        arguments.setdefault("stage1_video", moving_picture(*STAGE1))
     params = SamplingParams(height=size[0], width=size[1], **fields, extra=arguments).over(pipeline.defaults())
     seeds = [SEED + i for i in range(samples)]
     batch = ForwardBatch(params, [PROMPT] * samples, [NEGATIVE] * samples, seeds)
@@ -70,20 +82,9 @@ def request(pipeline: ComposedPipeline, task: str, arguments: dict[str, Any], sa
     return batch
 
 
-def run(pipeline: ComposedPipeline, name: str, decode: bool = False, **changes: Any) -> ForwardBatch:
+def run(pipeline: ComposedPipeline, name: str, **changes: Any) -> ForwardBatch:
     task, arguments = RUNS[name]
-    return finish(pipeline, request(pipeline, task, {**arguments, **changes}), decode)
-
-
-def finish(pipeline: ComposedPipeline, batch: ForwardBatch, decode: bool = False) -> ForwardBatch:
-    """All stages, or all but the slow last one."""
-    stages = dict(pipeline.stages)
-    try:
-        if not decode:
-            del pipeline.stages["decoding"]
-        return pipeline.run(batch)
-    finally:
-        pipeline.stages = stages
+    return pipeline.run(request(pipeline, task, {**arguments, **changes}))
 
 
 def latents(batch: ForwardBatch) -> Tensor:
@@ -103,8 +104,8 @@ def test_latents(pipeline: ComposedPipeline, recorded: dict[str, Tensor], name: 
     assert found <= TOLERANCE
 
 
-def test_frames(pipeline: ComposedPipeline, recorded: dict[str, Tensor]) -> None:
-    frames = run(pipeline, "t2v", decode=True).frames[0]
+def test_frames(whole: ComposedPipeline, recorded: dict[str, Tensor]) -> None:
+    frames = run(whole, "t2v").frames[0]
     expected = recorded["t2v.frames"][0].numpy()
     assert frames.shape == expected.shape
     assert np.abs(frames.astype(int) - expected).max() <= 1
@@ -117,13 +118,13 @@ def test_opened_by_path(recorded: dict[str, Tensor]) -> None:
     assert error(result.latents[None], recorded["t2v"]) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "frames"), [("refine", 10), ("refine_spatial", 5), ("refine_i2v", 10)])
-def test_refined_frames_are_without_padding(pipeline: ComposedPipeline, name: str, frames: int) -> None:
-    assert run(pipeline, name, decode=True).frames[0].shape == (frames, *REFINED, 3)
+@pytest.mark.parametrize(("name", "frames"), [("refine_spatial", 5), ("refine_i2v", 10)])
+def test_refined_frames_are_without_padding(whole: ComposedPipeline, name: str, frames: int) -> None:
+    assert run(whole, name).frames[0].shape == (frames, *REFINED, 3)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("name", ["i2v", "vc_g4"])
+@pytest.mark.parametrize("name", ["i2v", "vc_g4", "refine_vc"])
 def test_cache_changes_nothing(pipeline: ComposedPipeline, name: str, guidance: float) -> None:
     """At any guidance, once the CFG-Zero* scale is taken over the same frames."""
     common = {"guidance_scale": guidance, "scale_over_noise_frames": True}
@@ -153,16 +154,16 @@ def test_condition_latents_never_change_on_the_way(pipeline: ComposedPipeline) -
     assert all(torch.equal(s, batch.condition) for s in seen)
 
 
-@pytest.mark.parametrize("name", ["t2v", "i2v", "vc_g4", "vc_cache_g4"])
+@pytest.mark.parametrize("name", ["i2v", "vc_cache_g4"])
 def test_plans_and_batches_agree(pipeline: ComposedPipeline, name: str) -> None:
     """Sequential rows, batched rows and two samples at once, the first of which is the recorded one."""
     task, arguments = RUNS[name]
-    alone = [latents(finish(pipeline, _seeded(request(pipeline, task, arguments), SEED + i))) for i in range(2)]
+    alone = [latents(pipeline.run(_seeded(request(pipeline, task, arguments), SEED + i))) for i in range(2)]
     before = pipeline.args
     try:
         for plan in ("sequential", "batched"):
             pipeline.args = replace(before, cfg=plan)
-            both = latents(finish(pipeline, request(pipeline, task, arguments, samples=2)))
+            both = latents(pipeline.run(request(pipeline, task, arguments, samples=2)))
             assert error(both, torch.cat(alone)) <= TOLERANCE
     finally:
         pipeline.args = before
@@ -275,8 +276,32 @@ def test_bad_requests(pipeline: ComposedPipeline, name: str, changes: dict[str, 
         pipeline.run(batch)
 
 
-def test_video_to_refine_must_be_frames(pipeline: ComposedPipeline) -> None:
+@pytest.mark.parametrize(
+    ("video", "words"),
+    [
+        (np.zeros((5, 3, 8, 8)), "uint8"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "uint8"),
+        ([np.zeros((5, 8, 8, 3), np.uint8)] * 2, "2 videos"),
+        ("nowhere.mp4", "nowhere.mp4"),
+    ],
+)
+def test_video_to_refine_must_be_frames(pipeline: ComposedPipeline, video: Any, words: str) -> None:
     batch = request(pipeline, *RUNS["refine"])
-    batch.params = SamplingParams(extra={"stage1_video": np.zeros((5, 3, 8, 8))}).over(batch.params)
-    with pytest.raises(InputError, match="uint8"):
+    batch.params = SamplingParams(extra={"stage1_video": video}).over(batch.params)
+    with pytest.raises(KinetoscopeError, match=words):
         pipeline.run(batch)
+
+
+def test_a_record_names_the_video_to_refine(pipeline: ComposedPipeline) -> None:
+    batch = run(pipeline, "refine")
+    params = json.loads(json.dumps(asdict(batch.params)))
+    assert params["extra"]["stage1_video"].startswith("sha256:")
+    assert params["num_frames"] == 2 * STAGE1[0] and params["guidance_scale"] == 1.0
+
+
+def test_refines_a_file(pipeline: ComposedPipeline, tmp_path: Path) -> None:
+    """The frames that a video file holds, as though they were given."""
+    write_video(tmp_path / "low.mp4", moving_picture(5, 32, 48), 15)
+    stored, _ = read_video(tmp_path / "low.mp4")
+    by_path, by_frames = (latents(run(pipeline, "refine", stage1_video=v)) for v in (tmp_path / "low.mp4", stored))
+    assert torch.equal(by_path, by_frames)

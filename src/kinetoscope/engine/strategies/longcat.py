@@ -37,6 +37,7 @@ class LongCatInputs:
         enhance_hf: from timestep 500 on ten even steps instead of the schedule's.
         use_distill: the noise levels of the distilled model.
         t_thresh: start at this noise level, in (0, 1): refinement of a video. None: from pure noise.
+        stage1_video: videos to refine, one uint8 [T, h, w, 3] a sample; () once they are latents.
         keep_frames: frames [start, stop) of the decoded video that are the result; None: all of them.
         scale_over_noise_frames: take the CFG-Zero* scale over the frames that are denoised, whatever is predicted. As
             published it is taken over all that a forward predicts: condition frames too, but for those in a cache.
@@ -47,6 +48,7 @@ class LongCatInputs:
     enhance_hf: bool = False
     use_distill: bool = False
     t_thresh: float | None = None
+    stage1_video: tuple[Any, ...] = ()
     keep_frames: tuple[int, int] | None = None
     scale_over_noise_frames: bool = False
 

@@ -45,6 +45,11 @@ class LongCatVideo(ComposedPipeline):
     attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
     extra_defaults: ClassVar[Mapping[str, Any]] = EXTRA_DEFAULTS
 
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """A first picture, or a video to continue; a video to refine is a parameter of its own (`stage1_video`)."""
+        return {"image": False, "video": False}
+
     def create_stages(self) -> None:
         """Validation, the request's own parameters, text, timesteps, latents, denoising, decoding."""
         config = self.config = spec.LongCatConfig.from_dict(self.model.config("transformer"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
 from kinetoscope.engine.strategies.longcat import LongCatInputs, inputs_of, start_schedule
+from kinetoscope.media import read_video
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.decoding import DecodingStage
@@ -29,7 +32,7 @@ EXTRA_DEFAULTS: Mapping[str, Any] = {
     "offload_kv_cache": False,
     "enhance_hf": None,  # None: only to continue a video, unless distilled
     "use_distill": False,
-    "stage1_video": None,  # uint8 [T, H, W, 3] (or one a prompt): a video to refine
+    "stage1_video": None,  # a video to refine: a file or uint8 [T, H, W, 3], or a list of one a prompt
     "t_thresh": 0.5,  # of refinement
     "spatial_refine_only": False,
     "scale_over_noise_frames": False,
@@ -60,6 +63,7 @@ class LongCatRequestStage(Stage):
         if batch.image is not None and batch.video is not None:
             raise InputError("an image and a video were given; LongCat-Video continues one or the other")
         refine = extra["stage1_video"] is not None
+        videos = load_videos(extra["stage1_video"], batch.size) if refine else ()
         continues = batch.video is not None and not refine
         distill = bool(extra["use_distill"])
         enhance = (continues and not distill) if extra["enhance_hf"] is None else extra["enhance_hf"]
@@ -72,13 +76,18 @@ class LongCatRequestStage(Stage):
             for name, size in (("height", batch.params.height), ("width", batch.params.width)):
                 if size is None or size % REFINE_PIXELS:
                     raise InputError(f"{name}={size} of a refined video is not a multiple of {REFINE_PIXELS}")
-            batch.params = replace(batch.params, guidance_scale=1.0)
+            if batch.latents is not None:
+                raise InputError("latents were given beside a video to refine, which the run would start from")
+            names = [f"sha256:{hashlib.sha256(v.tobytes()).hexdigest()}" for v in videos]  # a record cannot hold frames
+            named = {**extra, "stage1_video": names[0] if len(set(names)) == 1 else names}
+            batch.params = replace(batch.params, guidance_scale=1.0, guidance_scale_2=None, extra=named)
         batch.family = LongCatInputs(
             use_kv_cache=continues if extra["use_kv_cache"] is None else extra["use_kv_cache"],
             offload_kv_cache=bool(extra["offload_kv_cache"]),
             enhance_hf=bool(enhance),
             use_distill=distill,
             t_thresh=threshold if refine else None,
+            stage1_video=videos,
             scale_over_noise_frames=bool(extra["scale_over_noise_frames"]),
         )
         return batch
@@ -124,7 +133,7 @@ class LongCatLatentStage(LatentPreparationStage):
             InputError: a video of fewer frames than are to be kept, or one that leaves nothing to make.
         """
         extra = extra_of(batch)
-        if extra["stage1_video"] is not None:
+        if inputs_of(batch).stage1_video:
             return self._refine(batch, extra)
         batch = super().forward(batch, args)
         assert batch.noise is not None and batch.params.num_frames is not None
@@ -164,12 +173,8 @@ class LongCatLatentStage(LatentPreparationStage):
             raise InputError(f"num_cond_frames={count} needs an image or a video to take them from")
         if given is not None and not count:
             raise InputError("a refined video with a condition video needs num_cond_frames")
-        source = extra["stage1_video"]
-        videos = [source] * batch.size if np.ndim(source) == 4 else list(source)
-        if len(videos) != batch.size:
-            raise InputError(f"{len(videos)} videos to refine for {batch.size} prompts")
         size = (params.height, params.width)
-        low = torch.stack([upsample(v, size, double=not extra["spatial_refine_only"]) for v in videos])
+        low = torch.stack([upsample(v, size, double=not extra["spatial_refine_only"]) for v in inputs.stage1_video])
         total = low.shape[2]
         if count >= total:
             raise InputError(f"num_cond_frames={count} leaves nothing to refine of {total} frames")
@@ -185,7 +190,7 @@ class LongCatLatentStage(LatentPreparationStage):
         if given is not None:
             batch.condition = self.encode(pad_time(last_frames(given, count), front, 0), batch.noise)
         batch.params = replace(params, num_frames=total)
-        batch.family = replace(inputs, keep_frames=(front, front + total))
+        batch.family = replace(inputs, stage1_video=(), keep_frames=(front, front + total))
         return batch
 
 
@@ -222,15 +227,25 @@ def pad_time(video: Tensor, front: int, back: int) -> Tensor:
     return torch.cat([first.expand(-1, -1, front, -1, -1), video, last.expand(-1, -1, back, -1, -1)], dim=2)
 
 
-def upsample(frames: Any, size: tuple[int, int], *, double: bool) -> Tensor:
-    """uint8 [T, h, w, 3] to [3, T or 2 T, H, W] in [-1, 1]: bilinear in space, then linear in time, ends aligned.
+def load_videos(source: Any, count: int) -> tuple[np.ndarray, ...]:
+    """`count` arrays uint8 [T, H, W, 3] from one video for all, or a list of one each; a video is an array or a file.
 
     Raises:
-        InputError: not such frames.
+        InputError: another number of them, of different sizes, or something else than frames.
     """
-    low = torch.as_tensor(np.asarray(frames))
-    if low.ndim != 4 or low.shape[-1] != 3 or low.dtype != torch.uint8 or not len(low):
-        raise InputError(f"stage1_video is {low.dtype} {tuple(low.shape)}, not uint8 frames [T, H, W, 3]")
+    given: list[Any] = [*source] if isinstance(source, (list, tuple)) else [source]
+    videos = tuple(read_video(v)[0] if isinstance(v, (str, Path)) else np.asarray(v) for v in given)
+    for v in videos:
+        if v.ndim != 4 or v.shape[-1] != 3 or v.dtype != np.uint8 or 0 in v.shape:
+            raise InputError(f"stage1_video is {v.dtype} {v.shape}, not uint8 frames [T, H, W, 3]")
+    if len(videos) not in (1, count) or len({v.shape for v in videos}) != 1:
+        raise InputError(f"{len(videos)} videos to refine for {count} prompts; give one, or one each of the same size")
+    return videos * (count // len(videos))
+
+
+def upsample(frames: np.ndarray, size: tuple[int, int], *, double: bool) -> Tensor:
+    """uint8 [T, h, w, 3] to [3, T or 2 T, H, W] in [-1, 1]: bilinear in space, then linear in time, ends aligned."""
+    low = torch.from_numpy(np.ascontiguousarray(frames))
     high = F.interpolate(low.permute(0, 3, 1, 2).float(), size, mode="bilinear", align_corners=True)  # [T, 3, H, W]
     high = high.transpose(0, 1).unsqueeze(0) / 255.0  # [1, 3, T, H, W]
     count = len(low) * (2 if double else 1)
