@@ -12,6 +12,7 @@ from kinetoscope.models.skyreels.config import SkyReelsConfig
 __all__ = [
     "CONVENTION",
     "FORCING_EXTRA",
+    "FORCING_IMAGE",
     "KEY_MAP",
     "NEGATIVE_PROMPT",
     "PRESETS",
@@ -80,6 +81,7 @@ PRESETS: dict[str, SamplingParams] = {
     "Skywork/SkyReels-V2-DF-14B-540P-Diffusers": _preset(*_540, 6.0, 8.0, extra={"base_num_frames": 97}),
     "Skywork/SkyReels-V2-DF-14B-720P-Diffusers": _preset(*_720, 6.0, 8.0, extra={"base_num_frames": 121}),
 }
+FORCING_IMAGE = SamplingParams(guidance_scale=5.0, flow_shift=5.0)  # diffusion forcing from an image
 
 
 def forward_flops(config: SkyReelsConfig, tokens: int, text_tokens: int = TEXT_LENGTH) -> float:

@@ -1,0 +1,186 @@
+"""Diffusion forcing: every latent frame of a window has its own timestep; long videos are windows that overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.noise import NoiseSource
+from kinetoscope.diffusion.scheduler import ScheduleRun
+from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, take_rows
+from kinetoscope.engine.strategies.standard import StandardStrategy
+from kinetoscope.models.skyreels.forcing import (
+    ForcingPlan,
+    frames_timesteps,
+    groups_that_move_together,
+    moving_frames,
+    step_matrix,
+)
+
+NOISE_PER_TIMESTEP = 0.001
+"""Noise mixed into frames taken over, for each unit of the timestep that the network is told for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForcingInputs:
+    """What a diffusion-forcing request carries beside the common fields (`ForwardBatch.family`).
+
+    Attributes:
+        plan: its parameters in latent frames.
+        end: [B, C, 1, h, w] clean latents of a last image, or None.
+    """
+
+    plan: ForcingPlan
+    end: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One window in progress.
+
+    Attributes:
+        timesteps: [S, T] what the network is told for each frame in each iteration.
+        taken: steps each frame has taken after each iteration, as Python numbers.
+        moving: whether each frame takes a step in each iteration.
+        runs: neighbouring frames that move together, and their private scheduler.
+        kept: frames at the start that came clean.
+        modulation: row-first trees of all iterations.
+    """
+
+    timesteps: Tensor
+    taken: list[list[int]]
+    moving: list[list[bool]]
+    runs: list[tuple[Sequence[int], ScheduleRun]]
+    kept: int
+    modulation: dict[str, Any]
+
+
+class ForcingStrategy(StandardStrategy):
+    """A block is a window: its frames go from noise to clean each on its own schedule.
+
+    The first window starts from `batch.latents`, with `batch.condition` [B, C, 1, h, w] (an image) as its first frame;
+    later windows from further noise, with the last frames of the video so far in front.
+    """
+
+    def prepare(self, batch: ForwardBatch, args: ExecutionArgs) -> StrategyState:
+        """Guidance and text; schedules are made for each window."""
+        assert batch.latents is not None
+        guidance = self.make_guidance(batch)
+        return StrategyState(
+            batch=batch,
+            args=args,
+            latents=batch.latents.to(args.device, torch.float32),
+            guidance=guidance,
+            noise=batch.noise or NoiseSource(batch.seeds),
+            times=(),
+            conditioning=self.prepare_conditioning(batch, args, guidance.branches),
+        )
+
+    # -- windows -------------------------------------------------------------------------------------------------------
+
+    def block_plan(self, state: StrategyState) -> BlockPlan:
+        """One item a window: its latent frames."""
+        return BlockPlan(_inputs(state).plan.windows)
+
+    def init_block_context(self, state: StrategyState, item: int, idx: int) -> BlockContext:
+        """Noise of the window with what is given in front of it (and behind), and its schedules."""
+        plan, end = _inputs(state).plan, _inputs(state).end
+        given = state.batch.condition
+        if idx > 0:
+            _, channels, _, *size = state.latents.shape
+            given = state.tables["video"][:, :, -plan.overlap :]
+            given = given[:, :, : plan.overlap - plan.overlap % plan.block]
+            state.latents = state.noise.draw((channels, item, *size)).to(state.latents)
+        kept = 0 if given is None else given.shape[2]
+        parts = [state.latents[:, :, kept:]]
+        if given is not None:
+            parts.insert(0, given.to(state.latents))
+        if end is not None:
+            parts.append(end.to(state.latents))
+        state.latents = torch.cat(parts, dim=2)
+        state.tables["window"] = self._window(state, kept, ends=0 if end is None else end.shape[2])
+        frames_per_block: Any = {"frames_per_block": plan.block}
+        state.tables["shared"] = self.parts.transformer.prepare_shared(state.latents.shape, **frames_per_block)
+        return BlockContext(idx)
+
+    def process_block(self, state: StrategyState, ctx: BlockContext, item: int) -> Iterator[Event]:
+        """One step an iteration; its timestep is that of the first frame that moves."""
+        window: Window = state.tables["window"]
+        times = [
+            float(told[moves.index(True)]) for told, moves in zip(window.timesteps.tolist(), window.moving, strict=True)
+        ]
+        yield from ctx.steps(times)
+
+    def update_context(self, state: StrategyState, ctx: BlockContext, item: int) -> None:
+        """The window's new frames join the video."""
+        new = state.latents[:, :, :item]
+        if ctx.index > 0:
+            new = new[:, :, _inputs(state).plan.overlap :]
+        ctx.result = new
+        state.tables["video"] = torch.cat([state.tables["video"], new], dim=2) if ctx.index > 0 else new
+
+    def postprocess(self, state: StrategyState) -> ForwardBatch:
+        """The video so far into `batch.latents`."""
+        state.batch.latents = state.tables.get("video", state.latents)
+        return state.batch
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
+        """The window once for each branch; frames that came clean may be noised a little, the same for all branches."""
+        window: Window = state.tables["window"]
+        branches, latents = state.guidance.branches, state.latents
+        share = NOISE_PER_TIMESTEP * _inputs(state).plan.noised
+        if share and window.kept:
+            clean = latents[:, :, : window.kept]
+            noise = state.noise.draw(clean.shape[1:]).to(clean)
+            latents = torch.cat([clean * (1 - share) + noise * share, latents[:, :, window.kept :]], dim=2)
+        latents = latents.to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
+        timestep = window.timesteps[step_idx].expand(len(latents), -1)
+        step = take_rows(window.modulation, slice(step_idx, step_idx + 1))
+        shared = state.tables["shared"] | step
+        return ModelInputs(latents, timestep, branches, state.latents.shape[0], state.conditioning, shared)
+
+    def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
+        """One step of each frame that moves in this iteration, by the scheduler of its run of frames."""
+        window: Window = state.tables["window"]
+        index = state.active.index
+        latents = state.latents.clone()
+        for frames, scheduler in window.runs:
+            if window.moving[index][frames[0]]:
+                part = slice(frames[0], frames[-1] + 1)
+                step = window.taken[index][frames[0]] - 1
+                latents[:, :, part] = scheduler.step(noise_pred[:, :, part], step, latents[:, :, part])
+        return latents
+
+    def _window(self, state: StrategyState, kept: int, ends: int) -> Window:
+        """Schedules of a window of the length of `state.latents`."""
+        batch, device = state.batch, state.args.device
+        plan, frames = _inputs(state).plan, state.latents.shape[2]
+        schedule = self.start_schedule(batch, state.args)
+        steps = len(schedule)
+        matrix = step_matrix(frames, steps, ready=kept, block=plan.block, ar_step=plan.ar_step)
+        moving = moving_frames(matrix, steps)
+        if ends:
+            matrix[:, -ends:] = steps + 1
+            moving[:, -ends:] = False
+        matrix, moving = matrix[moving.any(1)], moving[moving.any(1)]
+        timesteps = frames_timesteps(matrix, schedule.timesteps)
+        if plan.noised and kept:
+            timesteps[:, :kept] = int(plan.noised)
+        runs = [(frames, self.start_schedule(batch, state.args)) for frames in groups_that_move_together(matrix)]
+        timesteps = timesteps.to(device)
+        fps: Any = {"fps": batch.params.fps}
+        modulation = self.parts.transformer.prepare_timesteps(timesteps, **fps)
+        return Window(timesteps, matrix.tolist(), moving.tolist(), runs, kept, modulation)
+
+
+def _inputs(state: StrategyState) -> ForcingInputs:
+    inputs = state.batch.family
+    assert isinstance(inputs, ForcingInputs)
+    return inputs

@@ -1,0 +1,134 @@
+"""SkyReels-V2: text-to-video, image-to-video, and diffusion forcing for both and for long videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import kinetoscope.loading.clip_processor  # noqa: F401 - registers the processor
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.loading import register_transformer
+from kinetoscope.loading.transformers_models import register_image_processor, register_transformers_model
+from kinetoscope.models.skyreels import spec
+from kinetoscope.models.skyreels.strategy import ForcingStrategy
+from kinetoscope.models.skyreels.transformer import SkyReelsV2Transformer3DModel
+from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.stages import (
+    DecodingStage,
+    DenoisingStage,
+    InputValidationStage,
+    LatentPreparationStage,
+    TextEncodingStage,
+    TimestepPreparationStage,
+    VideoGeometry,
+)
+from kinetoscope.pipelines.stages.images import ImageConditionStage, ImageFeatureStage
+from kinetoscope.pipelines.stages.skyreels import ForcingLatentStage
+
+
+class SkyReelsTextToVideo(ComposedPipeline):
+    """Prompt -> video."""
+
+    required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    tasks: ClassVar[tuple[str, ...]] = ("t2v",)
+    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    fallback: ClassVar[str] = "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers"
+    """The published model whose settings a directory of another name gets."""
+
+    def create_stages(self) -> None:
+        """Validation, text, timesteps, latents and conditions, denoising, decoding."""
+        config = self.config = spec.SkyReelsConfig.from_dict(self.model.config("transformer"))
+        vae = self.vae_config = self.model.config("vae")
+        self.geometry = VideoGeometry(
+            spatial=vae.get("scale_factor_spatial", 8),
+            temporal=vae.get("scale_factor_temporal", 4),
+            patch=config.patch_size,
+            max_positions=config.rope_max_seq_len,
+        )
+        self.add_stage("validation", InputValidationStage(self.geometry))
+        self.add_stage(
+            "text_encoding",
+            TextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH),
+        )
+        self.add_stage("timesteps", TimestepPreparationStage(self.lazy("scheduler")))
+        self.add_sample_stages()
+        self.add_stage("decoding", DecodingStage(self.lazy("vae")))
+
+    def add_sample_stages(self) -> None:
+        """Latents and denoising."""
+        self.add_stage("latents", LatentPreparationStage(self.geometry, self.vae_config.get("z_dim", 16)))
+        self.add_stage("denoising", DenoisingStage(self.lazy("transformer"), self.lazy("scheduler"), hooks=self.hooks))
+
+    def defaults(self) -> SamplingParams:
+        """The directory's own defaults over the preset of its published name."""
+        preset = spec.PRESETS.get(self.model.name, spec.PRESETS[self.fallback])
+        return SamplingParams(**self.model.defaults).over(preset)
+
+    def forward_flops(self, tokens: int) -> float:
+        """See `spec.forward_flops`; the text counts at its padded length."""
+        return spec.forward_flops(self.config, tokens)
+
+
+class SkyReelsImageToVideo(SkyReelsTextToVideo):
+    """Image (and last image) and prompt -> video."""
+
+    required: ClassVar[tuple[str, ...]] = (*SkyReelsTextToVideo.required, "image_encoder", "image_processor")
+    tasks: ClassVar[tuple[str, ...]] = ("i2v", "flf2v")
+    fallback: ClassVar[str] = "Skywork/SkyReels-V2-I2V-14B-540P-Diffusers"
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """The image; the last image too where the model has positions for the features of both."""
+        return {"image": True} | ({} if self.config.pos_embed_seq_len is None else {"last_image": True})
+
+    def add_sample_stages(self) -> None:
+        """Image features and condition latents before denoising."""
+        features = ImageFeatureStage(self.lazy("image_processor"), self.lazy("image_encoder"))
+        self.add_stage("image_features", features)
+        self.add_stage("image_condition", ImageConditionStage(self.lazy("vae"), self.geometry))
+        super().add_sample_stages()
+
+
+class SkyReelsForcing(SkyReelsTextToVideo):
+    """Prompt, and perhaps a first (and last) image -> video of any length, by diffusion forcing."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v", "flf2v")
+    extra_defaults: ClassVar[Mapping[str, Any]] = spec.FORCING_EXTRA
+    fallback: ClassVar[str] = "Skywork/SkyReels-V2-DF-14B-540P-Diffusers"
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """A first image, and a last one with it."""
+        return {"image": False, "last_image": False}
+
+    def add_sample_stages(self) -> None:
+        """Windows of noise, and the strategy that gives each frame its own timestep."""
+        channels, block = self.config.in_channels, self.config.num_frame_per_block
+        vae, transformer, scheduler = self.lazy("vae"), self.lazy("transformer"), self.lazy("scheduler")
+        self.add_stage("latents", ForcingLatentStage(self.geometry, channels, block, vae))
+        self.add_stage("denoising", DenoisingStage(transformer, scheduler, ForcingStrategy, self.hooks))
+
+    def defaults(self) -> SamplingParams:
+        """As of all; `extra` is filled up."""
+        return super().defaults().over(SamplingParams(extra=dict(self.extra_defaults)))
+
+
+class SkyReelsForcingImageToVideo(SkyReelsForcing):
+    """The same by the name of its image-to-video pipeline: an image is required, and guidance and shift are its own."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("i2v", "flf2v")
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """The first image, and perhaps a last one."""
+        return {"image": True, "last_image": False}
+
+    def defaults(self) -> SamplingParams:
+        """As of diffusion forcing, with the guidance and shift of image-to-video."""
+        return SamplingParams(**self.model.defaults).over(spec.FORCING_IMAGE).over(super().defaults())
+
+
+register_transformer("SkyReelsV2Transformer3DModel", SkyReelsV2Transformer3DModel, spec.SkyReelsConfig.from_dict)
+register_transformers_model("CLIPVisionModelWithProjection")
+for _processor in ("CLIPImageProcessor", "CLIPImageProcessorPil"):
+    register_image_processor(_processor)

@@ -1,0 +1,68 @@
+"""Stages of SkyReels-V2 diffusion forcing: the plan of windows, their first noise, the given images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kinetoscope.core.errors import InputError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.noise import NoiseSource
+from kinetoscope.models.skyreels.forcing import plan_forcing
+from kinetoscope.models.skyreels.strategy import ForcingInputs
+from kinetoscope.pipelines.lazy import Lazy, resolve
+from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.images import encode_video
+from kinetoscope.pipelines.stages.validation import VideoGeometry
+
+
+class ForcingLatentStage(Stage):
+    """Fills `family` with the plan, `latents` with the noise of the first window, `condition` with a first image.
+
+    Args:
+        geometry: pixels to latents.
+        channels: latent channels C.
+        block: causal block size of the model's configuration.
+        vae: encodes images, or lazy.
+    """
+
+    def __init__(self, geometry: VideoGeometry, channels: int, block: int, vae: Any | Lazy[Any]) -> None:
+        self.geometry = geometry
+        self.channels = channels
+        self.block = block
+        self._vae = vae
+
+    @torch.no_grad()
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The batch with `latents` [B, C, T, H, W] float32 on the CPU, T the frames of the first window.
+
+        Raises:
+            InputError: the request's parameters do not fit (see `plan_forcing`), a last image comes without a first,
+                or given latents have another shape or hold values that are not finite.
+        """
+        params = batch.params
+        assert params.num_frames and params.height and params.width
+        if batch.last_image is not None and batch.image is None:
+            raise InputError("last_image needs an image too: it says where the video ends, image where it starts")
+        ends = 0 if batch.last_image is None else 1
+        plan = plan_forcing(
+            params.extra, params.num_frames, temporal=self.geometry.temporal, default_block=self.block, ends=ends
+        )
+        _, height, width = self.geometry.latent_size(params.num_frames, params.height, params.width)
+        shape = (self.channels, plan.windows[0], height, width)
+        batch.noise = NoiseSource(batch.seeds)
+        if batch.latents is None:
+            batch.latents = batch.noise.draw(shape)
+        if tuple(batch.latents.shape) != (batch.size, *shape) or not torch.isfinite(batch.latents).all():
+            raise InputError(
+                f"latents have shape {tuple(batch.latents.shape)}; the first window of this request needs finite "
+                f"values of shape {(batch.size, *shape)}"
+            )
+        vae, end = self._vae, None
+        if batch.image is not None:
+            batch.condition = encode_video(resolve(vae), batch.image.unsqueeze(2).to(args.device))
+        if batch.last_image is not None:
+            end = encode_video(resolve(vae), batch.last_image.unsqueeze(2).to(args.device))
+        batch.family = ForcingInputs(plan, end)
+        return batch
