@@ -79,7 +79,7 @@ def test_events_arrive_in_order(generator: VideoGenerator) -> None:
     events: list[Any] = []
     generator.generate_video("a cat", on_event=events.append, **SMALL)
     stages = [e.stage for e in events if isinstance(e, StageEvent) and e.kind == "stage_end"]
-    assert stages == ["validation", "text_encoding", "timesteps", "latents", "denoising", "decoding"]
+    assert stages == ["validation", "text_encoding", "timesteps", "latents", "noised_video", "denoising", "decoding"]
     steps = [e.step.index for e in events if isinstance(e, Event) and e.kind == "step"]
     assert steps == [0, 1, 2]
 

@@ -45,6 +45,11 @@ class SamplingParams:
     strength: float | None = None
     extra: Mapping[str, Any] | None = None
 
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs an unconditional row."""
+        return self.guidance_scale != 1.0 or self.guidance_scale_2 not in (None, 1.0)
+
     def over(self, defaults: SamplingParams) -> SamplingParams:
         """These values where given, else those of `defaults`; `extra` is merged name by name."""
         given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}

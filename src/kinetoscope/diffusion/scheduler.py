@@ -92,6 +92,7 @@ class SchedulerAdapter:
         *,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        begin: int = 0,
     ) -> ScheduleRun:
         """A private run of `num_steps` steps from pure noise.
 
@@ -100,10 +101,11 @@ class SchedulerAdapter:
             device: where the timesteps live.
             sigmas: noise levels before the shift, one a step; None: the scheduler's own.
             mu: logarithm of the shift, for a dynamic schedule.
+            begin: leave out that many steps at the start (the sample then begins at `sigmas[0]`, not at noise).
         """
         scheduler = getattr(diffusers, self.class_name).from_config(self.config)
         given = {k: v for k, v in (("sigmas", sigmas), ("mu", mu)) if v is not None}
-        return ScheduleRun(scheduler, num_steps, torch.device(device), **given)
+        return ScheduleRun(scheduler, num_steps, torch.device(device), begin=begin, **given)
 
 
 class ScheduleRun:
@@ -115,13 +117,21 @@ class ScheduleRun:
         sigmas: S + 1 Python floats, the last is the final noise level.
     """
 
-    def __init__(self, scheduler: _DiffusersScheduler, num_steps: int, device: torch.device, **schedule: Any) -> None:
+    def __init__(
+        self,
+        scheduler: _DiffusersScheduler,
+        num_steps: int,
+        device: torch.device,
+        *,
+        begin: int = 0,
+        **schedule: Any,
+    ) -> None:
         scheduler.set_timesteps(num_steps, device=device, **schedule)
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(begin)
         self._scheduler = scheduler
-        self.timesteps: Tensor = scheduler.timesteps
-        self.times = as_floats(scheduler.timesteps)
-        self.sigmas = as_floats(scheduler.sigmas)
+        self.timesteps: Tensor = scheduler.timesteps[begin:]
+        self.times = as_floats(self.timesteps)
+        self.sigmas = as_floats(scheduler.sigmas[begin:])
 
     def __len__(self) -> int:
         return len(self.times)

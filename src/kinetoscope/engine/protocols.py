@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise
@@ -34,6 +35,22 @@ def take_rows(tree: Tree, rows: slice) -> Tree:
         kind = cast(Any, type(cast(object, tree)))
         return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
     return tree
+
+
+def join_rows(trees: Sequence[Tree]) -> Tree:
+    """Trees of the same structure as one, every tensor joined along its first axis; what is no tensor is the first's."""
+    first = trees[0]
+    if len(trees) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(trees))
+    if isinstance(first, Mapping):
+        return {k: join_rows([t[k] for t in trees]) for k in cast(Mapping[str, Tree], first)}
+    if isinstance(first, (tuple, list)):
+        parts = [join_rows(group) for group in zip(*trees, strict=True)]
+        kind = cast(Any, type(cast(object, first)))
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    return first
 
 
 @dataclass(slots=True)

@@ -1,6 +1,18 @@
 """Video files and contact sheets."""
 
+from kinetoscope.media.pictures import Clip, Picture, fit_picture, load_clip, load_picture
 from kinetoscope.media.sheet import contact_sheet
 from kinetoscope.media.video import check_output, read_metadata, read_video, write_video
 
-__all__ = ["check_output", "contact_sheet", "read_metadata", "read_video", "write_video"]
+__all__ = [
+    "Clip",
+    "Picture",
+    "check_output",
+    "contact_sheet",
+    "fit_picture",
+    "load_clip",
+    "load_picture",
+    "read_metadata",
+    "read_video",
+    "write_video",
+]

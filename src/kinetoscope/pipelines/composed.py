@@ -44,6 +44,7 @@ class ComposedPipeline:
 
     required: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ()
+    """What it does: "t2v", "i2v", "flf2v", "v2v", "vc" (continues a video), "t2i"."""
     attention_roles: ClassVar[tuple[str, ...]] = ()
     extra_defaults: ClassVar[Mapping[str, Any]] = {}
     """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""
@@ -79,6 +80,11 @@ class ComposedPipeline:
     def create_stages(self) -> None:
         """Add the stages, in order."""
         raise TypeError(f"{type(self).__name__} does not override create_stages")
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """What a request may bring beside its prompt ("image", "last_image", "video", ...), and whether it must."""
+        return {}
 
     def defaults(self) -> SamplingParams:
         """Sampling defaults of this model; every field a request needs has a value."""

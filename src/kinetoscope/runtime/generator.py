@@ -20,7 +20,7 @@ from kinetoscope.engine.hooks import Hook, PerfLoggingHook
 from kinetoscope.engine.protocols import Event
 from kinetoscope.engine.rows import CFG_PLANS
 from kinetoscope.loading import ModelDir, resolve_model
-from kinetoscope.media import write_video
+from kinetoscope.media import Clip, Picture, write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
 from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
 from kinetoscope.pipelines.stages.validation import check_params
@@ -177,6 +177,12 @@ class VideoGenerator:
         trace: bool = False,
         hooks: Sequence[Hook] = (),
         batch_size: int | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        last_image: Picture | Sequence[Picture] | None = None,
+        video: Clip | None = None,
+        strength: float | None = None,
+        guidance_scale_2: float | None = None,
+        **extra: Any,
     ) -> GenerationResult | list[GenerationResult]:
         """A video from a prompt, or a list of videos from a list of prompts. What is None comes from `defaults()`.
 
@@ -198,6 +204,14 @@ class VideoGenerator:
             trace: record every step in `result.logging_info["step_trace"]`.
             hooks: engine hooks of this call.
             batch_size: prompts a run; None chooses by size.
+            image, last_image: first and last picture, for models that take them: a path, an http(s) address, a PIL
+                image or an array; one for all prompts, or one each. They are turned by their EXIF orientation, scaled
+                to cover the size, and cut evenly.
+            video: a file, an array [T, H, W, 3] or a list of pictures to start from.
+            strength: how much of it is noised, in (0, 1].
+            guidance_scale_2: of the low-noise expert, for models with two; None: as a given `guidance_scale`, else the
+                model's.
+            extra: parameters of the model's family by their published names.
 
         Returns:
             a `GenerationResult`, or a list of them when `prompt` is a list.
@@ -224,6 +238,12 @@ class VideoGenerator:
             trace,
             hooks,
             batch_size,
+            image,
+            last_image,
+            video,
+            strength,
+            guidance_scale_2,
+            extra,
         )
         events = self._run(request)
         while True:
@@ -239,24 +259,26 @@ class VideoGenerator:
 
         The request is checked now. Closing the generator cancels, and an unfinished video leaves no file.
         """
-        return self._run(VideoRequest(prompt, **fields))
+        own = {k: fields.pop(k) for k in [*fields] if k not in VideoRequest.__dataclass_fields__}
+        return self._run(VideoRequest(prompt, **fields, extra=own))
 
     def _run(self, request: VideoRequest) -> Generator[RunEvent, None, list[GenerationResult]]:
-        plan = request.plan(self.defaults(), self.pipeline.geometry)
+        pipeline = self.pipeline
+        plan = request.plan(self.defaults(), pipeline.geometry, pipeline.inputs, pipeline.extra_defaults)
         return self._run_plan(plan, request.batch_size or self._batch_size(plan.params))
 
     def _run_plan(self, plan: VideoPlan, size: int) -> Generator[RunEvent, None, list[GenerationResult]]:
         results: list[GenerationResult] = []
         for start in range(0, len(plan.prompts), size):
             part = slice(start, start + size)
-            given = None if plan.latents is None else plan.latents[part]
+            given = {name: value[part] for name, value in plan.given().items()}
             batch = ForwardBatch(
                 plan.params,
                 plan.prompts[part],
                 plan.negative_prompts[part],
                 plan.seeds[part],
-                latents=given,
                 hooks=list(plan.hooks),
+                **given,
             )
             batch = yield from self.pipeline.iterate(batch)
             for index, path in enumerate(plan.paths[part]):
@@ -267,7 +289,7 @@ class VideoGenerator:
     def _batch_size(self, params: SamplingParams) -> int:
         assert params.num_frames and params.height and params.width
         tokens = self.pipeline.geometry.tokens(params.num_frames, params.height, params.width)
-        return max(1, BATCH_TOKENS // (tokens * (1 if params.guidance_scale == 1.0 else 2)))
+        return max(1, BATCH_TOKENS // (tokens * (2 if params.guided else 1)))
 
 
 def _finish(batch: ForwardBatch, index: int, path: Path | None, record: dict[str, Any]) -> GenerationResult:

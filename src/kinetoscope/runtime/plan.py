@@ -87,7 +87,7 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
     check_params(params, pipeline.geometry)
     assert params.num_frames and params.height and params.width and params.num_inference_steps
     tokens = pipeline.geometry.tokens(params.num_frames, params.height, params.width)
-    branches = 1 if params.guidance_scale == 1.0 else 2
+    branches = 2 if params.guided else 1
     config: dict[str, Any] = pipeline.model.config("transformer")
     width = config["num_attention_heads"] * config["attention_head_dim"]
     element = pipeline.args.dtype.itemsize

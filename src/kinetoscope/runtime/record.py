@@ -19,7 +19,7 @@ from kinetoscope.engine.hooks import Interceptor
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.runtime.device import dtype_name
 
-FORMAT = 1
+FORMAT = 2
 
 
 def versions() -> dict[str, str]:
@@ -43,7 +43,7 @@ def make_record(
     options: Mapping[str, Any],
     batch: ForwardBatch,
     index: int,
-    given: Tensor | None,
+    given: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """The record of sample `index` of a finished batch.
 
@@ -51,7 +51,7 @@ def make_record(
     holds the whole batch, and replay repeats it.
 
     Args:
-        given: the starting latents of the batch, when the caller gave them; a record can name but not hold them.
+        given: latents, images and videos that the caller gave, by name; a record can name but not hold them.
     """
     return {
         "format": FORMAT,
@@ -66,7 +66,7 @@ def make_record(
             "negative_prompts": batch.negative_prompts,
             "seeds": batch.seeds,
         },
-        "given_latents": None if given is None else hashlib.sha256(given.float().cpu().numpy().tobytes()).hexdigest(),
+        "given": {k: hashlib.sha256(v.float().cpu().numpy().tobytes()).hexdigest() for k, v in given.items()},
         "options": dict(options),
         "device": str(pipeline.args.device),
         "dtype": dtype_name(pipeline.args.dtype),

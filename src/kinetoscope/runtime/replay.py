@@ -44,7 +44,7 @@ def replay(
         on_event: as for `generate_video`.
 
     Raises:
-        InputError: the file has no record, or one that cannot be repeated (latents or hooks given by a program).
+        InputError: the file has no record, or one that cannot be repeated (something was given by a program).
         ModelLoadError: the model is gone or its weights have changed.
     """
     if output_path is not None:
@@ -52,8 +52,9 @@ def replay(
     record = read_metadata(path)
     if record.get("format") != FORMAT:
         raise InputError(f"{path}: its replay record has format {record.get('format')!r}; this version reads {FORMAT}")
-    if record["given_latents"]:
-        raise InputError(f"{path} was made from latents given by a program; the file does not hold them")
+    if record["given"]:
+        names = ", ".join(record["given"])
+        raise InputError(f"{path} was made with {names} of the request, which the file does not hold")
     if record["interceptors"]:
         names = ", ".join(record["interceptors"])
         raise InputError(f"{path} was made with hooks of a program, which the file does not hold: {names}")
@@ -71,6 +72,7 @@ def replay(
             "now); give the old ones with --model"
         )
     params: dict[str, Any] = {k: v for k, v in record["params"].items() if k != "negative_prompt"}
+    params |= params.pop("extra", {})
     group = record["batch"]
     count = len(group["prompts"])
     results = generator.generate_video(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.hooks import Hook, StepTraceHook
-from kinetoscope.media import check_output
+from kinetoscope.media import Clip, Picture, check_output, fit_picture, load_clip, load_picture
 from kinetoscope.pipelines.stages.validation import VideoGeometry, check_params, check_text
 
 T = TypeVar("T", str, int)
+DEFAULT_STRENGTH = 0.8
+"""How much of a given video is noised unless the request says otherwise, as in diffusers' video-to-video pipelines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +45,27 @@ class VideoRequest:
     trace: bool = False
     hooks: Sequence[Hook] = ()
     batch_size: int | None = None
+    image: Picture | Sequence[Picture] | None = None
+    last_image: Picture | Sequence[Picture] | None = None
+    video: Clip | None = None
+    strength: float | None = None
+    guidance_scale_2: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    def plan(self, defaults: SamplingParams, geometry: VideoGeometry) -> VideoPlan:
+    def plan(
+        self,
+        defaults: SamplingParams,
+        geometry: VideoGeometry,
+        inputs: Mapping[str, bool] | None = None,
+        extra_defaults: Mapping[str, Any] | None = None,
+    ) -> VideoPlan:
         """What to make, fully resolved and checked.
+
+        Args:
+            defaults: of the model.
+            geometry: of the model.
+            inputs: what the model takes beside the prompt, and whether it must be given.
+            extra_defaults: the family's own parameters with their defaults.
 
         Raises:
             InputError: a field is out of range or of the wrong kind.
@@ -58,6 +81,9 @@ class VideoRequest:
             guidance_rescale=self.guidance_rescale,
             flow_shift=self.flow_shift,
             scheduler=self.scheduler,
+            guidance_scale_2=self._second_scale(defaults),
+            strength=self._strength(),
+            extra=_known_extra(self.extra, extra_defaults or {}),
         ).over(defaults)
         check_params(params, geometry)
         one = isinstance(self.prompt, str)
@@ -73,6 +99,7 @@ class VideoRequest:
             check_text(prompt, seed, unwanted)
         if self.batch_size is not None and not (type(self.batch_size) is int and self.batch_size > 0):
             raise InputError(f"batch_size={self.batch_size!r} is not a positive whole number")
+        self._check_inputs(inputs or {})
         return VideoPlan(
             params,
             prompts,
@@ -81,7 +108,36 @@ class VideoRequest:
             _with_batch(self.latents, len(prompts)),
             output_paths(self.output_path, prompts, seeds, one=one),
             [*self.hooks, *([StepTraceHook()] if self.trace else [])],
+            _pictures("image", self.image, len(prompts), params),
+            _pictures("last_image", self.last_image, len(prompts), params),
+            _video(self.video, len(prompts), params),
         )
+
+    def _second_scale(self, defaults: SamplingParams) -> float | None:
+        """Of a second expert: as given, else as the given first."""
+        if defaults.guidance_scale_2 is None and self.guidance_scale_2 is not None:
+            raise InputError("guidance_scale_2 is for models with two transformers; this one has one")
+        if defaults.guidance_scale_2 is not None and self.guidance_scale_2 is None:
+            return self.guidance_scale
+        return self.guidance_scale_2
+
+    def _strength(self) -> float | None:
+        """Of a given video; without one there is nothing that it could mean."""
+        if self.video is None and self.strength is not None:
+            raise InputError(f"strength={self.strength} without a video to start from; give video=")
+        return DEFAULT_STRENGTH if self.video is not None and self.strength is None else self.strength
+
+    def _check_inputs(self, inputs: Mapping[str, bool]) -> None:
+        """Refuse an image or video that the model does not read, or the lack of one that it needs."""
+        for name in ("image", "last_image", "video"):
+            given = getattr(self, name) is not None
+            if given and name not in inputs:
+                takes = ", ".join(inputs) or "only a prompt"
+                raise InputError(f"this model takes no {name}; it takes {takes}")
+            if not given and inputs.get(name):
+                raise InputError(f"this model needs {name}=; give a path, a PIL image or an array")
+        if self.last_image is not None and self.image is None:
+            raise InputError("last_image without image; give both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +146,8 @@ class VideoPlan:
 
     Attributes:
         latents: [B, C, T, H, W] starting noise given by the caller, or None.
+        image, last_image: [B, 3, H, W] float32 in [-1, 1] at the request's size, or None.
+        video: [B, 3, T, H, W] float32 in [-1, 1], or None.
     """
 
     params: SamplingParams
@@ -99,6 +157,56 @@ class VideoPlan:
     latents: Tensor | None
     paths: list[Path | None]
     hooks: list[Hook]
+    image: Tensor | None = None
+    last_image: Tensor | None = None
+    video: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """What came from outside, by name; a replay record can name but not hold it."""
+        parts = {"latents": self.latents, "image": self.image, "last_image": self.last_image, "video": self.video}
+        return {k: v for k, v in parts.items() if v is not None}
+
+
+def _known_extra(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The family's own parameters: given ones over its defaults."""
+    for name in given:
+        if name not in defaults:
+            near = difflib.get_close_matches(name, [*defaults, *VideoRequest.__dataclass_fields__], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"unknown parameter {name!r}{hint} This model's own: {', '.join(defaults) or 'none'}")
+    merged = {**defaults, **{k: v for k, v in given.items() if v is not None}}
+    return merged or None
+
+
+def _to_tensor(frames: list[np.ndarray]) -> Tensor:
+    """uint8 arrays [H, W, 3] -> [N, 3, H, W] float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _pictures(
+    name: str, value: Picture | Sequence[Picture] | None, count: int, params: SamplingParams
+) -> Tensor | None:
+    """[B, 3, H, W] in [-1, 1] at the request's size: one picture for all prompts, or one each."""
+    if value is None:
+        return None
+    sources = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(sources) not in (1, count):
+        raise InputError(f"{count} prompts but {len(sources)} values for {name}; give one for all or one each")
+    assert params.height and params.width
+    fitted = [fit_picture(load_picture(s), params.height, params.width) for s in sources]
+    return _to_tensor(fitted * (count // len(fitted)))
+
+
+def _video(value: Clip | None, count: int, params: SamplingParams) -> Tensor | None:
+    """[B, 3, T, H, W] in [-1, 1] at the request's size; the same for all prompts."""
+    if value is None:
+        return None
+    assert params.height and params.width and params.num_frames
+    frames = load_clip(value, params.num_frames)
+    if len(frames) < params.num_frames:
+        raise InputError(f"the video has {len(frames)} frames and num_frames={params.num_frames} are asked for")
+    tensor = _to_tensor([fit_picture(f, params.height, params.width) for f in frames])
+    return tensor.transpose(0, 1).unsqueeze(0).repeat(count, 1, 1, 1, 1)
 
 
 def _one_each(name: str, value: T | Sequence[T], count: int) -> list[T]:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
@@ -23,8 +23,10 @@ class VideoTransformer(Protocol):
 
     def __call__(self, latents: Tensor, timestep: Tensor, **conditioning: Tree) -> Tensor: ...
 
-    def prepare_conditioning(self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None) -> dict[str, Tree]:
-        """Row-first trees that depend on the prompt alone."""
+    def prepare_conditioning(
+        self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None, **more: Tree
+    ) -> dict[str, Tree]:
+        """Row-first trees that depend on the prompt (and image) alone."""
         ...
 
     def prepare_timesteps(self, timesteps: Tensor) -> dict[str, Tree]:
@@ -48,6 +50,8 @@ class DenoisingParts(Protocol):
 
 class StandardStrategy:
     """Rows [uncond, cond] of the noisy sample, classifier-free guidance, one scheduler step.
+
+    `batch.condition` is joined to the sample as further channels; `batch.image_embeds` condition every branch alike.
 
     Args:
         parts: the transformer and the scheduler prototype, usually the denoising stage.
@@ -90,16 +94,13 @@ class StandardStrategy:
         params = batch.params
         assert params.num_inference_steps is not None
         prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
-        return prototype.start(params.num_inference_steps, args.device)
+        return prototype.start(params.num_inference_steps, args.device, begin=first_step(params))
 
     def prepare_conditioning(
         self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]
     ) -> dict[str, Tree]:
         """What the rows are conditioned on, branch-major."""
-        embeds, lengths = stack_text(batch, branches)
-        return self.parts.transformer.prepare_conditioning(
-            encoder_hidden_states=embeds.to(args.device, args.dtype), text_lengths=lengths
-        )
+        return conditioning_of(self.parts.transformer, batch, args, branches)
 
     def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> dict[str, Tree]:
         """Trees with a leading axis S for the S steps of the run."""
@@ -114,12 +115,19 @@ class StandardStrategy:
         assert state.scheduler is not None
         branches = state.guidance.branches
         batch = state.latents.shape[0]
-        latents = state.latents.to(state.args.dtype)
+        latents = self.model_latents(state).to(state.args.dtype)
         if len(branches) > 1:
             latents = latents.repeat(len(branches), 1, 1, 1, 1)
         timestep = state.scheduler.timesteps[step_idx].expand(len(branches) * batch)
         step = take_rows(state.tables["steps"], slice(step_idx, step_idx + 1))
         return ModelInputs(latents, timestep, branches, batch, state.conditioning, state.tables["shared"] | step)
+
+    def model_latents(self, state: StrategyState) -> Tensor:
+        """What the network sees of the sample, [B, C', T, H, W]."""
+        condition = state.batch.condition
+        if condition is None:
+            return state.latents
+        return torch.cat([state.latents, condition.to(state.latents)], 1)
 
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
         """One forward of the transformer."""
@@ -140,6 +148,29 @@ class StandardStrategy:
         """The final sample into `batch.latents`."""
         state.batch.latents = state.latents
         return state.batch
+
+
+def conditioning_of(
+    transformer: VideoTransformer, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]
+) -> dict[str, Tree]:
+    """What the rows of a transformer are conditioned on, branch-major: text, and image features where there are any."""
+    embeds, lengths = stack_text(batch, branches)
+    more: dict[str, Tree] = {}
+    if batch.image_embeds is not None:
+        more["image_embeds"] = batch.image_embeds.to(args.device, args.dtype).repeat(len(branches), 1, 1)
+    return transformer.prepare_conditioning(
+        encoder_hidden_states=embeds.to(args.device, args.dtype), text_lengths=lengths, **more
+    )
+
+
+def first_step(params: SamplingParams) -> int:
+    """Steps left out at the start of the schedule: none, or those that would noise a given video more than asked."""
+    assert params.num_inference_steps is not None
+    if params.strength is None:
+        return 0
+    return params.num_inference_steps - min(
+        int(params.num_inference_steps * params.strength), params.num_inference_steps
+    )
 
 
 def split_branches(state: StrategyState, noise_pred: Tensor) -> Mapping[str, Tensor]:

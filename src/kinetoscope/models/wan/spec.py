@@ -1,8 +1,10 @@
-"""The Wan 2.1 text-to-video family as data."""
+"""The Wan 2.1 and 2.2 family as data."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
@@ -17,6 +19,7 @@ __all__ = [
     "TEXT_MODE",
     "WanConfig",
     "forward_flops",
+    "nearest_preset",
 ]
 
 KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
@@ -29,29 +32,46 @@ NEGATIVE_PROMPT = (  # published with the model (Wan2.1 repository, shared confi
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
-# Sampling settings of the published models (model cards; shift 3 for 480p and 5 for 720p by diffusers' Wan page).
+
+def _preset(size: tuple[int, int], **values: Any) -> SamplingParams:
+    common: dict[str, Any] = {"num_frames": 81, "fps": 16.0, "num_inference_steps": 50, "scheduler": "unipc"}
+    return SamplingParams(height=size[0], width=size[1], **common | values)
+
+
+_480P, _720P = (480, 832), (720, 1280)
+
+# Sampling settings of the published models: their cards; shift 3 for 480p and 5 for 720p by diffusers' Wan page; Wan 2.2
+# by its repository's configurations (boundary, shift and both guidance scales of each model).
 PRESETS: dict[str, SamplingParams] = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": SamplingParams(
-        height=480,
-        width=832,
-        num_frames=81,
-        fps=16.0,
-        num_inference_steps=50,
-        guidance_scale=5.0,
-        flow_shift=3.0,
-        scheduler="unipc",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _preset(_480P, guidance_scale=5.0, flow_shift=3.0),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _preset(_720P, guidance_scale=5.0, flow_shift=5.0),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _preset(_480P, guidance_scale=5.0, flow_shift=3.0),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _preset(_720P, guidance_scale=5.0, flow_shift=5.0),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": _preset(_720P, guidance_scale=5.5, flow_shift=16.0),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _preset(
+        _720P, num_inference_steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0
     ),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": SamplingParams(
-        height=720,
-        width=1280,
-        num_frames=81,
-        fps=16.0,
-        num_inference_steps=50,
-        guidance_scale=5.0,
-        flow_shift=5.0,
-        scheduler="unipc",
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _preset(
+        _720P, num_inference_steps=40, guidance_scale=3.5, guidance_scale_2=3.5, flow_shift=5.0
+    ),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _preset(
+        (704, 1280), num_frames=121, fps=24.0, guidance_scale=5.0, flow_shift=5.0
     ),
 }
+
+
+def nearest_preset(config: WanConfig, index: Mapping[str, Any]) -> str:
+    """The published model that a directory is like, by its sizes and its model_index.json: whose defaults it gets."""
+    if index.get("expand_timesteps"):
+        return "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    image = index.get("_class_name") == "WanImageToVideoPipeline"
+    if index.get("boundary_ratio") is not None:
+        return f"Wan-AI/Wan2.2-{'I2V' if image else 'T2V'}-A14B-Diffusers"
+    if config.pos_embed_seq_len is not None:
+        return "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"
+    if image:
+        return "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+    return f"Wan-AI/Wan2.1-T2V-{'14B' if config.num_layers >= 40 else '1.3B'}-Diffusers"
 
 
 def forward_flops(config: WanConfig, tokens: int, text_tokens: int = TEXT_LENGTH) -> float:

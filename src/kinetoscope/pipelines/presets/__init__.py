@@ -17,9 +17,17 @@ from kinetoscope.pipelines.presets.cosmos import (
     CosmosTextToWorld,
     CosmosVideoToWorld,
 )
+from kinetoscope.pipelines.presets.hunyuan import HunyuanImageToVideo, HunyuanVideo
 from kinetoscope.pipelines.presets.longcat import LongCatVideo
 from kinetoscope.pipelines.presets.ltx import LTXVideo
-from kinetoscope.pipelines.presets.wan import WanTextToVideo
+from kinetoscope.pipelines.presets.matrix_game import MatrixGameWorld
+from kinetoscope.pipelines.presets.skyreels import (
+    SkyReelsForcing,
+    SkyReelsForcingImageToVideo,
+    SkyReelsImageToVideo,
+    SkyReelsTextToVideo,
+)
+from kinetoscope.pipelines.presets.wan import WanImageToVideo, WanTextToVideo, WanVideoToVideo
 from kinetoscope.reference import embedded_models
 
 PIPELINES: dict[str, type[ComposedPipeline]] = {
@@ -28,10 +36,20 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
     "Cosmos2_5_PredictBasePipeline": Cosmos25Predict,
     "CosmosTextToWorldPipeline": CosmosTextToWorld,
     "CosmosVideoToWorldPipeline": CosmosVideoToWorld,
+    "HunyuanVideoImageToVideoPipeline": HunyuanImageToVideo,
+    "HunyuanVideoPipeline": HunyuanVideo,
     "LTXImageToVideoPipeline": LTXVideo,
     "LTXPipeline": LTXVideo,
     "LongCatVideoPipeline": LongCatVideo,
+    "MatrixGame2CausalDMDPipeline": MatrixGameWorld,
+    "MatrixGameCausalDMDPipeline": MatrixGameWorld,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": SkyReelsForcingImageToVideo,
+    "SkyReelsV2DiffusionForcingPipeline": SkyReelsForcing,
+    "SkyReelsV2ImageToVideoPipeline": SkyReelsImageToVideo,
+    "SkyReelsV2Pipeline": SkyReelsTextToVideo,
+    "WanImageToVideoPipeline": WanImageToVideo,
     "WanPipeline": WanTextToVideo,
+    "WanVideoToVideoPipeline": WanVideoToVideo,
 }
 
 

@@ -1,34 +1,59 @@
-"""Wan 2.1 text-to-video."""
+"""Wan 2.1 and 2.2: text, image, first and last image, or video to video."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from kinetoscope.core.types import SamplingParams
+from kinetoscope.engine.strategies.experts import ExpertStrategy
+from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.loading import ModelDir, register_transformer
+from kinetoscope.loading.transformers_models import register_image_processor, register_transformers_model
 from kinetoscope.models.wan import spec
+from kinetoscope.models.wan.strategy import FirstFrameStrategy
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages import (
     DecodingStage,
     DenoisingStage,
+    FirstFrameStage,
+    ImageConditionStage,
+    ImageFeatureStage,
     InputValidationStage,
     LatentPreparationStage,
+    NoisedVideoStage,
     TextEncodingStage,
     TimestepPreparationStage,
     VideoGeometry,
 )
 
+TRAIN_TIMESTEPS = 1000
+
 
 class WanTextToVideo(ComposedPipeline):
-    """Prompt -> video with a Wan 2.1 T2V directory."""
+    """Prompt -> video, from noise or from a given video (`video=`, `strength=`).
+
+    A directory with `boundary_ratio` has two transformers (Wan 2.2 A14B). One with `expand_timesteps` also takes a
+    first image (TI2V).
+    """
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-    tasks: ClassVar[tuple[str, ...]] = ("t2v",)
+    tasks: ClassVar[tuple[str, ...]] = ("t2v", "v2v")
     attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
 
+    @property
+    def frame_wise(self) -> bool:
+        """Whether time is told frame by frame, so that a first frame can be given (TI2V)."""
+        return bool(self.model.model_index.get("expand_timesteps"))
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """A video to start from, or a first image where the model can keep one."""
+        return {"video": False} | ({"image": False} if self.frame_wise else {})
+
     def create_stages(self) -> None:
-        """Validation, text, timesteps, latents, denoising, decoding."""
+        """Validation, text, timesteps, latents, conditions, denoising, decoding."""
         config = self.config = spec.WanConfig.from_dict(self.model.config("transformer"))
         vae = self.model.config("vae")
         self.geometry = VideoGeometry(
@@ -43,9 +68,28 @@ class WanTextToVideo(ComposedPipeline):
             TextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH),
         )
         self.add_stage("timesteps", TimestepPreparationStage(self.lazy("scheduler")))
-        self.add_stage("latents", LatentPreparationStage(self.geometry, config.in_channels))
-        self.add_stage("denoising", DenoisingStage(self.lazy("transformer"), self.lazy("scheduler"), hooks=self.hooks))
+        self.add_stage("latents", LatentPreparationStage(self.geometry, vae.get("z_dim", config.out_channels)))
+        self.add_condition_stages()
+        self.add_stage("denoising", self.denoising_stage())
         self.add_stage("decoding", DecodingStage(self.lazy("vae")))
+
+    def add_condition_stages(self) -> None:
+        """What images and videos add."""
+        self.add_stage("noised_video", NoisedVideoStage(self.lazy("vae"), self.lazy("scheduler")))
+        if self.frame_wise:
+            self.add_stage("first_frame", FirstFrameStage(self.lazy("vae")))
+
+    def denoising_stage(self) -> DenoisingStage:
+        """With one transformer or two, as the directory says."""
+        index = self.model.model_index
+        parts = (self.lazy("transformer"), self.lazy("scheduler"))
+        if (ratio := index.get("boundary_ratio")) is not None:
+            low = self.lazy("transformer_2")
+            return DenoisingStage(
+                *parts, ExpertStrategy, self.hooks, transformer_2=low, boundary=ratio * TRAIN_TIMESTEPS
+            )
+        strategy = FirstFrameStrategy if self.frame_wise else StandardStrategy
+        return DenoisingStage(*parts, strategy, self.hooks)
 
     def defaults(self) -> SamplingParams:
         """The directory's own defaults over the preset of its published name or size."""
@@ -56,11 +100,44 @@ class WanTextToVideo(ComposedPipeline):
         return spec.forward_flops(self.config, tokens)
 
 
+class WanImageToVideo(WanTextToVideo):
+    """Image (and last image) and prompt -> video."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("i2v", "flf2v")
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """The image; the last image too where the model has positions for the features of both, or reads no features."""
+        if self.frame_wise or (self.config.image_dim is not None and self.config.pos_embed_seq_len is None):
+            return {"image": True}
+        return {"image": True, "last_image": self.config.pos_embed_seq_len is not None}
+
+    def add_condition_stages(self) -> None:
+        """Features of the image where the transformer reads them; condition latents."""
+        if self.config.image_dim is not None:
+            features = ImageFeatureStage(self.lazy("image_processor"), self.lazy("image_encoder"))
+            self.add_stage("image_features", features)
+        if self.frame_wise:
+            self.add_stage("first_frame", FirstFrameStage(self.lazy("vae")))
+        else:
+            self.add_stage("image_condition", ImageConditionStage(self.lazy("vae"), self.geometry))
+
+
+class WanVideoToVideo(WanTextToVideo):
+    """Video and prompt -> video."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("v2v",)
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """The video is required."""
+        return {"video": True}
+
+
 def sampling_defaults(model: ModelDir) -> SamplingParams:
-    """Defaults in the directory's sidecar, else of the published model it is, by name or by width."""
-    wide = spec.WanConfig.from_dict(model.config("transformer")).num_layers >= 40
-    by_size = "Wan-AI/Wan2.1-T2V-14B-Diffusers" if wide else "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    preset: SamplingParams = spec.PRESETS.get(model.name, spec.PRESETS[by_size])
+    """Defaults in the directory's sidecar, else of the published model it is, by name or by its sizes."""
+    config = spec.WanConfig.from_dict(model.config("transformer"))
+    preset = spec.PRESETS.get(model.name) or spec.PRESETS[spec.nearest_preset(config, model.model_index)]
     shipped = {"flow_shift": None, "scheduler": None}  # the directory's scheduler_config.json knows these
     own: dict[str, Any] = model.defaults
     return SamplingParams(**own).over(SamplingParams(**{**_as_dict(preset), **shipped}))
@@ -76,3 +153,6 @@ register_transformer(
     spec.WanConfig.from_dict,
     optional={"compress_gates": "to_gate_compress"},
 )
+register_transformers_model("CLIPVisionModel")
+for _processor in ("CLIPImageProcessor", "CLIPImageProcessorPil"):
+    register_image_processor(_processor)

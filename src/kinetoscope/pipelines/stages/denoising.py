@@ -26,6 +26,8 @@ class DenoisingStage(Stage):
         scheduler: the prototype, or lazy.
         strategy_cls: makes the strategy from this stage.
         hooks: hooks of every run; a batch may bring more.
+        transformer_2: the network of low noise levels, or lazy, for models with two.
+        boundary: the timestep below which it takes over.
     """
 
     def __init__(
@@ -34,16 +36,25 @@ class DenoisingStage(Stage):
         scheduler: SchedulerAdapter | Lazy[SchedulerAdapter],
         strategy_cls: Callable[[DenoisingStage], DenoisingStrategy] = StandardStrategy,
         hooks: Sequence[Hook] = (),
+        transformer_2: Any | Lazy[Any] = None,
+        boundary: float = 0.0,
     ) -> None:
         self._transformer = transformer
         self._scheduler = scheduler
         self.strategy_cls = strategy_cls
         self.hooks = tuple(hooks)
+        self._transformer_2 = transformer_2
+        self.boundary = boundary
 
     @property
     def transformer(self) -> Any:
         """The network, loaded on first use."""
         return resolve(self._transformer)
+
+    @property
+    def transformer_2(self) -> Any:
+        """The network of low noise levels, loaded on first use."""
+        return resolve(self._transformer_2)
 
     @property
     def scheduler(self) -> SchedulerAdapter:

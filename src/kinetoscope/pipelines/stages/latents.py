@@ -8,6 +8,7 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
+from kinetoscope.engine.strategies.standard import first_step
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
@@ -28,7 +29,7 @@ class TimestepPreparationStage(Stage):
         params = batch.params
         assert params.num_inference_steps is not None
         prototype = resolve(self._scheduler).override(params.scheduler, params.flow_shift)
-        batch.timesteps = prototype.start(params.num_inference_steps).timesteps
+        batch.timesteps = prototype.start(params.num_inference_steps, begin=first_step(params)).timesteps
         return batch
 
 

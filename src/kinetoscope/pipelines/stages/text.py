@@ -49,7 +49,7 @@ class TextEncodingStage(Stage):
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
         """Encode each distinct prompt once; the last `CACHE_SIZE` stay for later batches."""
         batch.prompt_embeds, batch.prompt_lengths = self.encode(batch.prompts, args.device)
-        if batch.params.guidance_scale != 1.0:
+        if batch.params.guided:
             batch.negative_embeds, batch.negative_lengths = self.encode(batch.negative_prompts, args.device)
         return batch
 

@@ -91,6 +91,10 @@ def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
     _check_number("guidance_scale", params.guidance_scale, 1, MAX_GUIDANCE, hint="; 1 switches guidance off")
     _check_number("guidance_rescale", 0.0 if params.guidance_rescale is None else params.guidance_rescale, 0, 1)
     _check_number("fps", params.fps, 1, MAX_FPS)
+    if params.guidance_scale_2 is not None:
+        _check_number("guidance_scale_2", params.guidance_scale_2, 1, MAX_GUIDANCE, hint="; 1 switches guidance off")
+    if params.strength is not None:
+        _check_number("strength", params.strength, 0, 1)
     if params.flow_shift is not None:
         _check_number("flow_shift", params.flow_shift, 0.01, MAX_SHIFT)
     if params.scheduler is not None and params.scheduler not in list(SCHEDULERS):  # a list takes unhashable values

@@ -1,0 +1,91 @@
+"""Two networks, one for high and one for low noise levels, each with its own guidance (Wan 2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.guidance import Guidance
+from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree, join_rows
+from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrategy, VideoTransformer, conditioning_of
+
+
+class ExpertParts(DenoisingParts, Protocol):
+    """What the strategy needs of the stage that owns it."""
+
+    @property
+    def transformer_2(self) -> VideoTransformer: ...
+
+    @property
+    def boundary(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One network, and what is its own in a run."""
+
+    transformer: VideoTransformer
+    guidance: Guidance
+    conditioning: dict[str, Tree]
+
+
+class ExpertStrategy(StandardStrategy):
+    """The standard steps; at timesteps below `parts.boundary` the second network takes over with `guidance_scale_2`.
+
+    Which network serves a step is decided from Python numbers before the run, and a network that serves none is not
+    loaded. The two must have the same sizes.
+    """
+
+    def __init__(self, parts: ExpertParts) -> None:
+        super().__init__(parts)
+        self.experts = parts
+
+    def prepare(self, batch: ForwardBatch, args: ExecutionArgs) -> StrategyState:
+        """As the standard strategy; text K/V and modulation by the network that will use them."""
+        scheduler = self.start_schedule(batch, args)
+        high = sum(t >= self.experts.boundary for t in scheduler.times)
+        params = batch.params
+        scale = params.guidance_scale or 1.0
+        low_scale = scale if params.guidance_scale_2 is None else params.guidance_scale_2
+        sides: list[tuple[VideoTransformer, float, Tensor]] = []
+        if high:
+            sides.append((self.parts.transformer, scale, scheduler.timesteps[:high]))
+        if high < len(scheduler):
+            sides.append((self.experts.transformer_2, low_scale, scheduler.timesteps[high:]))
+        experts: list[Expert] = []
+        for transformer, weight, _ in sides:
+            guidance = Guidance(weight, params.guidance_rescale or 0.0)
+            experts.append(Expert(transformer, guidance, conditioning_of(transformer, batch, args, guidance.branches)))
+        assert batch.latents is not None and batch.noise is not None
+        latents = batch.latents.to(args.device).float()
+        return StrategyState(
+            batch=batch,
+            args=args,
+            latents=latents,
+            guidance=experts[0].guidance,
+            noise=batch.noise,
+            times=scheduler.times,
+            scheduler=scheduler,
+            conditioning=experts[0].conditioning,
+            tables={
+                "experts": [experts[0 if i < high else -1] for i in range(len(scheduler))],
+                "steps": join_rows([transformer.prepare_timesteps(times) for transformer, _, times in sides]),
+                "shared": sides[0][0].prepare_shared(latents.shape),
+            },
+        )
+
+    def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
+        """The rows that the step's network needs."""
+        expert: Expert = state.tables["experts"][step_idx]
+        state.guidance, state.conditioning = expert.guidance, expert.conditioning
+        return super().make_model_inputs(state, t, step_idx)
+
+    def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
+        """One forward of the step's network."""
+        expert: Expert = state.tables["experts"][state.active.index]
+        return expert.transformer(
+            model_inputs.latents, model_inputs.timestep, **model_inputs.conditioning, **model_inputs.shared
+        )
