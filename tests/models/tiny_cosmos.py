@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
     "mlp_ratio": 2,
     "text_embed_dim": 32,
     "adaln_lora_dim": 8,
-    "max_size": (12, 32, 32),
+    "max_size": (128, 240, 240),
     "patch_size": (1, 2, 2),
     "rope_scale": (2.0, 1.0, 1.5),
     "concat_padding_mask": True,
@@ -129,8 +129,8 @@ def _vae_1(statistics: bool) -> torch.nn.Module:
     }
     return AutoencoderKLCosmos(
         latent_channels=16,
-        encoder_block_out_channels=(8, 8, 8),
-        decode_block_out_channels=(8, 8, 8),
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
         attention_resolutions=(),
         resolution=64,
         num_layers=1,

@@ -15,7 +15,8 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
 from kinetoscope.models.cosmos import spec
 from kinetoscope.pipelines.composed import ComposedPipeline
-from kinetoscope.pipelines.presets import build_pipeline
+from kinetoscope.pipelines.presets import PIPELINES, build_pipeline
+from kinetoscope.pipelines.presets.cosmos import PUBLISHED
 from models.tiny_cosmos import NoGuardrail, make_tiny_cosmos, without_torchvision
 
 PROMPT, NEGATIVE = "a red circle moving left on black", "a blue cat"
@@ -104,7 +105,7 @@ def check(batch: ForwardBatch, theirs: Tensor) -> None:
 
 
 def check_frames(batch: ForwardBatch, theirs: Any) -> None:
-    assert batch.frames[0].shape == theirs[0].shape
+    assert batch.frames[0].shape == theirs[0].shape == (theirs[0].shape[0], HEIGHT, WIDTH, 3)
     assert np.abs(batch.frames[0] - theirs[0] * 255.0).max() <= 1.0 + 1e-3
 
 
@@ -306,3 +307,17 @@ def test_presets(pairs: Any, name: str) -> None:
     assert {k: signature[k] for k in ours.extra_defaults} == dict(ours.extra_defaults)
     assert p.negative_prompt == inspect.getmodule(type(oracle)).DEFAULT_NEGATIVE_PROMPT
     assert set(spec.PRESETS) == set(MODELS)
+    assert PIPELINES[MODELS[name]] is PUBLISHED[name] is type(ours)
+
+
+@pytest.mark.parametrize("name", ["nvidia/Cosmos-1.0-Diffusion-14B-Video2World", "nvidia/Cosmos-Predict2.5-2B"])
+def test_published_sizes_are_served(pairs: Any, name: str) -> None:
+    """The default request of the full-size configuration divides into tokens that its positions cover."""
+    ours, _ = pairs(MODELS[name])
+    ours.geometry.check(ours.defaults())
+    p = spec.PRESETS[name]
+    tokens = ours.geometry.tokens(p.num_frames or 0, p.height or 0, p.width or 0)
+    assert tokens == (16 if MODELS[name] == VIDEO_1 else 24) * 44 * 80
+    large = spec.CosmosConfig(num_attention_heads=40, num_layers=36)
+    linear = 2 * tokens * 14e9  # a multiply-add a parameter and token, and attention beside it
+    assert 0.8 * linear < spec.forward_flops(large, tokens) - 8 * 36 * tokens**2 * 5120 / 2 < 1.2 * linear

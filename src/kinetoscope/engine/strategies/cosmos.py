@@ -86,6 +86,13 @@ class CosmosStrategy(StandardStrategy):
         guidance = super().make_guidance(batch)
         return guidance if guidance.scale == 1.0 else replace(guidance, scale=guidance.scale + 1.0)
 
+    def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
+        """The whole schedule: a given video is continued, never noised, so `strength` has no meaning."""
+        params = batch.params
+        assert params.num_inference_steps is not None
+        prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
+        return prototype.start(params.num_inference_steps, args.device)
+
     def prepare_conditioning(
         self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]
     ) -> dict[str, Tree]:

@@ -213,6 +213,19 @@ class ImageGeometry(VideoGeometry):
         VideoGeometry.check(self, params)
 
 
+PUBLISHED: dict[str, type[Cosmos]] = {  # model id -> its pipeline; settings are in `spec.PRESETS`
+    "nvidia/Cosmos-1.0-Diffusion-7B-Text2World": CosmosTextToWorld,
+    "nvidia/Cosmos-1.0-Diffusion-14B-Text2World": CosmosTextToWorld,
+    "nvidia/Cosmos-1.0-Diffusion-7B-Video2World": CosmosVideoToWorld,
+    "nvidia/Cosmos-1.0-Diffusion-14B-Video2World": CosmosVideoToWorld,
+    "nvidia/Cosmos-Predict2-2B-Text2Image": Cosmos2TextToImage,
+    "nvidia/Cosmos-Predict2-14B-Text2Image": Cosmos2TextToImage,
+    "nvidia/Cosmos-Predict2-2B-Video2World": Cosmos2VideoToWorld,
+    "nvidia/Cosmos-Predict2-14B-Video2World": Cosmos2VideoToWorld,
+    "nvidia/Cosmos-Predict2.5-2B": Cosmos25Predict,
+    "nvidia/Cosmos-Predict2.5-14B": Cosmos25Predict,
+}
+
 register_transformer("CosmosTransformer3DModel", CosmosTransformer3DModel, spec.CosmosConfig.from_dict)
 register_transformers_model("Qwen2_5_VLForConditionalGeneration")
 for _tokenizer in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
