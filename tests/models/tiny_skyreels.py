@@ -17,7 +17,7 @@ def make_tiny_skyreels(path: Path, pipeline: str, seed: int = 0, *, shift: float
     """
     import diffusers
     from transformers import (
-        CLIPImageProcessor,
+        CLIPImageProcessorPil,
         CLIPVisionConfig,
         CLIPVisionModelWithProjection,
         UMT5Config,
@@ -61,7 +61,7 @@ def make_tiny_skyreels(path: Path, pipeline: str, seed: int = 0, *, shift: float
         module.eval()
     if reads_image:
         size = {"height": 8, "width": 8}
-        modules["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size)
+        modules["image_processor"] = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=size)
     made = getattr(diffusers, pipeline)(tokenizer=tokenizer, scheduler=scheduler, **modules)
     made.save_pretrained(path)
     return path

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
 from kinetoscope.models.ltx import spec
@@ -161,6 +162,12 @@ def test_a_given_shift_and_another_solver(pair: tuple[ComposedPipeline, Any]) ->
     assert by_size[0][1] < by_size[1][1]
     params = SamplingParams(num_inference_steps=4, scheduler="unipc")
     assert len(start_schedule(scheduler, params, (1, 4, 4))) == 4
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, "0.1", True])
+def test_bad_decoding(pair: tuple[ComposedPipeline, Any], value: Any) -> None:
+    with pytest.raises(InputError, match="decode_timestep"):
+        our_run(pair[0], [1], 25.0, **arguments(SIZES[2], 1.0), decode_timestep=value)
 
 
 PUBLISHED = {  # height, width, frames, fps, steps, guidance, decode_timestep, decode_noise_scale

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -214,6 +216,37 @@ def test_a_batch_is_its_samples(pair: Callable[..., Pair]) -> None:
     for row, seed in enumerate((1, 2)):
         alone = our_run(ours, 13, 6.0, [seed], **more).latents
         check(both[row : row + 1], alone)
+
+
+@torch.no_grad()
+def test_interleaved_runs_are_the_runs_alone(pair: Callable[..., Pair]) -> None:
+    """Two long videos on one pipeline, a step of one after a step of the other."""
+    ours, _ = pair(FORCING)
+    more = {"base_num_frames": 13, "overlap_history": 5, "addnoise_condition": 20, "ar_step": 1, "causal_block_size": 1}
+    alone = [our_run(ours, 21, 6.0, [seed], **more) for seed in (1, 2)]
+    stage: Any = ours.stages["denoising"]
+    states = []
+    for done in alone:
+        batch = ForwardBatch(done.params, done.prompts, done.negative_prompts, done.seeds)
+        for name in ("validation", "text_encoding", "timesteps", "latents"):
+            batch = ours.stages[name].forward(batch, ours.args)
+        engine = stage.engine(batch)
+        state = engine.strategy.prepare(batch, ours.args)
+        states.append((engine, state, engine.iterate(state)))
+    for _ in itertools.zip_longest(*(events for _, _, events in states)):
+        pass
+    for (engine, state, _), done in zip(states, alone, strict=True):
+        assert torch.equal(engine.strategy.postprocess(state).latents, done.latents)
+
+
+def test_the_published_processor_loads(tmp_path: Path) -> None:
+    """Published directories name the whole CLIP processor, of which the image half is used."""
+    path = make_tiny_skyreels(tmp_path, IMAGE)
+    index = path / "model_index.json"
+    index.write_text(index.read_text().replace("CLIPImageProcessorPil", "CLIPProcessor"))
+    ours = build_pipeline(resolve_model(str(path)), ExecutionArgs())
+    pixels = ours.get_module("image_processor")(images=[picture(0)], return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 8, 8)
 
 
 def test_an_image_matters(pair: Callable[..., Pair]) -> None:

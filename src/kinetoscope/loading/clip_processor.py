@@ -11,9 +11,9 @@ from kinetoscope.loading.directory import ModelDir
 
 
 def _load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessorPil
 
-    return CLIPImageProcessor.from_pretrained(model.folder(name), local_files_only=True)
+    return CLIPImageProcessorPil.from_pretrained(model.folder(name), local_files_only=True)
 
 
 register_component("CLIPProcessor", _load)

@@ -14,12 +14,13 @@ from kinetoscope.models.ltx import spec
 from kinetoscope.models.ltx.strategy import LTXStrategy
 from kinetoscope.models.ltx.transformer import LTXVideoTransformer3DModel
 from kinetoscope.pipelines.composed import ComposedPipeline
-from kinetoscope.pipelines.stages import DenoisingStage, InputValidationStage, VideoGeometry
+from kinetoscope.pipelines.stages import DenoisingStage, VideoGeometry
 from kinetoscope.pipelines.stages.ltx import (
     FirstFrameLatentStage,
     PaddedTextEncodingStage,
     SizedTimestepStage,
     TimedDecodingStage,
+    TimedValidationStage,
 )
 
 
@@ -31,13 +32,18 @@ class LTXVideo(ComposedPipeline):
     attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.EXTRA_DEFAULTS
 
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """A first image."""
+        return {"image": False}
+
     def create_stages(self) -> None:
         """Validation, text, timesteps, latents, denoising, decoding."""
         config = self.config = spec.LTXConfig.from_dict(self.model.config("transformer"))
         self.geometry = _geometry(self.model.config("vae"))
         strategy = partial(LTXStrategy, spatial=self.geometry.spatial, temporal=self.geometry.temporal)
         scheduler, vae = self.lazy("scheduler"), self.lazy("vae")
-        self.add_stage("validation", InputValidationStage(self.geometry))
+        self.add_stage("validation", TimedValidationStage(self.geometry))
         self.add_stage(
             "text_encoding",
             PaddedTextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH),

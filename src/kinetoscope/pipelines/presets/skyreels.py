@@ -23,7 +23,7 @@ from kinetoscope.pipelines.stages import (
     VideoGeometry,
 )
 from kinetoscope.pipelines.stages.images import ImageConditionStage, ImageFeatureStage
-from kinetoscope.pipelines.stages.skyreels import ForcingLatentStage
+from kinetoscope.pipelines.stages.skyreels import ForcingLatentStage, ForcingValidationStage
 
 
 class SkyReelsTextToVideo(ComposedPipeline):
@@ -103,9 +103,9 @@ class SkyReelsForcing(SkyReelsTextToVideo):
 
     def add_sample_stages(self) -> None:
         """Windows of noise, and the strategy that gives each frame its own timestep."""
-        channels, block = self.config.in_channels, self.config.num_frame_per_block
-        vae, transformer, scheduler = self.lazy("vae"), self.lazy("transformer"), self.lazy("scheduler")
-        self.add_stage("latents", ForcingLatentStage(self.geometry, channels, block, vae))
+        transformer, scheduler = self.lazy("transformer"), self.lazy("scheduler")
+        self.add_stage("validation", ForcingValidationStage(self.geometry, self.config.num_frame_per_block))
+        self.add_stage("latents", ForcingLatentStage(self.geometry, self.config.in_channels, self.lazy("vae")))
         self.add_stage("denoising", DenoisingStage(transformer, scheduler, ForcingStrategy, self.hooks))
 
     def defaults(self) -> SamplingParams:

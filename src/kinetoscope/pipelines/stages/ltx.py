@@ -17,7 +17,18 @@ from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.text import CACHE_SIZE, TextEncodingStage
-from kinetoscope.pipelines.stages.validation import VideoGeometry
+from kinetoscope.pipelines.stages.validation import InputValidationStage, VideoGeometry
+
+
+class TimedValidationStage(InputValidationStage):
+    """Checks the whole request, `decode_timestep` and `decode_noise_scale` too."""
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The same batch, or an `InputError`."""
+        for name, value in (batch.params.extra or {}).items():
+            if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
+                raise InputError(f"{name}={value!r} should be a number in [0, 1]")
+        return super().forward(batch, args)
 
 
 class PaddedTextEncodingStage(TextEncodingStage):

@@ -14,23 +14,56 @@ from kinetoscope.models.skyreels.strategy import ForcingInputs
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.images import encode_video
-from kinetoscope.pipelines.stages.validation import VideoGeometry
+from kinetoscope.pipelines.stages.validation import InputValidationStage, VideoGeometry
+
+
+class ForcingValidationStage(InputValidationStage):
+    """Checks the whole request and fills `family` with the plan of its windows.
+
+    Args:
+        geometry: of the model.
+        block: causal block size of the model's configuration.
+    """
+
+    def __init__(self, geometry: VideoGeometry, block: int) -> None:
+        super().__init__(geometry)
+        self.block = block
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The same batch with `family`.
+
+        Raises:
+            InputError: as of all requests, or its parameters do not fit (see `plan_forcing`), or a last image comes
+                without a first.
+        """
+        batch = super().forward(batch, args)
+        assert batch.params.num_frames is not None
+        if batch.last_image is not None and batch.image is None:
+            raise InputError("last_image needs an image too: it says where the video ends, image where it starts")
+        batch.family = ForcingInputs(
+            plan_forcing(
+                batch.params.extra,
+                batch.params.num_frames,
+                temporal=self.geometry.temporal,
+                default_block=self.block,
+                ends=0 if batch.last_image is None else 1,
+            )
+        )
+        return batch
 
 
 class ForcingLatentStage(Stage):
-    """Fills `family` with the plan, `latents` with the noise of the first window, `condition` with a first image.
+    """Fills `latents` with the noise of the first window, and what images there are: `condition`, and `family.end`.
 
     Args:
         geometry: pixels to latents.
         channels: latent channels C.
-        block: causal block size of the model's configuration.
         vae: encodes images, or lazy.
     """
 
-    def __init__(self, geometry: VideoGeometry, channels: int, block: int, vae: Any | Lazy[Any]) -> None:
+    def __init__(self, geometry: VideoGeometry, channels: int, vae: Any | Lazy[Any]) -> None:
         self.geometry = geometry
         self.channels = channels
-        self.block = block
         self._vae = vae
 
     @torch.no_grad()
@@ -38,19 +71,12 @@ class ForcingLatentStage(Stage):
         """The batch with `latents` [B, C, T, H, W] float32 on the CPU, T the frames of the first window.
 
         Raises:
-            InputError: the request's parameters do not fit (see `plan_forcing`), a last image comes without a first,
-                or given latents have another shape or hold values that are not finite.
+            InputError: given latents have another shape or hold values that are not finite.
         """
-        params = batch.params
-        assert params.num_frames and params.height and params.width
-        if batch.last_image is not None and batch.image is None:
-            raise InputError("last_image needs an image too: it says where the video ends, image where it starts")
-        ends = 0 if batch.last_image is None else 1
-        plan = plan_forcing(
-            params.extra, params.num_frames, temporal=self.geometry.temporal, default_block=self.block, ends=ends
-        )
+        params, inputs = batch.params, batch.family
+        assert isinstance(inputs, ForcingInputs) and params.num_frames and params.height and params.width
         _, height, width = self.geometry.latent_size(params.num_frames, params.height, params.width)
-        shape = (self.channels, plan.windows[0], height, width)
+        shape = (self.channels, inputs.plan.windows[0], height, width)
         batch.noise = NoiseSource(batch.seeds)
         if batch.latents is None:
             batch.latents = batch.noise.draw(shape)
@@ -59,10 +85,9 @@ class ForcingLatentStage(Stage):
                 f"latents have shape {tuple(batch.latents.shape)}; the first window of this request needs finite "
                 f"values of shape {(batch.size, *shape)}"
             )
-        vae, end = self._vae, None
         if batch.image is not None:
-            batch.condition = encode_video(resolve(vae), batch.image.unsqueeze(2).to(args.device))
+            batch.condition = encode_video(resolve(self._vae), batch.image.unsqueeze(2).to(args.device))
         if batch.last_image is not None:
-            end = encode_video(resolve(vae), batch.last_image.unsqueeze(2).to(args.device))
-        batch.family = ForcingInputs(plan, end)
+            end = encode_video(resolve(self._vae), batch.last_image.unsqueeze(2).to(args.device))
+            batch.family = ForcingInputs(inputs.plan, end)
         return batch
