@@ -20,6 +20,7 @@ from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.protocols import Event
 from kinetoscope.engine.strategies.causal import CausalStrategy, LatentBlock, LatentVideo
 from models.tiny_causal_wan import (
+    BOUNDARY,
     EXPERTS,
     FIXTURES,
     SEEDS,
@@ -41,7 +42,9 @@ ROLLING = Run(12, {"local_attn_size": 5, "sink_size": 1}, {"context_noise": 30})
 
 def make_engine(run: Run, experts: int = 1) -> DenoisingEngine:
     models: list[Any] = [fixture_model(name, **run.config) for name in EXPERTS[:experts]]
-    parts: Any = SimpleNamespace(transformer=models[0], transformer_2=models[1] if experts > 1 else None)
+    parts: Any = SimpleNamespace(
+        transformer=models[0], transformer_2=models[1] if experts > 1 else None, boundary=BOUNDARY
+    )
     return DenoisingEngine(CausalStrategy(parts))
 
 
@@ -173,7 +176,7 @@ def test_one_block_is_the_bidirectional_few_step_run() -> None:
     got = offline(make_engine(T2V), make_batch(T2V, 3))
     wan = WanTransformer3DModel(WanConfig.from_dict(TINY)).eval()
     wan.load_state_dict(fixture_model().state_dict())
-    parts: Any = SimpleNamespace(transformer=wan, transformer_2=None)
+    parts: Any = SimpleNamespace(transformer=wan)
     batch = make_batch(T2V, 3)
     batch.noise = NoiseSource(SEEDS).fork(0)
     batch.latents = batch.noise.draw((SIZE[0], 3, *SIZE[1:]))
@@ -239,11 +242,11 @@ def test_sessions_interleave_between_steps() -> None:
 def test_a_long_stream_in_flat_memory() -> None:
     engine = make_engine(ROLLING)
     stream = open_stream(engine, ROLLING, seeds=[1])
-    cache = stream.state.tables["rollout"].conditioning[0]["cache"]
+    cache = stream.state.tables["rollout"].experts[0].conditioning["cache"]
     before = [k.data_ptr() for k in (*cache.keys, *cache.values)]
     for block in stream_blocks(engine, stream, 12):
         assert torch.isfinite(block).all()
-    cache = stream.state.tables["rollout"].conditioning[0]["cache"]
+    cache = stream.state.tables["rollout"].experts[0].conditioning["cache"]
     assert [k.data_ptr() for k in (*cache.keys, *cache.values)] == before
     assert cache.frames == 5
 
@@ -289,7 +292,7 @@ def test_starting_noise_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("run", "frames", "words"),
     [
-        (T2V, 8, "multiple of the block, 3; nearest: 6 or 9"),
+        (T2V, 8, "no blocks of 3; nearest: 6 or 9"),
         (T2V, 24, "24 latent frames are more than the 21"),
         (T2V, None, "streaming_reset"),
         (Run(6, extra={"dmd_denoising_steps": None}), 6, "dmd_denoising_steps"),
@@ -326,3 +329,21 @@ def test_given_frames_must_fit_blocks() -> None:
     batch.condition = torch.zeros(2, SIZE[0], 3, 2, 2)
     with pytest.raises(InputError, match="latents of a block have shape"):
         offline(make_engine(T2V), batch)
+
+
+def test_a_prompt_can_change_between_blocks() -> None:
+    """The next block follows the new prompt and still sees what was made."""
+    engine = make_engine(T2V)
+    plain = open_stream(engine, T2V)
+    changed = open_stream(engine, T2V)
+    assert torch.equal(stream_blocks(engine, plain, 1)[0], stream_blocks(engine, changed, 1)[0])
+    changed.state.batch.prompt_embeds = prompt_embeds().flip(1)
+    with torch.no_grad():
+        engine.strategy.reprompt(changed.state)  # pyright: ignore[reportAttributeAccessIssue]
+    other = make_batch(T2V)
+    other.prompt_embeds = prompt_embeds().flip(1)
+    with torch.no_grad():
+        fresh = engine.streaming_reset(other, ExecutionArgs())
+    assert not torch.equal(stream_blocks(engine, plain, 1)[0], after := stream_blocks(engine, changed, 1)[0])
+    stream_blocks(engine, fresh, 1)
+    assert not torch.equal(stream_blocks(engine, fresh, 1)[0], after), "the past was made with the old prompt"

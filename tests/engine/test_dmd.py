@@ -16,7 +16,7 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.few_step import HIGH_NOISE, LOW_NOISE, FewStepSchedule
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.engine import DenoisingEngine
-from kinetoscope.engine.strategies.dmd import DMDStrategy
+from kinetoscope.engine.strategies.dmd import DMDExpertStrategy, DMDStrategy
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
 from models.tiny_causal_wan import FAST, FIXTURES, SEEDS, SIZE, TINY, fixture_model, prompt_embeds
@@ -62,9 +62,10 @@ def make_batch(latents: Tensor, noise: NoiseSource, **extra: Any) -> ForwardBatc
 
 
 def run(networks: list[Any], batch: ForwardBatch) -> Tensor:
-    parts: Any = SimpleNamespace(transformer=networks[0], transformer_2=networks[1] if len(networks) > 1 else None)
+    parts: Any = SimpleNamespace(transformer=networks[0], transformer_2=networks[-1], boundary=875.0)
+    strategy = DMDStrategy if len(networks) == 1 else DMDExpertStrategy
     with torch.no_grad():
-        result = DenoisingEngine(DMDStrategy(parts)).run(batch, ExecutionArgs()).latents
+        result = DenoisingEngine(strategy(parts)).run(batch, ExecutionArgs()).latents
     assert result is not None
     return result
 
@@ -90,7 +91,7 @@ def test_warped_steps_of_self_forcing() -> None:
 
 
 def test_two_experts_split_at_the_boundary() -> None:
-    schedule = FewStepSchedule.make([1000, 850, 700, 550, 350, 275, 200, 125], 12.0, warp=True, boundary_ratio=0.875)
+    schedule = FewStepSchedule.make([1000, 850, 700, 550, 350, 275, 200, 125], 12.0, warp=True, boundary=875.0)
     high = [t for t in schedule.times if t >= 875]
     assert schedule.high == len(high) == 4
     assert [schedule.expert(i) for i in range(8)] == [HIGH_NOISE] * 4 + [LOW_NOISE] * 4
@@ -105,7 +106,7 @@ def test_bad_steps(steps: list[Any]) -> None:
 
 def test_experts_without_a_low_step() -> None:
     with pytest.raises(InputError, match="below the experts' boundary 875"):
-        FewStepSchedule.make([1000, 900], 1.0, boundary_ratio=0.875)
+        FewStepSchedule.make([1000, 900], 1.0, boundary=875.0)
 
 
 # -- the arithmetic ---------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_prediction_is_float64() -> None:
 
 
 def test_noise_is_not_drawn_where_none_is_added() -> None:
-    schedule = FewStepSchedule.make([1000, 950, 900, 500], 1.0, boundary_ratio=0.875)
+    schedule = FewStepSchedule.make([1000, 950, 900, 500], 1.0, boundary=875.0)
     x, v = torch.ones(1, 2), torch.zeros(1, 2)
 
     def never() -> Tensor:
@@ -137,7 +138,7 @@ def test_noise_is_not_drawn_where_none_is_added() -> None:
 
 def test_noising_from_the_boundary_has_the_variance_of_its_level() -> None:
     """x_b = (1 - b) x0 + b n, noised to s, is (1 - s) x0 + s n' in distribution."""
-    schedule = FewStepSchedule.make([1000, 950, 500], 1.0, boundary_ratio=0.875)
+    schedule = FewStepSchedule.make([1000, 950, 500], 1.0, boundary=875.0)
     s, b = schedule.sigmas[1], schedule.boundary
     assert b is not None
     ones, zeros = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -184,7 +185,7 @@ def test_two_experts_cross_the_boundary() -> None:
     steps = [1000, 850, 700, 550, 350, 275, 200, 125]
     high: list[float] = []
     low: list[float] = []
-    extra = {"dmd_denoising_steps": steps, "warp_denoising_step": True, "boundary_ratio": 0.875, "flow_shift": 12.0}
+    extra = {"dmd_denoising_steps": steps, "warp_denoising_step": True, "flow_shift": 12.0}
     batch = make_batch(NoiseSource([1]).draw((1, 2, 8, 8)), NoiseSource([2]), **extra)
     assert batch.latents is not None
     x, source = batch.latents.double(), NoiseSource([2])
@@ -231,7 +232,6 @@ def test_a_sample_is_the_same_alone() -> None:
         ({"num_inference_steps": 50}, "distilled for the 3 timesteps"),
         ({"flow_shift": None}, "flow_shift"),
         ({"extra": None}, "dmd_denoising_steps"),
-        ({"extra": {"dmd_denoising_steps": STEPS, "boundary_ratio": 0.9}}, "boundary_ratio=0.9"),
     ],
 )
 def test_refusals(change: dict[str, Any], words: str) -> None:

@@ -102,7 +102,8 @@ class Run:
         return {"dmd_denoising_steps": STEPS, "warp_denoising_step": True, "context_noise": 0, **self.extra}
 
 
-TWO = {"dmd_denoising_steps": [1000, 850, 700, 550, 350, 275, 200, 125], "boundary_ratio": 0.875}
+TWO = {"dmd_denoising_steps": [1000, 850, 700, 550, 350, 275, 200, 125]}
+BOUNDARY = 875.0  # timestep between the experts
 SELF_FORCING = {
     "t2v": Run(9),
     "plain_steps": Run(6, {"num_frames_per_block": 2}, {"warp_denoising_step": False}),

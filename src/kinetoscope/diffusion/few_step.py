@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.types import Noise
 from kinetoscope.diffusion.convention import shift_sigma
+from kinetoscope.diffusion.scheduler import ScheduleRun
 
 HIGH_NOISE, LOW_NOISE = 0, 1
 
@@ -42,7 +44,7 @@ class FewStepSchedule:
         shift: float,
         *,
         warp: bool = False,
-        boundary_ratio: float | None = None,
+        boundary: float | None = None,
         train_steps: int = 1000,
     ) -> FewStepSchedule:
         """The schedule of a published list.
@@ -54,7 +56,7 @@ class FewStepSchedule:
             steps: decreasing timesteps in [1, train_steps].
             shift: sigma shift of the table.
             warp: `steps` count from the end of the table: t stands for the shifted time at index train_steps - t.
-            boundary_ratio: boundary of the experts as a fraction of `train_steps`.
+            boundary: timestep below which the low-noise expert takes over.
             train_steps: length of the table.
 
         Raises:
@@ -74,13 +76,12 @@ class FewStepSchedule:
             return float(table[(timetable.double() - t).abs().argmin()])
 
         times = tuple(float(timetable[train_steps - t]) if warp else float(t) for t in steps)
-        if boundary_ratio is None:
+        if boundary is None:
             return FewStepSchedule(times, tuple(map(sigma, times)))
-        border = boundary_ratio * train_steps
-        high = sum(t >= border for t in times)
+        high = sum(t >= boundary for t in times)
         if high == len(times):
-            raise InputError(f"few-step timesteps {list(steps)} leave no step below the experts' boundary {border:g}")
-        return FewStepSchedule(times, tuple(map(sigma, times)), sigma(border), high)
+            raise InputError(f"few-step timesteps {list(steps)} leave no step below the experts' boundary {boundary:g}")
+        return FewStepSchedule(times, tuple(map(sigma, times)), sigma(boundary), high)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -112,3 +113,24 @@ class FewStepSchedule:
     def step(self, index: int, x: Tensor, v: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         """The sample after step `index`, float32."""
         return self.renoise(index, self.predict(index, x, v), draw)
+
+
+class FewStepRun(ScheduleRun):
+    """The schedule of one run, with the noise it adds.
+
+    Args:
+        schedule: the steps.
+        noise: what the run draws fresh noise from.
+        device: where the timesteps live.
+    """
+
+    def __init__(self, schedule: FewStepSchedule, noise: Noise, device: torch.device | str = "cpu") -> None:
+        self.schedule, self.noise = schedule, noise
+        self.times = list(schedule.times)
+        self.timesteps = torch.tensor(self.times, device=device)
+        self.sigmas = [*schedule.sigmas, 0.0]
+
+    def step(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
+        """The sample after step `index`, float32: [B, ...] prediction and sample in float32."""
+        shape, device = sample.shape[1:], sample.device
+        return self.schedule.step(index, sample, prediction, lambda: self.noise.draw(shape).to(device))

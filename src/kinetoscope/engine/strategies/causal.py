@@ -4,72 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise
-from kinetoscope.diffusion.few_step import FewStepSchedule
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.few_step import FewStepRun
 from kinetoscope.diffusion.guidance import Guidance
 from kinetoscope.diffusion.noise import NoiseSource
-from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree
+from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree, take_rows
 from kinetoscope.engine.rows import plan_rows
-from kinetoscope.engine.strategies.dmd import DMDStrategy, jump, schedule_of
+from kinetoscope.engine.strategies.dmd import few_step_schedule
 from kinetoscope.engine.strategies.standard import VideoTransformer, conditioning_of, split_branches
 
 CONTEXT_NOISE, WINDOW, SINK = "context_noise", "local_attn_size", "sink_size"
 """Names under which requests set the rollout (`SamplingParams.extra`)."""
 
 
-class CausalConfig(Protocol):
-    """What a rollout reads of a causal transformer's configuration; frames are latent frames."""
-
-    @property
-    def num_frames_per_block(self) -> int: ...
-
-    @property
-    def local_attn_size(self) -> int: ...
-
-    @property
-    def independent_first_frame(self) -> bool: ...
-
-
-class KeyValueCache(Protocol):
-    """Memory of past frames, a row-first tree; a transformer's forward reads it and writes the frames it is given."""
-
-    @property
-    def frames(self) -> int: ...
-
-
 class CausalTransformer(VideoTransformer, Protocol):
-    """A transformer with a cache: its forward takes `cache` and `start_frame`."""
+    """A transformer with a cache: its forward takes `cache` and `start_frame`, and writes the frames it is given."""
 
     @property
-    def config(self) -> CausalConfig: ...
+    def config(self) -> Any:
+        """Holds `num_frames_per_block`, `local_attn_size` (-1: all) and `independent_first_frame`."""
+        ...
 
     def prepare_shared(self, latent_shape: Sequence[int], start_frame: int = 0) -> dict[str, Tree]:
         """Trees that depend on shape and place of a block."""
         ...
 
-    def new_cache(
-        self,
-        rows: int,
-        latent_shape: Sequence[int],
-        frames: int | None = None,
-        *,
-        window: int | None = None,
-        sink: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KeyValueCache:
-        """All memory that a video of `frames`, or a stream, will use."""
+    def new_cache(self, rows: int, latent_shape: Sequence[int], frames: int | None = None, **options: Any) -> Any:
+        """All memory that a video of `frames`, or a stream, will use: a row-first tree with the size `frames`."""
         ...
 
 
 class CausalParts(Protocol):
-    """What the strategy needs of the stage that owns it."""
+    """What the strategy needs of the stage that owns it; the second transformer, if any, is the low-noise expert, which
+    takes over below the timestep `boundary`."""
 
     @property
     def transformer(self) -> CausalTransformer: ...
@@ -77,15 +50,13 @@ class CausalParts(Protocol):
     @property
     def transformer_2(self) -> CausalTransformer | None: ...
 
+    @property
+    def boundary(self) -> float: ...
+
 
 @dataclass(frozen=True, slots=True)
 class LatentVideo:
-    """Size of the video of a run, where no starting noise is given (`ForwardBatch.family`).
-
-    Attributes:
-        channels, height, width: of the latents.
-        frames: latent frames; None: a stream.
-    """
+    """Size of the latents of a run, where no starting noise is given (`ForwardBatch.family`); frames None: a stream."""
 
     channels: int
     height: int
@@ -95,51 +66,71 @@ class LatentVideo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentBlock:
-    """What a block is made of.
-
-    Attributes:
-        frames: latent frames.
-        given: [B, C, frames, H, W] clean latents to remember as they are, instead of denoising.
-    """
+    """Latent frames made together, or `given` ones [B, C, frames, H, W] to remember as they are."""
 
     frames: int
     given: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
-class Rollout:
-    """The state of a run between blocks.
+class Expert:
+    """One network and what is its own in a run: guidance, text and cache (rows first), modulation of every timestep,
+    and what the rows of the block in progress share."""
 
-    Attributes:
-        schedule: of every block.
-        guidance: of each expert.
-        conditioning: of each expert, its cache included; rows first.
-        size: channels, height and width.
-        window: latent frames attended to, -1: all.
-        start: first frame of the next block.
-        noise: random numbers of the block in progress.
-        shared: what all rows of the block in progress share, for each expert.
-        kept: finished blocks of an offline run; None in a stream, whose caller has them.
+    network: CausalTransformer
+    guidance: Guidance
+    conditioning: dict[str, Tree]
+    steps: dict[str, Tree]
+    shared: dict[str, Tree] = field(default_factory=dict[str, Tree])
+
+
+@dataclass(slots=True, eq=False)
+class Rollout:
+    """A run between blocks: its experts, its size, the times of the steps and then of the passes over a block made and
+    over one given, the first frame of the next block, and the finished blocks (None in a stream: its caller has them).
     """
 
-    schedule: FewStepSchedule
-    guidance: list[Guidance]
-    conditioning: list[dict[str, Tree]]
-    size: tuple[int, int, int]
+    experts: list[Expert]
+    size: LatentVideo
     window: int
+    times: list[float]
     start: int = 0
-    noise: Noise | None = None
-    shared: list[dict[str, Tree]] = field(default_factory=list[dict[str, Tree]])
     kept: list[Tensor] | None = None
 
 
-class CausalStrategy(DMDStrategy):
+def block_sizes(size: int, alone: bool, given: int = 0) -> list[int]:
+    """Frames of the first blocks, before the regular ones of `size`: of the given frames, and of a first frame that is
+    a block of its own."""
+    if given == 0:
+        return [1] if alone and size > 1 else []
+    if given % size == 0 and not (alone and size > 1):
+        return [size] * (given // size)
+    if given % size == 1:
+        return [1] + [size] * (given // size)
+    raise InputError(f"{given} given latent frames are not one frame and blocks of {size}")
+
+
+def plan_blocks(frames: int, size: int, alone: bool, given: int = 0) -> list[int]:
+    """Frames of all blocks. After a first block of one frame, frames that do not fill the last block are left out.
+
+    Raises:
+        InputError: the frames cannot be divided into blocks.
+    """
+    first = block_sizes(size, alone, given)
+    left = frames - sum(first)
+    if left < 0 or (left % size and first[:1] != [1]):
+        near = [n for n in (frames - left % size, frames - left % size + size) if n >= max(sum(first), 1)]
+        raise InputError(f"{frames} latent frames are no blocks of {size}; nearest: {' or '.join(map(str, near))}")
+    return first + [size] * (left // size)
+
+
+class CausalStrategy:
     """Few-step denoising of one block of latent frames at a time, each conditioned on all earlier ones by a K/V cache.
 
-    The rows of a block are its frames once a branch; branches have their own part of the cache. After its steps a block
+    The rows of a block are its frames once a branch; branches have their own rows of the cache. After its steps a block
     is run once more, clean, at time `context_noise`, which writes its keys and values. An image or a video to continue
-    (`batch.condition`) is given blocks, remembered at time 0 without denoising. With two experts each has its cache,
-    and the first frame is a block of its own.
+    (`batch.condition`) is given blocks, remembered at time 0 without denoising. Of two experts each has its cache, and
+    the first frame is a block of its own.
 
     Noise of block i comes from `noise.fork(i)`, so a stream and an offline run make the same video, unless starting
     noise [B, C, T, H, W] is given in `batch.latents`. A stream's items are `LatentBlock`s, or None for the next block.
@@ -148,63 +139,57 @@ class CausalStrategy(DMDStrategy):
         parts: the transformer or the two experts, usually the denoising stage.
     """
 
-    parts: CausalParts  # pyright: ignore[reportIncompatibleVariableOverride]
-
     def __init__(self, parts: CausalParts) -> None:
-        super().__init__(parts)
-
-    @property
-    def config(self) -> CausalConfig:
-        """Of the transformer."""
-        return self.parts.transformer.config
+        self.parts = parts
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: ForwardBatch, args: ExecutionArgs) -> StrategyState:
-        """Schedule, text K/V and modulation of every step, and all memory of the run: once an expert.
+        """Text K/V, modulation of every timestep, and all memory of the run: once an expert.
 
         Raises:
-            InputError: see `schedule_of`; or more latent frames than the model sees at once.
+            InputError: see `few_step_schedule`; or more latent frames than the model sees at once.
         """
-        params, experts = batch.params, self._networks()
-        schedule = schedule_of(params, len(experts))
-        scale = params.guidance_scale or 1.0
-        guidance = [Guidance(scale, params.guidance_rescale or 0.0)]
-        guidance += [Guidance(params.guidance_scale_2 or scale, params.guidance_rescale or 0.0)] * (len(experts) - 1)
-        widest = max(guidance, key=lambda g: len(g.branches))
-        extra = params.extra or {}
-        clean = _context_time(batch)
-        times = torch.tensor([*schedule.times, clean, 0.0], device=args.device)
-        video = _size(batch)
-        window = extra.get(WINDOW)
-        conditioning: list[dict[str, Tree]] = []
-        for expert in experts:
-            cache = expert.new_cache(
-                len(widest.branches) * batch.size,
-                (video.channels, video.height, video.width),
-                video.frames,
-                window=window,
-                sink=extra.get(SINK),
-                dtype=args.dtype,
+        params, extra = batch.params, batch.params.extra or {}
+        networks = [n for n in (self.parts.transformer, self.parts.transformer_2) if n is not None]
+        schedule = few_step_schedule(params, self.parts.boundary if len(networks) > 1 else None)
+        scale, rescale = params.guidance_scale or 1.0, params.guidance_rescale or 0.0
+        scales = (scale, scale if params.guidance_scale_2 is None else params.guidance_scale_2)
+        guidance = [Guidance(s, rescale) for _, s in zip(networks, scales, strict=False)]
+        branches = max((g.branches for g in guidance), key=len)
+        size, rows = _size(batch), len(branches) * batch.size
+        options = {"window": extra.get(WINDOW), "sink": extra.get(SINK), "dtype": args.dtype}
+        times = [*schedule.times, float(int(extra.get(CONTEXT_NOISE) or 0)), 0.0]
+        experts = [
+            Expert(
+                network,
+                own,
+                {
+                    **conditioning_of(network, batch, args, branches),
+                    "cache": network.new_cache(rows, (size.height, size.width), size.frames, **options),
+                },
+                network.prepare_timesteps(torch.tensor(times, device=args.device)),
             )
-            conditioning.append({**conditioning_of(expert, batch, args, widest.branches), "cache": cache})
-        rollout = Rollout(
-            schedule,
-            guidance,
-            conditioning,
-            (video.channels, video.height, video.width),
-            self.config.local_attn_size if window is None else window,
-        )
+            for network, own in zip(networks, guidance, strict=True)
+        ]
+        window = networks[0].config.local_attn_size if extra.get(WINDOW) is None else extra[WINDOW]
+        noise = batch.noise or NoiseSource(batch.seeds)
         return StrategyState(
             batch=batch,
             args=args,
-            latents=torch.empty(batch.size, video.channels, 0, video.height, video.width, device=args.device),
-            guidance=widest,
-            noise=batch.noise or NoiseSource(batch.seeds),
+            latents=torch.empty(batch.size, size.channels, 0, size.height, size.width, device=args.device),
+            guidance=max(guidance, key=lambda g: len(g.branches)),
+            noise=noise,
             times=schedule.times,
-            conditioning=conditioning[0],
-            tables={"rollout": rollout, "steps": [e.prepare_timesteps(times) for e in experts]},
+            scheduler=FewStepRun(schedule, noise, args.device),
+            tables={"rollout": Rollout(experts, size, window, times)},
         )
+
+    def reprompt(self, state: StrategyState) -> None:
+        """Blocks from now on follow the batch's prompt embeddings as they are now; what was made is remembered."""
+        for expert in _rollout(state).experts:
+            text = conditioning_of(expert.network, state.batch, state.args, state.guidance.branches)
+            expert.conditioning = {**expert.conditioning, **text}
 
     def postprocess(self, state: StrategyState) -> ForwardBatch:
         """The blocks of an offline run into `batch.latents`."""
@@ -213,97 +198,78 @@ class CausalStrategy(DMDStrategy):
             state.batch.latents = torch.cat(kept, dim=2)
         return state.batch
 
-    def _networks(self) -> list[CausalTransformer]:
-        second = self.parts.transformer_2
-        return [self.parts.transformer] if second is None else [self.parts.transformer, second]
-
     # -- blocks -------------------------------------------------------------------------------------------------------
 
     def block_plan(self, state: StrategyState) -> BlockPlan:
         """Given blocks, then blocks of noise.
 
-        Where the first frame is a block of its own, frames that do not fill the last block are left out.
-
         Raises:
             InputError: the frames cannot be divided into blocks.
         """
-        _rollout(state).kept = []
-        frames = _size(state.batch).frames
-        if frames is None:
+        rollout = _rollout(state)
+        if rollout.size.frames is None:
             raise InputError("an offline run needs a number of frames; for a stream use streaming_reset")
-        blocks = self._first_blocks(state)
-        size, left = self.config.num_frames_per_block, frames - sum(b.frames for b in blocks)
-        if left < 0:
-            raise InputError(f"{frames} latent frames are fewer than the first blocks need")
-        if left % size and not blocks:
-            low = frames - left % size
-            near = " or ".join(str(n) for n in (low, low + size) if n)
-            raise InputError(f"{frames} latent frames are no multiple of the block, {size}; nearest: {near}")
-        return BlockPlan((*blocks, *[LatentBlock(size)] * (left // size)))
+        rollout.kept = []
+        size, alone, given = self._first(state)
+        count = len(plan_blocks(rollout.size.frames, size, alone, given))
+        return BlockPlan(tuple(self._block(state, index) for index in range(count)))
 
-    def _first_blocks(self, state: StrategyState) -> list[LatentBlock]:
-        """What comes before the regular blocks: given frames, or a first frame of its own."""
-        size, condition = self.config.num_frames_per_block, state.batch.condition
-        alone = self.config.independent_first_frame or self.parts.transformer_2 is not None
-        if condition is None:
-            return [LatentBlock(1)] if alone and size > 1 else []
-        frames = condition.shape[2]
-        if frames % size == 0 and not alone:
-            sizes = [size] * (frames // size)
-        elif frames % size == 1 % size:
-            sizes = [1] + [size] * (frames // size - (size == 1))
-        else:
-            raise InputError(f"{frames} given latent frames are not one frame and blocks of {size}")
-        ends = list(accumulate(sizes))
-        return [LatentBlock(n, condition[:, :, end - n : end]) for n, end in zip(sizes, ends, strict=True)]
+    def _first(self, state: StrategyState) -> tuple[int, bool, int]:
+        """Frames of a regular block, whether the first frame is a block of its own, and given frames."""
+        config, condition = self.parts.transformer.config, state.batch.condition
+        alone = config.independent_first_frame or self.parts.transformer_2 is not None
+        return config.num_frames_per_block, alone, 0 if condition is None else condition.shape[2]
+
+    def _block(self, state: StrategyState, index: int) -> LatentBlock:
+        """What the block of an index is made of, where nobody says otherwise."""
+        size, alone, given = self._first(state)
+        first, condition = block_sizes(size, alone, given), state.batch.condition
+        if index >= len(first):
+            return LatentBlock(size)
+        start = sum(first[:index])
+        return LatentBlock(
+            first[index], condition if condition is None else condition[:, :, start:][:, :, : first[index]]
+        )
 
     def init_block_context(self, state: StrategyState, item: LatentBlock | None, idx: int) -> BlockContext:
         """The block's noise, or its given latents, and its place in the video.
 
         Raises:
-            InputError: given latents of another size; a stream beyond what a model without a window sees at once.
+            InputError: latents of another size; a stream beyond what a model without a window sees at once.
         """
-        rollout = _rollout(state)
-        block = item or self._next_block(state, idx)
-        channels, height, width = rollout.size
+        rollout, block = _rollout(state), item or self._block(state, idx)
         start, stop = rollout.start, rollout.start + block.frames
-        cache: KeyValueCache = rollout.conditioning[0]["cache"]
-        if rollout.window == -1 and stop > cache.frames:
+        limit = rollout.experts[0].conditioning["cache"].frames
+        if rollout.window == -1 and stop > limit:
             raise InputError(
-                f"latent frame {stop} is beyond the {cache.frames} that this model was trained to see at once; set "
-                f"{WINDOW} for a rolling window"
+                f"latent frame {stop} is beyond the {limit} that this model was trained to see at once; set {WINDOW} "
+                "for a rolling window"
             )
-        shape = (state.batch.size, channels, block.frames, height, width)
-        rollout.noise = state.noise.fork(idx)
-        if block.given is not None:
-            latents = block.given
-        elif state.batch.latents is not None:
-            latents = state.batch.latents[:, :, start:stop]
-        else:
-            latents = rollout.noise.draw(shape[1:])
+        shape = (state.batch.size, rollout.size.channels, block.frames, rollout.size.height, rollout.size.width)
+        noise = state.noise.fork(idx)
+        latents = block.given
+        if latents is None:
+            whole = state.batch.latents
+            latents = noise.draw(shape[1:]) if whole is None else whole[:, :, start:stop]
         if tuple(latents.shape) != shape:
             raise InputError(f"latents of a block have shape {tuple(latents.shape)}; it needs {shape}")
         state.latents = latents.to(state.args.device, torch.float32)
-        rollout.shared = [{**e.prepare_shared(shape, start), "start_frame": start} for e in self._networks()]
+        assert isinstance(state.scheduler, FewStepRun)
+        state.scheduler = FewStepRun(state.scheduler.schedule, noise, state.args.device)
+        for expert in rollout.experts:
+            expert.shared = {**expert.network.prepare_shared(shape, start), "start_frame": start}
         return BlockContext(idx, data={"block": block})
-
-    def _next_block(self, state: StrategyState, idx: int) -> LatentBlock:
-        first = self._first_blocks(state) if idx == 0 or state.batch.condition is not None else []
-        return first[idx] if idx < len(first) else LatentBlock(self.config.num_frames_per_block)
 
     def process_block(self, state: StrategyState, ctx: BlockContext, item: Any) -> Iterator[Event]:
         """The few steps; a given block has none."""
-        block: LatentBlock = ctx.data["block"]
-        if block.given is None:
-            yield from ctx.steps(_rollout(state).schedule.times)
+        if ctx.data["block"].given is None:
+            yield from ctx.steps(state.times)
 
     def update_context(self, state: StrategyState, ctx: BlockContext, item: Any) -> None:
         """Write keys and values of the finished block into the caches of all branches and experts."""
         rollout, block = _rollout(state), ctx.data["block"]
-        entry = len(rollout.schedule) + (block.given is not None)
-        clean = _context_time(state.batch) if block.given is None else 0.0
-        for expert in range(len(rollout.conditioning)):
-            inputs = self._block_rows(state, expert, clean, entry)
+        for expert in range(len(rollout.experts)):
+            inputs = self._rows(state, expert, len(state.times) + (block.given is not None))
             for rows in plan_rows(inputs, state.args.cfg):
                 ctx.forward(inputs.select(*rows))
         ctx.result = state.latents
@@ -315,32 +281,42 @@ class CausalStrategy(DMDStrategy):
 
     def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
         """The block once for each branch, for the expert of the step."""
-        return self._block_rows(state, _rollout(state).schedule.expert(step_idx), t, step_idx)
+        return self._rows(state, _expert(state, step_idx), step_idx)
 
-    def _block_rows(self, state: StrategyState, expert: int, t: float, index: int) -> ModelInputs:
-        rollout = _rollout(state)
-        return self.rows(state, expert, t, index, rollout.conditioning[expert], rollout.shared[expert])
+    def _rows(self, state: StrategyState, expert: int, index: int) -> ModelInputs:
+        """The block once for each branch, at one of the rollout's times."""
+        rollout, branches, batch = _rollout(state), state.guidance.branches, state.latents.shape[0]
+        own = rollout.experts[expert]
+        latents = state.latents.to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
+        timestep = torch.full((len(latents),), rollout.times[index], device=latents.device)
+        shared = {"expert": expert, **own.shared, **take_rows(own.steps, slice(index, index + 1))}
+        return ModelInputs(latents, timestep, branches, batch, own.conditioning, shared)
+
+    def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
+        """One forward of the rows' expert; it writes their keys and values."""
+        shared = dict(model_inputs.shared)
+        expert: int = shared.pop("expert")
+        network = _rollout(state).experts[expert].network
+        return network(model_inputs.latents, model_inputs.timestep, **model_inputs.conditioning, **shared)
 
     def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
         """Classifier-free guidance in float32, by the expert's scale."""
-        rollout = _rollout(state)
-        guidance = rollout.guidance[rollout.schedule.expert(state.active.index)]
-        return guidance.combine(split_branches(state, noise_pred))
+        expert = _rollout(state).experts[_expert(state, state.active.index)]
+        return expert.guidance.combine(split_branches(state, noise_pred))
 
     def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
-        """Jump and noise, float32 (the jump in float64), with the block's own noise."""
-        rollout = _rollout(state)
-        assert rollout.noise is not None
-        return jump(state, rollout.schedule, rollout.noise, noise_pred)
+        """Jump to the clean block and noise it again, with the block's own noise."""
+        assert state.scheduler is not None
+        return state.scheduler.step(noise_pred, state.active.index, state.latents)
 
 
 def _rollout(state: StrategyState) -> Rollout:
     return state.tables["rollout"]
 
 
-def _context_time(batch: ForwardBatch) -> float:
-    """When a finished block is remembered, a whole timestep."""
-    return float(int((batch.params.extra or {}).get(CONTEXT_NOISE) or 0))
+def _expert(state: StrategyState, index: int) -> int:
+    assert isinstance(state.scheduler, FewStepRun)
+    return state.scheduler.schedule.expert(index)
 
 
 def _size(batch: ForwardBatch) -> LatentVideo:
