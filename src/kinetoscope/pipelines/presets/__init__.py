@@ -10,6 +10,7 @@ from kinetoscope.core.types import ExecutionArgs, SamplingParams
 from kinetoscope.loading import ModelDir
 from kinetoscope.models.wan.spec import PRESETS
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets.causal_wan import CausalWan
 from kinetoscope.pipelines.presets.cosmos import (
     Cosmos2TextToImage,
     Cosmos2VideoToWorld,
@@ -17,6 +18,7 @@ from kinetoscope.pipelines.presets.cosmos import (
     CosmosTextToWorld,
     CosmosVideoToWorld,
 )
+from kinetoscope.pipelines.presets.fast_wan import FastWanImageToVideo, FastWanTextToVideo
 from kinetoscope.pipelines.presets.hunyuan import HunyuanImageToVideo, HunyuanVideo
 from kinetoscope.pipelines.presets.longcat import LongCatVideo
 from kinetoscope.pipelines.presets.ltx import LTXVideo
@@ -47,6 +49,9 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
     "SkyReelsV2DiffusionForcingPipeline": SkyReelsForcing,
     "SkyReelsV2ImageToVideoPipeline": SkyReelsImageToVideo,
     "SkyReelsV2Pipeline": SkyReelsTextToVideo,
+    "WanCausalDMDPipeline": CausalWan,
+    "WanDMDPipeline": FastWanTextToVideo,
+    "WanImageToVideoDmdPipeline": FastWanImageToVideo,
     "WanImageToVideoPipeline": WanImageToVideo,
     "WanPipeline": WanTextToVideo,
     "WanVideoToVideoPipeline": WanVideoToVideo,
