@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor
 
+from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
@@ -225,6 +230,47 @@ def test_qwen_embeddings(pairs: Any) -> None:
     torch.testing.assert_close(stage.encode(prompts, torch.device("cpu")), theirs, rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="512"):
         stage.encode(["x" * 600], torch.device("cpu"))
+
+
+def test_a_generator_with_a_picture(pairs: Any, tmp_path: Path) -> None:
+    """From a picture file to a written video; a guardrail listed in the index, which has no folder, is not missed."""
+    ours, oracle = pairs(VIDEO_2)
+    path = Path(shutil.copytree(ours.model.path, tmp_path / "model"))
+    index = json.loads((path / "model_index.json").read_text())
+    index["safety_checker"] = ["cosmos_guardrail", "CosmosSafetyChecker"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    picture = (255 * pixels(1)[0].permute(1, 2, 0)).round().to(torch.uint8).numpy()
+    PIL.Image.fromarray(picture).save(tmp_path / "picture.png")
+    generator = VideoGenerator.from_pretrained(path, device="cpu", dtype="float32")
+    result = generator.generate_video(
+        PROMPT,
+        NEGATIVE,
+        HEIGHT,
+        WIDTH,
+        9,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        seed=3,
+        image=tmp_path / "picture.png",
+        sigma_conditioning=0.001,
+        output_path=tmp_path / "out.mp4",
+    )
+    theirs = oracle(
+        image=PIL.Image.fromarray(picture),
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=9,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        fps=16,
+        sigma_conditioning=0.001,
+        generator=torch.Generator("cpu").manual_seed(3),
+        output_type="latent",
+    ).frames[0]
+    assert (result.latents - theirs).abs().max() <= 1e-4 * theirs.std()
+    assert (tmp_path / "out.mp4").stat().st_size > 0 and result.params.fps == 16
 
 
 def test_two_runs_interleave(pairs: Any) -> None:

@@ -96,15 +96,18 @@ class ModelDir:
         return values
 
     def components(self) -> dict[str, str]:
-        """Component name -> class name, in the order of the index; components that the index leaves empty are left out.
+        """Component name -> class name, in the order of the index.
+
+        Left out are components that the index leaves empty, and safety checkers: they belong to other packages, may
+        have no folder, and are not run.
 
         Raises:
             ModelLoadError: an entry that is not a pair of library and class name.
         """
         found: dict[str, str] = {}
         for name, value in self.model_index.items():
-            if not isinstance(value, list) or name.startswith("_"):
-                continue  # settings of the pipeline class
+            if not isinstance(value, list) or name.startswith("_") or name == "safety_checker":
+                continue  # the first two are settings of the pipeline class
             if len(value) != 2 or not all(v is None or isinstance(v, str) for v in value):
                 raise ModelLoadError(f"{self.path / INDEX}: {name} should be [library, class name]; got {value!r}")
             if value[1] is not None:
