@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
@@ -341,3 +343,18 @@ def test_presets(pair: Callable[..., Pair]) -> None:
     assert (text.guidance_scale, text.flow_shift) == (6.0, 8.0)
     assert (image.guidance_scale, image.flow_shift) == (5.0, 5.0)
     assert text.extra == image.extra == spec.FORCING_EXTRA
+
+
+def test_a_model_knows_its_window(tmp_path: Path) -> None:
+    """What a directory says of a family's parameter stands above the family's default, and below the request's."""
+    path = make_tiny_skyreels(tmp_path, FORCING)
+    (path / "kinetoscope.json").write_text(json.dumps({"defaults": {"extra": {"base_num_frames": 13}}}))
+    generator = VideoGenerator.from_pretrained(path, device="cpu", dtype="float32")
+    small = {"height": 32, "width": 32, "num_inference_steps": 1}
+    with pytest.raises(InputError, match="base_num_frames=13"):
+        generator.generate_video(PROMPT, num_frames=17, **small)
+    long = generator.generate_video(PROMPT, num_frames=17, overlap_history=5, **small)
+    assert long.params.extra == {**spec.FORCING_EXTRA, "base_num_frames": 13, "overlap_history": 5}
+    assert long.frames.shape == (17, 32, 32, 3)
+    one = generator.generate_video(PROMPT, num_frames=17, base_num_frames=17, **small)
+    assert one.frames.shape == (17, 32, 32, 3)

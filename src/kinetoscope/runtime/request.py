@@ -85,6 +85,8 @@ class VideoRequest:
             strength=self._strength(),
             extra=_known_extra(self.extra, extra_defaults or {}),
         ).over(defaults)
+        if extra_defaults:  # below what the model's own defaults say
+            params = params.over(SamplingParams(extra=dict(extra_defaults)))
         check_params(params, geometry)
         one = isinstance(self.prompt, str)
         if not isinstance(self.prompt, (str, list, tuple)):
@@ -168,14 +170,13 @@ class VideoPlan:
 
 
 def _known_extra(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The family's own parameters: given ones over its defaults."""
+    """The family's own parameters that are given; None where there are none."""
     for name in given:
         if name not in defaults:
             near = difflib.get_close_matches(name, [*defaults, *VideoRequest.__dataclass_fields__], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"unknown parameter {name!r}{hint} This model's own: {', '.join(defaults) or 'none'}")
-    merged = {**defaults, **{k: v for k, v in given.items() if v is not None}}
-    return merged or None
+    return {k: v for k, v in given.items() if v is not None} or None
 
 
 def _to_tensor(frames: list[np.ndarray]) -> Tensor:
