@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from kinetoscope.core.errors import ConfigError
+
+Config = TypeVar("Config", bound="WanConfig")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class WanConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> WanConfig:
+    def from_dict(cls: type[Config], config: Mapping[str, Any]) -> Config:
         """Read a parsed `config.json`; fields that begin with an underscore are diffusers' bookkeeping and are skipped.
 
         Raises:

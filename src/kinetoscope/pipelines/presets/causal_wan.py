@@ -1,0 +1,94 @@
+"""Causal Wan (self-forcing): text or image to video, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, SINK, WINDOW, CausalStrategy
+from kinetoscope.loading import register_transformer
+from kinetoscope.models.wan import spec
+from kinetoscope.models.wan.causal import CausalWanConfig, CausalWanTransformer3DModel
+from kinetoscope.models.wan.distilled import CAUSAL_PRESETS, DEFAULT_BOUNDARY
+from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets.wan import TRAIN_TIMESTEPS
+from kinetoscope.pipelines.stages import (
+    DecodingStage,
+    DenoisingStage,
+    FirstFrameStage,
+    InputValidationStage,
+    TextEncodingStage,
+    VideoGeometry,
+)
+from kinetoscope.pipelines.stages.few_step import BlockLatentStage, BlockValidationStage, FewStepTimestepStage
+
+
+class CausalWan(ComposedPipeline):
+    """Prompt, and perhaps a first image -> video, a block of latent frames at a time with a K/V cache.
+
+    Of the directory's scheduler nothing is used but what the preset says. With two transformers (Wan 2.2), or with an
+    image, the first latent frame is a block of its own, and frames that do not fill the last block are left out: of 81
+    frames 73 are made.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae")
+    tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v")
+    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+
+    @property
+    def extra_defaults(self) -> Mapping[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Timesteps and whether they are warped; when a block is remembered; window and sink (None: the model's)."""
+        return {CONTEXT_NOISE: 0, WINDOW: None, SINK: None, **(self.defaults().extra or {})}
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """A first image."""
+        return {"image": False}
+
+    def create_stages(self) -> None:
+        """Validation, text, timesteps, latents, first frame, denoising, decoding."""
+        config = self.config = CausalWanConfig.from_dict(self.model.config("transformer"))
+        vae = self.model.config("vae")
+        self.geometry = VideoGeometry(
+            spatial=vae.get("scale_factor_spatial", 8),
+            temporal=vae.get("scale_factor_temporal", 4),
+            patch=config.patch_size,
+            max_positions=config.rope_max_seq_len,
+        )
+        boundary = self._boundary()
+        alone = config.independent_first_frame or boundary is not None
+        self.add_stage("validation", InputValidationStage(self.geometry))
+        self.add_stage("blocks", BlockValidationStage(self.geometry, config, alone))
+        self.add_stage("timesteps", FewStepTimestepStage(self.extra_defaults["dmd_denoising_steps"], boundary))
+        self.add_stage(
+            "text_encoding",
+            TextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH),
+        )
+        self.add_stage("latents", BlockLatentStage(self.geometry, vae.get("z_dim", config.out_channels)))
+        self.add_stage("first_frame", FirstFrameStage(self.lazy("vae")))
+        low = {} if boundary is None else {"transformer_2": self.lazy("transformer_2"), "boundary": boundary}
+        unused: Any = None  # no scheduler: the schedule is the student's list
+        self.add_stage(
+            "denoising", DenoisingStage(self.lazy("transformer"), unused, CausalStrategy, hooks=self.hooks, **low)
+        )
+        self.add_stage("decoding", DecodingStage(self.lazy("vae")))
+
+    def _boundary(self) -> float | None:
+        """Timestep between the experts, where the directory has two."""
+        if "transformer_2" not in self.model.components():
+            return None
+        return self.model.model_index.get("boundary_ratio", DEFAULT_BOUNDARY) * TRAIN_TIMESTEPS
+
+    def defaults(self) -> SamplingParams:
+        """The directory's own defaults over the preset of its published name, or of the model it is like."""
+        like = "wlsaidhi/SFWan2.1-T2V-1.3B" if self._boundary() is None else "rand0nmr/SFWan2.2-T2V-A14B"
+        preset = CAUSAL_PRESETS.get(self.model.name) or CAUSAL_PRESETS[f"{like}-Diffusers"]
+        return SamplingParams(**self.model.defaults).over(preset)
+
+    def forward_flops(self, tokens: int) -> float:
+        """As Wan's over the whole video: an upper bound, since a block sees only what was made before it."""
+        return spec.forward_flops(self.config, tokens)
+
+
+register_transformer("CausalWanTransformer3DModel", CausalWanTransformer3DModel, CausalWanConfig.from_dict)
