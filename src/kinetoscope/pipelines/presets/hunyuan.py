@@ -123,7 +123,8 @@ for _name in ("LlamaModel", "LlavaForConditionalGeneration", "CLIPTextModel"):
     register_transformers_model(_name)
 for _name in ("LlamaTokenizer", "LlamaTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast"):
     register_tokenizer(_name)
-register_image_processor("CLIPImageProcessor")
+for _name in ("CLIPImageProcessor", "CLIPImageProcessorPil"):
+    register_image_processor(_name)
 register_transformer(
     "HunyuanVideoTransformer3DModel", HunyuanVideoTransformer3DModel, spec.HunyuanVideoConfig.from_dict
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from kinetoscope.core.errors import InputError
@@ -16,8 +14,8 @@ from kinetoscope.models.hunyuan import spec
 from kinetoscope.models.hunyuan.strategy import HunyuanInputs, true_cfg_scale
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.encoded import PromptCache, pad_rows, to_picture
 from kinetoscope.pipelines.stages.scaled_vae import encode_images
-from kinetoscope.pipelines.stages.text import CACHE_SIZE
 from kinetoscope.pipelines.stages.validation import MAX_GUIDANCE, InputValidationStage
 
 
@@ -54,11 +52,11 @@ class HunyuanTextEncodingStage(Stage):
         self._text_encoder = text_encoder
         self._tokenizer_2 = tokenizer_2
         self._text_encoder_2 = text_encoder_2
-        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._cache = PromptCache[tuple[Tensor, Tensor]]()
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
-        """Encode each distinct prompt once; the last `CACHE_SIZE` stay for later batches."""
+        """Each distinct prompt is encoded once and stays for later batches."""
         words, pooled = self.encode(batch.prompts, args.device)
         batch.prompt_embeds, batch.prompt_lengths = pad_rows(words, spec.TEXT_LENGTH)
         batch.family = HunyuanInputs(pooled)
@@ -73,17 +71,8 @@ class HunyuanTextEncodingStage(Stage):
         Raises:
             InputError: a prompt is longer than the model reads.
         """
-        pairs = [self._encode_one(prompt, device) for prompt in prompts]
+        pairs = [self._cache.get(p, lambda p=p: (self._words(p, device), self.pool(p, device))) for p in prompts]
         return [words for words, _ in pairs], torch.stack([pooled for _, pooled in pairs])
-
-    def _encode_one(self, prompt: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
-        self._cache[prompt] = made = (self._words(prompt, device), self.pool(prompt, device))
-        if len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
-        return made
 
     def _words(self, prompt: str, device: torch.device) -> Tensor:
         """[n, D]; the language model is causal, so padding behind the prompt would change nothing and is left out."""
@@ -198,12 +187,6 @@ class HunyuanImageLatentStage(Stage):
         return batch
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """An image [3, H, W] in [-1, 1] as encoders' processors take it."""
-    pixels = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
 def check_length(count: int) -> None:
     """Refuse a prompt of more tokens than the model reads.
 
@@ -212,9 +195,3 @@ def check_length(count: int) -> None:
     """
     if count > spec.TEXT_LENGTH:
         raise InputError(f"the prompt has {count} tokens and the model reads at most {spec.TEXT_LENGTH}; shorten it")
-
-
-def pad_rows(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Texts [n, D] as one [B, length, D], zero beyond the true lengths [B] (int64, CPU)."""
-    padded = [nn.functional.pad(row, (0, 0, 0, length - len(row))) for row in rows]
-    return torch.stack(padded), torch.tensor([len(row) for row in rows])
