@@ -20,6 +20,7 @@ from kinetoscope.pipelines.presets.cosmos import (
 )
 from kinetoscope.pipelines.presets.fast_wan import FastWanImageToVideo, FastWanTextToVideo
 from kinetoscope.pipelines.presets.hunyuan import HunyuanImageToVideo, HunyuanVideo
+from kinetoscope.pipelines.presets.hunyuan15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from kinetoscope.pipelines.presets.longcat import LongCatVideo
 from kinetoscope.pipelines.presets.ltx import LTXVideo
 from kinetoscope.pipelines.presets.matrix_game import MatrixGameWorld
@@ -38,6 +39,8 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
     "Cosmos2_5_PredictBasePipeline": Cosmos25Predict,
     "CosmosTextToWorldPipeline": CosmosTextToWorld,
     "CosmosVideoToWorldPipeline": CosmosVideoToWorld,
+    "HunyuanVideo15ImageToVideoPipeline": HunyuanVideo15ImageToVideo,
+    "HunyuanVideo15Pipeline": HunyuanVideo15,
     "HunyuanVideoImageToVideoPipeline": HunyuanImageToVideo,
     "HunyuanVideoPipeline": HunyuanVideo,
     "LTXImageToVideoPipeline": LTXVideo,
