@@ -17,12 +17,14 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.strategies.matrix_game import Actions, MatrixGameStrategy
 from kinetoscope.loading import ModelDir
+from kinetoscope.media import read_metadata, read_video
 from kinetoscope.media.actions import parse_actions
 from kinetoscope.models.matrix_game import spec
 from kinetoscope.pipelines.presets import build_pipeline
 from kinetoscope.pipelines.presets.matrix_game import MatrixGameWorld
 from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.pipelines.stages.matrix_game import FrameDecoder, as_actions
+from kinetoscope.runtime.generator import VideoGenerator
 from models.tiny_matrix_game import FIXTURES, IMAGE_DIM, published_config, tiny_model
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 21
@@ -59,6 +61,8 @@ def make_world(path: Path, variant: str, *, converted: bool = False) -> Path:
         save_file(dict(tiny_model(variant).state_dict()), weights)
     else:
         shutil.copy(FIXTURES / f"{variant}.weights.safetensors", weights)
+    (path / "scheduler").mkdir()
+    (path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "SomeScheduler"}')
     index = {
         "_class_name": "MatrixGame2CausalDMDPipeline",
         "image_encoder": ["transformers", "CLIPVisionModel"],
@@ -185,6 +189,28 @@ def test_other_layouts_and_converted_directories(tmp_path: Path, variant: str, k
     assert batch.params.extra["actions"]["layout"] == pipeline.layout, "the record holds the script itself"
     again = pipeline.run(request(pipeline, batch.params.extra["actions"]))
     assert np.array_equal(again.frames[0], batch.frames[0])
+
+
+def test_through_the_generator(tmp_path: Path) -> None:
+    """The published way in: a picture, a script file, a video file with its record."""
+    model = make_world(tmp_path / "w", "base")
+    script = tmp_path / "walk.json"
+    script.write_text(json.dumps(WALK))
+    generator = VideoGenerator.from_pretrained(str(model))
+    picture = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    result = generator.generate_video(
+        "a path through a wood",
+        image=picture,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        actions=str(script),
+        output_path=str(tmp_path / "out.mp4"),
+    )
+    assert len(read_video(tmp_path / "out.mp4")[0]) == FRAMES
+    record = read_metadata(tmp_path / "out.mp4")
+    assert len(record["params"]["extra"]["actions"]["frames"]) == 2
+    assert not isinstance(result, list)
 
 
 def test_presets() -> None:

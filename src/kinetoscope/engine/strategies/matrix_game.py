@@ -6,21 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise, SamplingParams
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise
 from kinetoscope.diffusion.few_step import FewStepSchedule
 from kinetoscope.diffusion.guidance import COND, Guidance
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree, take_rows
+from kinetoscope.engine.strategies.dmd import few_step_schedule
 from kinetoscope.nn.action import ActionConfig, action_windows, pad_actions
 
-STEPS, WARP, CONTEXT_NOISE = "dmd_denoising_steps", "warp_denoising_step", "context_noise"
-"""Names under which requests set the schedule and the timestep of the clean pass (`SamplingParams.extra`)."""
+CONTEXT_NOISE = "context_noise"
+"""Name under which requests set the timestep of the clean pass (`SamplingParams.extra`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +144,7 @@ class MatrixGameStrategy:
         """Schedule, image K/V, modulation of every step and all memory of the run.
 
         Raises:
-            InputError: the schedule, see `FewStepSchedule.make`; guidance is asked for; the condition does not fit.
+            InputError: see `few_step_schedule`; guidance is asked for; the condition does not fit.
         """
         params, config, transformer = batch.params, self.config, self.parts.transformer
         if params.guidance_scale not in (None, 1.0):
@@ -156,7 +157,7 @@ class MatrixGameStrategy:
                 f"condition of shape {list(shape)}: it needs {config.condition_channels} channels and at least two "
                 "latent frames"
             )
-        schedule = _schedule(params)
+        schedule = few_step_schedule(params)
         times = torch.tensor([*schedule.times, self._context_time(batch)], device=args.device)
         size = (config.out_channels, *shape[2:])
         image = transformer.prepare_conditioning(image_embeds=batch.image_embeds.to(args.device, args.dtype))
@@ -319,20 +320,6 @@ class MatrixGameStrategy:
         x, noise = state.latents, _play(state).noise
         assert noise is not None
         return _play(state).schedule.step(state.active.index, x, noise_pred, lambda: noise.draw(x.shape[1:]).to(x))
-
-
-def _schedule(params: SamplingParams) -> FewStepSchedule:
-    extra = params.extra or {}
-    steps: Any = extra.get(STEPS)
-    if not isinstance(steps, list | tuple) or params.flow_shift is None:
-        raise InputError(f"Matrix-Game needs flow_shift and the list {STEPS}; got {params.flow_shift} and {steps!r}")
-    schedule = FewStepSchedule.make(cast("Sequence[int]", steps), params.flow_shift, warp=bool(extra.get(WARP, False)))
-    if params.num_inference_steps not in (None, len(schedule)):
-        raise InputError(
-            f"num_inference_steps={params.num_inference_steps}, but this model was distilled for {len(schedule)}: "
-            f"{list(schedule.times)}; to change them set {STEPS}"
-        )
-    return schedule
 
 
 def _play(state: StrategyState) -> Play:
