@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel as Oracle
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.engine.protocols import take_rows
@@ -18,6 +19,7 @@ from kinetoscope.models.wan.causal import (
 )
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from models.family_contract import FamilyContract
 from models.tiny_causal_wan import (
     FIXTURES,
     TEXT,
@@ -30,6 +32,34 @@ from models.tiny_causal_wan import (
 )
 
 TOLERANCE = 1e-5
+
+
+class TestCausalWan(FamilyContract):
+    """All frames as one block: the family's contract against diffusers' Wan, one timestep a frame."""
+
+    SHAPES = ((2, 4, 2, 8, 8), (1, 4, 1, 4, 6), (1, 4, 5, 10, 4))
+
+    def make_oracle(self) -> nn.Module:
+        return Oracle(**TINY)
+
+    def make_ours(self, oracle: nn.Module) -> nn.Module:
+        return CausalWanTransformer3DModel(CausalWanConfig.from_dict(TINY))
+
+    def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+        rows, _, frames = shape[:3]
+        return {
+            "latents": torch.randn(shape, generator=generator),
+            "timestep": 1000 * torch.rand(rows, frames, generator=generator),
+            "encoder_hidden_states": torch.randn(rows, TEXT, TINY["text_dim"], generator=generator),
+            "blocks": [frames],
+        }
+
+    def call_oracle(self, oracle: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        frame_tokens = inputs["latents"][0, 0, 0].numel() // 4
+        timestep = inputs["timestep"].repeat_interleave(frame_tokens, dim=1)
+        return oracle(inputs["latents"], timestep, inputs["encoder_hidden_states"], return_dict=False)[0]
+
+
 WINDOWS = [(-1, 0), (4, 0), (4, 1), (5, 2), (3, 0)]
 
 

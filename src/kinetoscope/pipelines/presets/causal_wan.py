@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, SINK, WINDOW, CausalStrategy
+from kinetoscope.engine.strategies.dmd import STEPS, WARP
 from kinetoscope.loading import register_transformer
 from kinetoscope.models.wan import spec
 from kinetoscope.models.wan.causal import CausalWanConfig, CausalWanTransformer3DModel
@@ -35,11 +36,13 @@ class CausalWan(ComposedPipeline):
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v")
     attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
-
-    @property
-    def extra_defaults(self) -> Mapping[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Timesteps and whether they are warped; when a block is remembered; window and sink (None: the model's)."""
-        return {CONTEXT_NOISE: 0, WINDOW: None, SINK: None, **(self.defaults().extra or {})}
+    extra_defaults: ClassVar[Mapping[str, Any]] = {
+        STEPS: [1000, 750, 500, 250],
+        WARP: True,
+        CONTEXT_NOISE: 0,
+        WINDOW: None,  # None: the model's own
+        SINK: None,
+    }
 
     @property
     def inputs(self) -> Mapping[str, bool]:
@@ -56,11 +59,11 @@ class CausalWan(ComposedPipeline):
             patch=config.patch_size,
             max_positions=config.rope_max_seq_len,
         )
-        boundary = self._boundary()
+        boundary, steps = self._boundary(), {**self.extra_defaults, **(self.defaults().extra or {})}[STEPS]
         alone = config.independent_first_frame or boundary is not None
         self.add_stage("validation", InputValidationStage(self.geometry))
         self.add_stage("blocks", BlockValidationStage(self.geometry, config, alone))
-        self.add_stage("timesteps", FewStepTimestepStage(self.extra_defaults["dmd_denoising_steps"], boundary))
+        self.add_stage("timesteps", FewStepTimestepStage(steps, boundary))
         self.add_stage(
             "text_encoding",
             TextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from kinetoscope.core.types import SamplingParams
-from kinetoscope.engine.strategies.dmd import DMDExpertStrategy, DMDStrategy
+from kinetoscope.engine.strategies.dmd import STEPS, WARP, DMDExpertStrategy, DMDStrategy
 from kinetoscope.models.wan.distilled import FEW_STEP_PRESETS, FirstFrameDMDStrategy
 from kinetoscope.pipelines.presets.wan import TRAIN_TIMESTEPS, WanImageToVideo, WanTextToVideo
 from kinetoscope.pipelines.stages import DenoisingStage, FirstFrameStage
@@ -20,11 +20,7 @@ class FastWanTextToVideo(WanTextToVideo):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
-
-    @property
-    def extra_defaults(self) -> Mapping[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The list of timesteps, and whether it is warped."""
-        return self.defaults().extra or {}
+    extra_defaults: ClassVar[Mapping[str, Any]] = {STEPS: [1000, 757, 522], WARP: False}
 
     @property
     def inputs(self) -> Mapping[str, bool]:
@@ -35,7 +31,7 @@ class FastWanTextToVideo(WanTextToVideo):
         """Wan's, with the student's timesteps."""
         super().create_stages()
         ratio = self.model.model_index.get("boundary_ratio")
-        steps = self.extra_defaults["dmd_denoising_steps"]
+        steps = {**self.extra_defaults, **(self.defaults().extra or {})}[STEPS]
         stage = FewStepTimestepStage(steps, None if ratio is None else ratio * TRAIN_TIMESTEPS)
         self.add_stage("timesteps", stage)
 
@@ -60,7 +56,7 @@ class FastWanTextToVideo(WanTextToVideo):
         return SamplingParams(**self.model.defaults).over(preset)
 
 
-class FastWanImageToVideo(FastWanTextToVideo, WanImageToVideo):  # pyright: ignore[reportIncompatibleVariableOverride]
+class FastWanImageToVideo(FastWanTextToVideo, WanImageToVideo):
     """Image and prompt -> video in few steps."""
 
     tasks: ClassVar[tuple[str, ...]] = ("i2v",)
