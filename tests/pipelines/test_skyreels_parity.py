@@ -30,6 +30,7 @@ STEPS = 4
 HEIGHT, WIDTH = 32, 48
 TEXT, IMAGE = "SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline"
 FORCING, FORCING_IMAGE = "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2DiffusionForcingImageToVideoPipeline"
+FORCING_VIDEO = "SkyReelsV2DiffusionForcingVideoToVideoPipeline"
 Pair = tuple[ComposedPipeline, Any]
 
 
@@ -82,6 +83,7 @@ def their_run(oracle: Any, frames: int, guidance: float, seeds: list[int], outpu
 
 def our_run(pipeline: ComposedPipeline, frames: int, guidance: float, seeds: list[int], **more: Any) -> ForwardBatch:
     images = {k: as_tensor(more.pop(k), len(seeds)) for k in ("image", "last_image") if k in more}
+    images |= {"video": more.pop("video")} if "video" in more else {}
     fps = float(more.pop("fps", 24))
     decode = more.pop("decode", False)
     params = SamplingParams(
@@ -210,6 +212,26 @@ def test_forcing_between_two_images(pair: Callable[..., Pair], more: dict[str, A
     assert np.abs(batch.frames[0] - video * 255.0).max() <= 1.0
 
 
+CONTINUED = {
+    "one window": ({"overlap_history": 5, "base_num_frames": 13}, 13),
+    "two windows": ({"overlap_history": 5, "base_num_frames": 13}, 21),
+    "blocks one after another": (
+        {"overlap_history": 9, "base_num_frames": 13, "ar_step": 1, "causal_block_size": 2},
+        17,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_forcing_continues_a_video(pair: Callable[..., Pair], name: str) -> None:
+    ours, oracle = pair(FORCING_VIDEO)
+    more, frames = CONTINUED[name]
+    video = [picture(i) for i in range(11)]
+    tensor = torch.stack([as_tensor(p)[0] for p in video], dim=1).unsqueeze(0)
+    theirs = their_run(oracle, frames, 5.0, [3], video=video, **more)
+    check(our_run(ours, frames, 5.0, [3], video=tensor, **more).latents, theirs)
+
+
 def test_a_batch_is_its_samples(pair: Callable[..., Pair]) -> None:
     """The oracle cannot: its frame-rate embedding does not broadcast over a batch."""
     ours, _ = pair(FORCING)
@@ -318,6 +340,13 @@ def test_bad_requests(pair: Callable[..., Pair]) -> None:
     with pytest.raises(InputError, match="one window"):
         images = {"image": picture(0), "last_image": picture(1)}
         our_run(ours, 29, 6.0, [1], base_num_frames=13, overlap_history=5, **images)
+    video = torch.zeros(1, 3, 5, HEIGHT, WIDTH)
+    with pytest.raises(InputError, match="given video"):
+        our_run(ours, 9, 6.0, [1], video=video)
+    with pytest.raises(InputError, match="fewer than overlap_history"):
+        our_run(ours, 13, 6.0, [1], video=video, overlap_history=9)
+    with pytest.raises(InputError, match="image and video"):
+        our_run(ours, 13, 6.0, [1], video=video, image=picture(0))
 
 
 TABLE = {  # height, width, frames, guidance, shift, base_num_frames
@@ -343,6 +372,8 @@ def test_presets(pair: Callable[..., Pair]) -> None:
     assert (text.guidance_scale, text.flow_shift) == (6.0, 8.0)
     assert (image.guidance_scale, image.flow_shift) == (5.0, 5.0)
     assert text.extra == image.extra == spec.FORCING_EXTRA
+    video = pair(FORCING_VIDEO)[0].defaults()
+    assert (video.guidance_scale, video.flow_shift, video.extra["overlap_history"]) == (5.0, 5.0, 17)
 
 
 def test_a_model_knows_its_window(tmp_path: Path) -> None:

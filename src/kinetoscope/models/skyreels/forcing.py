@@ -23,13 +23,14 @@ class ForcingPlan:
 
     Attributes:
         windows: latent frames of each window, overlap included.
-        overlap: latent frames that a window takes over from the one before.
+        history, overlap: frames, and latent frames, that a window takes over from the one before; 0 without.
         block: latent frames of a causal block, which move together.
         ar_step: steps by which a block lags behind the one before.
         noised: timestep that the network is told for frames taken over, and to which they are noised; 0: clean.
     """
 
     windows: tuple[int, ...]
+    history: int
     overlap: int
     block: int
     ar_step: int
@@ -37,7 +38,13 @@ class ForcingPlan:
 
 
 def plan_forcing(
-    extra: Mapping[str, Any] | None, num_frames: int, *, temporal: int, default_block: int, ends: int = 0
+    extra: Mapping[str, Any] | None,
+    num_frames: int,
+    *,
+    temporal: int,
+    default_block: int,
+    ends: int = 0,
+    continues: bool = False,
 ) -> ForcingPlan:
     """Check a request's parameters and cut its video into windows.
 
@@ -47,6 +54,7 @@ def plan_forcing(
         temporal: frames a latent frame spans.
         default_block: causal block size of the model's configuration.
         ends: clean latent frames put behind the video (a last image).
+        continues: whether the first window begins with `overlap_history` frames of a given video.
 
     Raises:
         InputError: a parameter out of range, a video longer than its window without overlap or with a last image, or
@@ -68,25 +76,29 @@ def plan_forcing(
     def latent(frames: int) -> int:
         return (frames - 1) // temporal + 1
 
-    base, history = given["base_num_frames"], given["overlap_history"]
-    total, window, overlap = latent(num_frames), latent(base), 0
-    windows = (total,)
-    if num_frames > base:
-        if type(history) is not int or not 1 <= history < base or latent(history) >= window:
+    base, history, overlap = given["base_num_frames"], given["overlap_history"], 0
+    total, window = latent(num_frames), latent(base)
+    windows = (min(total, window),)
+    if num_frames > base or continues:
+        shortest = min(num_frames, base)
+        if type(history) is not int or not 1 <= history < shortest or latent(history) >= windows[0]:
+            why = f"{num_frames} frames are more than base_num_frames={base}, the frames of a window"
+            if continues:
+                why = "a window begins with the last frames of the given video"
             raise InputError(
-                f"{num_frames} frames are more than base_num_frames={base}, the frames of a window: overlap_history "
-                f"must be in [1, {base - 1}] and leave new frames in a window (17 is usual); got {history!r}"
+                f"{why}: overlap_history must be in [1, {shortest - 1}] and leave new frames in a window (17 is "
+                f"usual); got {history!r}"
             )
-        if ends:
+        if ends and num_frames > base:
             raise InputError(f"a last image needs a video of one window, at most {base} frames; got {num_frames}")
         overlap = latent(history)
-        windows = _windows(total, window, overlap)
+        windows = _windows(total, windows[0], overlap)
     if uneven := [w + ends for w in windows if (w + ends) % block]:
         raise InputError(
             f"a window of {uneven[0]} latent frames is not a whole number of causal blocks of {block}; change "
             "num_frames, base_num_frames or causal_block_size"
         )
-    return ForcingPlan(windows, overlap, block, given["ar_step"], float(noised))
+    return ForcingPlan(windows, history if overlap else 0, overlap, block, given["ar_step"], float(noised))
 
 
 def _windows(total: int, window: int, overlap: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ __all__ = [
     "CONVENTION",
     "FORCING_EXTRA",
     "FORCING_IMAGE",
+    "FORCING_VIDEO",
     "KEY_MAP",
     "NEGATIVE_PROMPT",
     "PRESETS",
@@ -82,6 +83,7 @@ PRESETS: dict[str, SamplingParams] = {
     "Skywork/SkyReels-V2-DF-14B-720P-Diffusers": _preset(*_720, 6.0, 8.0, extra={"base_num_frames": 121}),
 }
 FORCING_IMAGE = SamplingParams(guidance_scale=5.0, flow_shift=5.0)  # diffusion forcing from an image
+FORCING_VIDEO = SamplingParams(guidance_scale=5.0, flow_shift=5.0, extra={"overlap_history": 17})  # from a video
 
 
 def forward_flops(config: SkyReelsConfig, tokens: int, text_tokens: int = TEXT_LENGTH) -> float:

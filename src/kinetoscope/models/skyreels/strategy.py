@@ -63,8 +63,9 @@ class Window:
 class ForcingStrategy(StandardStrategy):
     """A block is a window: its frames go from noise to clean each on its own schedule.
 
-    The first window starts from `batch.latents`, with `batch.condition` [B, C, 1, h, w] (an image) as its first frame;
-    later windows from further noise, with the last frames of the video so far in front.
+    The first window starts from `batch.latents`, with `batch.condition` [B, C, k, h, w] (an image, or the end of a
+    given video) as its first frames; later windows from further noise, with the last frames of the video so far in
+    front.
     """
 
     def prepare(self, batch: ForwardBatch, args: ExecutionArgs) -> StrategyState:
@@ -80,6 +81,13 @@ class ForcingStrategy(StandardStrategy):
             times=(),
             conditioning=self.prepare_conditioning(batch, args, guidance.branches),
         )
+
+    def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
+        """A private run of the whole schedule: a given video is continued, so `strength` has no meaning."""
+        params = batch.params
+        assert params.num_inference_steps is not None
+        prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
+        return prototype.start(params.num_inference_steps, args.device)
 
     # -- windows -------------------------------------------------------------------------------------------------------
 

@@ -23,9 +23,10 @@ from kinetoscope.pipelines.presets.hunyuan import HunyuanImageToVideo, HunyuanVi
 from kinetoscope.pipelines.presets.hunyuan15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from kinetoscope.pipelines.presets.longcat import LongCatVideo
 from kinetoscope.pipelines.presets.ltx import LTXVideo
-from kinetoscope.pipelines.presets.matrix_game import MatrixGameWorld
+from kinetoscope.pipelines.presets.matrix_game import MatrixGameVideo, MatrixGameWorld
 from kinetoscope.pipelines.presets.skyreels import (
     SkyReelsForcing,
+    SkyReelsForcingContinuation,
     SkyReelsForcingImageToVideo,
     SkyReelsImageToVideo,
     SkyReelsTextToVideo,
@@ -47,9 +48,12 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
     "LTXPipeline": LTXVideo,
     "LongCatVideoPipeline": LongCatVideo,
     "MatrixGame2CausalDMDPipeline": MatrixGameWorld,
+    "MatrixGame2I2VPipeline": MatrixGameVideo,
     "MatrixGameCausalDMDPipeline": MatrixGameWorld,
+    "MatrixGamePipeline": MatrixGameVideo,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": SkyReelsForcingImageToVideo,
     "SkyReelsV2DiffusionForcingPipeline": SkyReelsForcing,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": SkyReelsForcingContinuation,
     "SkyReelsV2ImageToVideoPipeline": SkyReelsImageToVideo,
     "SkyReelsV2Pipeline": SkyReelsTextToVideo,
     "WanCausalDMDPipeline": CausalWan,

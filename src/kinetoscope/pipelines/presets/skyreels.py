@@ -90,16 +90,19 @@ class SkyReelsImageToVideo(SkyReelsTextToVideo):
 
 
 class SkyReelsForcing(SkyReelsTextToVideo):
-    """Prompt, and perhaps a first (and last) image -> video of any length, by diffusion forcing."""
+    """Prompt, and perhaps a first (and last) image or a video to continue -> video of any length, by diffusion forcing.
 
-    tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v", "flf2v")
+    What continues a video begins with its last `overlap_history` frames.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v", "flf2v", "vc")
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.FORCING_EXTRA
     fallback: ClassVar[str] = "Skywork/SkyReels-V2-DF-14B-540P-Diffusers"
 
     @property
     def inputs(self) -> Mapping[str, bool]:
-        """A first image, and a last one with it."""
-        return {"image": False, "last_image": False}
+        """A first image, and a last one with it; or a video."""
+        return {"image": False, "last_image": False, "video": False}
 
     def add_sample_stages(self) -> None:
         """Windows of noise, and the strategy that gives each frame its own timestep."""
@@ -126,6 +129,21 @@ class SkyReelsForcingImageToVideo(SkyReelsForcing):
     def defaults(self) -> SamplingParams:
         """As of diffusion forcing, with the guidance and shift of image-to-video."""
         return SamplingParams(**self.model.defaults).over(spec.FORCING_IMAGE).over(super().defaults())
+
+
+class SkyReelsForcingContinuation(SkyReelsForcing):
+    """The same by the name of its video-to-video pipeline: a video is required."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("vc",)
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """The video."""
+        return {"video": True}
+
+    def defaults(self) -> SamplingParams:
+        """As of diffusion forcing; 17 frames overlap."""
+        return SamplingParams(**self.model.defaults).over(spec.FORCING_VIDEO).over(super().defaults())
 
 
 register_transformer("SkyReelsV2Transformer3DModel", SkyReelsV2Transformer3DModel, spec.SkyReelsConfig.from_dict)

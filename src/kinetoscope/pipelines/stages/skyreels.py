@@ -40,25 +40,29 @@ class ForcingValidationStage(InputValidationStage):
         assert batch.params.num_frames is not None
         if batch.last_image is not None and batch.image is None:
             raise InputError("last_image needs an image too: it says where the video ends, image where it starts")
-        batch.family = ForcingInputs(
-            plan_forcing(
-                batch.params.extra,
-                batch.params.num_frames,
-                temporal=self.geometry.temporal,
-                default_block=self.block,
-                ends=0 if batch.last_image is None else 1,
-            )
+        if batch.video is not None and batch.image is not None:
+            raise InputError("image and video are both where the result starts; give one of them")
+        plan = plan_forcing(
+            batch.params.extra,
+            batch.params.num_frames,
+            temporal=self.geometry.temporal,
+            default_block=self.block,
+            ends=0 if batch.last_image is None else 1,
+            continues=batch.video is not None,
         )
+        if batch.video is not None and batch.video.shape[2] < plan.history:
+            raise InputError(f"the video has {batch.video.shape[2]} frames, fewer than overlap_history={plan.history}")
+        batch.family = ForcingInputs(plan)
         return batch
 
 
 class ForcingLatentStage(Stage):
-    """Fills `latents` with the noise of the first window, and what images there are: `condition`, and `family.end`.
+    """Fills `latents` with the noise of the first window, and what is given: `condition`, and `family.end`.
 
     Args:
         geometry: pixels to latents.
         channels: latent channels C.
-        vae: encodes images, or lazy.
+        vae: encodes images and videos, or lazy.
     """
 
     def __init__(self, geometry: VideoGeometry, channels: int, vae: Any | Lazy[Any]) -> None:
@@ -87,6 +91,10 @@ class ForcingLatentStage(Stage):
             )
         if batch.image is not None:
             batch.condition = encode_video(resolve(self._vae), batch.image.unsqueeze(2).to(args.device))
+        if batch.video is not None:
+            plan = inputs.plan
+            given = encode_video(resolve(self._vae), batch.video[:, :, -plan.history :].to(args.device))
+            batch.condition = given[:, :, : plan.overlap - plan.overlap % plan.block]
         if batch.last_image is not None:
             end = encode_video(resolve(self._vae), batch.last_image.unsqueeze(2).to(args.device))
             batch.family = ForcingInputs(inputs.plan, end)
