@@ -9,6 +9,8 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel as Oracle
 from torch import Tensor, nn
 
+from kinetoscope.attention import capabilities, resolve_attention
+from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.hunyuan.config import HunyuanVideoConfig
 from kinetoscope.models.hunyuan.transformer import HunyuanVideoTransformer3DModel
@@ -167,3 +169,32 @@ def test_missing_inputs(model: HunyuanVideoTransformer3DModel) -> None:
         model(inputs["latents"], inputs["timestep"])
     with pytest.raises(InputError, match="patch size"):
         model.prepare_shared((1, 4, 2, 5, 4))
+
+
+def test_layers_ask_for_their_role(model: HunyuanVideoTransformer3DModel) -> None:
+    asked: list[str] = []
+
+    def backend(role: str) -> Any:
+        def call(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
+            asked.append(role)
+            return torch.zeros_like(q)
+
+        return call
+
+    inputs = TestHunyuan().inputs((2, 4, 2, 4, 4), torch.Generator().manual_seed(3))
+    roles = {role: backend(role) for role in ("joint", "refiner")}
+    with torch.no_grad(), forward_context(ForwardContext(roles)):
+        model(**inputs)
+    assert asked == ["refiner"] * 2 + ["joint"] * 4
+
+
+def test_blocks_compile_without_a_break(model: HunyuanVideoTransformer3DModel) -> None:
+    """One graph a block, with attention read from the context; compiled inference equals eager inference."""
+    inputs = TestHunyuan().inputs((2, 4, 2, 4, 4), torch.Generator().manual_seed(4))
+    compiled = HunyuanVideoTransformer3DModel(model.config)
+    compiled.load_state_dict(model.state_dict())
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    table = resolve_attention("auto", capabilities("cpu", torch.float32), ("joint", "refiner"))
+    with torch.no_grad(), forward_context(ForwardContext(table)):
+        torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=0, atol=FORWARD_TOLERANCE)

@@ -9,6 +9,8 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel as Oracle
 from torch import Tensor, nn
 
+from kinetoscope.attention import capabilities, resolve_attention
+from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.hunyuan15.config import HunyuanVideo15Config
 from kinetoscope.models.hunyuan15.transformer import HunyuanVideo15Transformer3DModel
@@ -170,3 +172,32 @@ def test_missing_inputs(model: HunyuanVideo15Transformer3DModel) -> None:
         model(torch.zeros(1, 9, 1, 2, 2), torch.zeros(1))
     with pytest.raises(InputError, match="patch size"):
         model.prepare_shared((1, 9, 0, 5, 4))
+
+
+def test_layers_ask_for_their_role(model: HunyuanVideo15Transformer3DModel) -> None:
+    asked: list[str] = []
+
+    def backend(role: str) -> Any:
+        def call(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
+            asked.append(role)
+            return torch.zeros_like(q)
+
+        return call
+
+    inputs = TestHunyuan15Image().inputs((2, 9, 2, 4, 4), torch.Generator().manual_seed(3))
+    roles = {role: backend(role) for role in ("joint", "refiner")}
+    with torch.no_grad(), forward_context(ForwardContext(roles)):
+        model(**inputs)
+    assert asked == ["refiner"] + ["joint"] * 2
+
+
+def test_blocks_compile_without_a_break(model: HunyuanVideo15Transformer3DModel) -> None:
+    """One graph a block, with attention read from the context; compiled inference equals eager inference."""
+    inputs = TestHunyuan15Image().inputs((2, 9, 2, 4, 4), torch.Generator().manual_seed(4))
+    compiled = HunyuanVideo15Transformer3DModel(model.config)
+    compiled.load_state_dict(model.state_dict())
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    table = resolve_attention("auto", capabilities("cpu", torch.float32), ("joint", "refiner"))
+    with torch.no_grad(), forward_context(ForwardContext(table)):
+        torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=0, atol=FORWARD_TOLERANCE)

@@ -15,7 +15,8 @@ from kinetoscope.core.errors import InputError, ModelLoadError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
 from kinetoscope.models.hunyuan15 import spec
-from kinetoscope.pipelines.presets.hunyuan15 import HunyuanVideo15, HunyuanVideo15ImageToVideo, guider_params
+from kinetoscope.pipelines.presets import build_pipeline
+from kinetoscope.pipelines.presets.hunyuan15 import guider_params
 from kinetoscope.pipelines.stages.hunyuan15 import quoted_text
 from models.tiny_hunyuan15 import make_tiny_hunyuan15
 
@@ -54,12 +55,12 @@ def check_same(ours: ForwardBatch, oracle: Any, latents: torch.Tensor) -> None:
         assert np.abs(frames - video * 255.0).max() <= 1.0
 
 
-def open_both(path: Path, oracle_class: Any, our_class: Any) -> tuple[Any, Any]:
+def open_both(path: Path, oracle_class: Any) -> tuple[Any, Any]:
     oracle = oracle_class.from_pretrained(path)
     oracle.set_progress_bar_config(disable=True)
     # Less padding than published, all of it masked: the reference computes it.
     oracle.tokenizer_max_length, oracle.tokenizer_2_max_length, oracle.vision_num_semantic_tokens = 520, 64, 5
-    return our_class(resolve_model(str(path)), ExecutionArgs()), oracle
+    return build_pipeline(resolve_model(str(path)), ExecutionArgs()), oracle
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     from diffusers import HunyuanVideo15Pipeline
 
     path = make_tiny_hunyuan15(tmp_path_factory.mktemp("hunyuan15"))
-    return open_both(path, HunyuanVideo15Pipeline, HunyuanVideo15)
+    return open_both(path, HunyuanVideo15Pipeline)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "meanflow"])
@@ -77,7 +78,7 @@ def image_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     from diffusers import HunyuanVideo15ImageToVideoPipeline
 
     path = make_tiny_hunyuan15(tmp_path_factory.mktemp("hunyuan15"), image=True, meanflow=request.param)
-    return open_both(path, HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15ImageToVideo)
+    return open_both(path, HunyuanVideo15ImageToVideoPipeline)
 
 
 @pytest.mark.parametrize(("frames", "size"), [(5, (32, 48)), (9, (48, 32)), (1, (32, 32))])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
@@ -198,3 +199,26 @@ def test_presets() -> None:
         got = (p.height, p.width, p.num_frames, p.fps, p.num_inference_steps, p.guidance_scale, p.flow_shift)
         assert got == table[name], name
         assert p.scheduler == "euler"
+
+
+def test_through_the_generator(image_pair: tuple[Any, Any]) -> None:
+    """A request by name of fields gives what the batch above gives."""
+    ours, _ = image_pair
+    images, tensor = pictures(2, 32, 48)
+    generator = VideoGenerator.from_pretrained(ours.model, device="cpu", dtype="float32")
+    results = generator.generate_video(
+        PROMPTS,
+        NEGATIVE,
+        32,
+        48,
+        9,
+        num_inference_steps=STEPS,
+        seed=SEEDS,
+        image=images,
+        true_cfg_scale=2.0,
+    )
+    expected = our_run(ours, (9, 32, 48), image=tensor, extra={"true_cfg_scale": 2.0})
+    assert expected.latents is not None
+    for result, latents, frames in zip(results, expected.latents, expected.frames, strict=True):
+        assert (result.latents - latents).abs().max() <= 1e-4 * latents.std()
+        assert result.frames.shape == frames.shape

@@ -90,6 +90,7 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
     branches = 2 if params.guided else 1
     config: dict[str, Any] = pipeline.model.config("transformer")
     width = config["num_attention_heads"] * config["attention_head_dim"]
+    hidden = config.get("ffn_dim") or int(width * config.get("mlp_ratio", 4.0))
     element = pipeline.args.dtype.itemsize
     components = summarize(generator)
     transformer_bytes = sum(c.parameters for c in components if c.name != "vae") * element
@@ -104,7 +105,7 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
         forwards=params.num_inference_steps * branches,
         pflop=pipeline.forward_flops(tokens) * params.num_inference_steps * branches / 1e15,
         weight_bytes=transformer_bytes + vae_bytes,
-        activation_bytes=tokens * branches * (6 * width + config["ffn_dim"]) * element,
+        activation_bytes=tokens * branches * (6 * width + hidden) * element,
     )
 
 
