@@ -347,3 +347,25 @@ def test_a_prompt_can_change_between_blocks() -> None:
     assert not torch.equal(stream_blocks(engine, plain, 1)[0], after := stream_blocks(engine, changed, 1)[0])
     stream_blocks(engine, fresh, 1)
     assert not torch.equal(stream_blocks(engine, fresh, 1)[0], after), "the past was made with the old prompt"
+
+
+@pytest.mark.parametrize(("run", "given"), [(T2V, 3), (T2V, 6), (SELF_FORCING["first_frame"], 4)])
+def test_a_video_can_be_continued(run: Run, given: int) -> None:
+    """Blocks that are given back are remembered as they were when they were made, so the rest is the same."""
+    engine = make_engine(run)
+    whole = offline(engine, make_batch(run, run.frames))
+    batch = make_batch(run, run.frames)
+    batch.condition = whole[:, :, :given].clone()
+    assert torch.equal(offline(engine, batch), whole)
+
+
+def test_closing_a_run_leaves_the_engine_usable() -> None:
+    engine = make_engine(T2V)
+    with torch.no_grad():
+        state = engine.strategy.prepare(make_batch(T2V, 9), ExecutionArgs())
+        events = engine.iterate(state)
+        for _ in range(4):
+            next(events)
+        events.close()
+    expected = load_file(FIXTURES / "runs.safetensors")["t2v"]
+    torch.testing.assert_close(offline(engine, make_batch(T2V, 9)), expected, rtol=0, atol=1e-4)
