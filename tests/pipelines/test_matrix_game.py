@@ -21,7 +21,7 @@ from kinetoscope.media import read_metadata, read_video
 from kinetoscope.media.actions import parse_actions
 from kinetoscope.models.matrix_game import spec
 from kinetoscope.pipelines.presets import build_pipeline
-from kinetoscope.pipelines.presets.matrix_game import MatrixGameWorld
+from kinetoscope.pipelines.presets.matrix_game import MatrixGameVideo, MatrixGameWorld
 from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.pipelines.stages.matrix_game import FrameDecoder, as_actions
 from kinetoscope.runtime.generator import VideoGenerator
@@ -85,7 +85,7 @@ def open_world(path: Path) -> MatrixGameWorld:
     return pipeline
 
 
-def request(pipeline: MatrixGameWorld, actions: Any = None, seed: int = 0, **params: Any) -> ForwardBatch:
+def request(pipeline: MatrixGameVideo, actions: Any = None, seed: int = 0, **params: Any) -> ForwardBatch:
     own = SamplingParams(
         **{"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "extra": {"actions": actions}} | params
     )
@@ -213,6 +213,36 @@ def test_through_the_generator(tmp_path: Path) -> None:
     assert not isinstance(result, list)
 
 
+@torch.no_grad()
+def test_foundation_model_by_a_scheduler(tmp_path: Path) -> None:
+    """Four UniPC steps of the whole video, against diffusers' scheduler around the bare forward."""
+    import diffusers
+
+    path = make_world(tmp_path / "w", "base")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"_class_name": "MatrixGame2I2VPipeline"}))
+    pipeline = build_pipeline(ModelDir(path, str(path)), ExecutionArgs())
+    assert isinstance(pipeline, MatrixGameVideo) and not isinstance(pipeline, MatrixGameWorld)
+    assert pipeline.defaults().num_inference_steps == 40
+    done = pipeline.run(request(pipeline, WALK, seed=2, num_frames=17, num_inference_steps=4))
+    assert isinstance(done.family, Actions) and done.condition is not None and done.image_embeds is not None
+
+    unipc: Any = getattr(diffusers, "UniPCMultistepScheduler")  # noqa: B009 - not exported for type checkers
+    scheduler = unipc(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5)
+    scheduler.set_timesteps(4)
+    model = tiny_model("base")
+    x = torch.randn((1, 16, 5, 4, 6), generator=torch.Generator().manual_seed(2))
+    given = {"condition": done.condition, "image_embeds": done.image_embeds}
+    for t in scheduler.timesteps:
+        actions = {"keyboard": done.family.keyboard, "mouse": done.family.mouse}
+        flow = model(x, t.view(1), **given, **actions)
+        x = scheduler.step(flow, t, x, return_dict=False)[0]
+    assert done.latents is not None
+    assert (done.latents - x).abs().max() < 1e-4 * x.std()
+    with pytest.raises(InputError, match="guidance"):
+        pipeline.run(request(pipeline, WALK, num_frames=17, guidance_scale=2.0))
+
+
 def test_presets() -> None:
     table = {
         "Base": (352, 640, 57, 25.0, 3, 5.0, (1000, 666, 333)),
@@ -227,6 +257,8 @@ def test_presets() -> None:
         assert p.extra["warp_denoising_step"] is True
         assert p.extra["context_noise"] == 0
         assert p.guidance_scale == 1.0
+        foundation = spec.PRESETS[f"FastVideo/Matrix-Game-2.0-{name}-Diffusers"]
+        assert (foundation.num_inference_steps, foundation.flow_shift, foundation.scheduler) == (40, 5.0, "unipc")
 
 
 def test_refuses(world: MatrixGameWorld, tmp_path: Path) -> None:

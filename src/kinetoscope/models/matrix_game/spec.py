@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
@@ -66,19 +67,26 @@ _RUNNER = SamplingParams(
     num_inference_steps=4, extra={**EXTRA_DEFAULTS, "dmd_denoising_steps": (1000, 750, 500, 250)}
 ).over(_GAME)
 
+_FOUNDATION = replace(_GAME, num_inference_steps=40, scheduler="unipc", extra=None)
+
 # Steps, shift, size and length (15 latent frames): configs/inference_yaml of github.com/SkyworkAI/Matrix-Game, folder
-# Matrix-Game-2. Frame rate: FastVideo's preset of these directories.
+# Matrix-Game-2. Frame rate, and steps and solver of the foundation models: FastVideo, whose directories these are.
 PRESETS: dict[str, SamplingParams] = {
     "FastVideo/Matrix-Game-2.0-Base-Distilled-Diffusers": _GAME,
     "FastVideo/Matrix-Game-2.0-GTA-Distilled-Diffusers": _GAME,
     "FastVideo/Matrix-Game-2.0-TempleRun-Distilled-Diffusers": _RUNNER,
+    "FastVideo/Matrix-Game-2.0-Base-Diffusers": _FOUNDATION,
+    "FastVideo/Matrix-Game-2.0-GTA-Diffusers": _FOUNDATION,
+    "FastVideo/Matrix-Game-2.0-TempleRun-Diffusers": _FOUNDATION,
 }
 LAYOUTS: dict[int, str] = {4: "universal", 2: "gta_drive", 7: "templerun"}
 """Keyboard width of a model -> its action layout (`media.actions.LAYOUTS`)."""
 
 
-def preset_for(config: MatrixGameConfig) -> SamplingParams:
-    """The settings of the published model with this keyboard."""
+def preset_for(config: MatrixGameConfig, *, distilled: bool = True) -> SamplingParams:
+    """The settings of the published model of this kind with this keyboard."""
+    if not distilled:
+        return _FOUNDATION
     return _RUNNER if config.action.keyboard_dim_in == 7 else _GAME
 
 

@@ -16,11 +16,13 @@ from kinetoscope.engine.strategies.matrix_game import Actions, MatrixGameStrateg
 from kinetoscope.loading import register_transformer
 from kinetoscope.loading.transformers_models import register_transformers_model
 from kinetoscope.models.matrix_game import spec
+from kinetoscope.models.matrix_game.strategy import MatrixGameVideoStrategy
 from kinetoscope.models.matrix_game.transformer import MatrixGameTransformer3DModel
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.pipelines.stages.images import ImageConditionStage
+from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.matrix_game import (
     ACTIONS,
     ActionStage,
@@ -30,17 +32,23 @@ from kinetoscope.pipelines.stages.matrix_game import (
 )
 from kinetoscope.pipelines.stages.validation import VideoGeometry
 
-TRANSFORMERS = ("CausalMatrixGame2WanModel", "CausalMatrixGameWanModel", "CausalWanModel")
-"""Names under which the transformer is published; the last is the original repository's."""
+TRANSFORMERS = (
+    "CausalMatrixGame2WanModel",
+    "CausalMatrixGameWanModel",
+    "CausalWanModel",
+    "MatrixGame2WanModel",
+    "MatrixGameWanModel",
+)
+"""Names under which the transformer is published; the third is the original repository's."""
 
 
-class MatrixGameWorld(ComposedPipeline):
-    """Image and action script (`actions=`) -> video; or a stream, see `open_stream`.
+class MatrixGameVideo(ComposedPipeline):
+    """Image and action script (`actions=`) -> video with the foundation model, all frames at once.
 
-    Prompts are not read. The scheduler of the directory is not used: the few steps are a list
-    (`dmd_denoising_steps`).
+    Prompts are not read. The solver is UniPC unless a request names another.
     """
 
+    distilled: ClassVar[bool] = False
     required: ClassVar[tuple[str, ...]] = ("transformer", "vae", "image_encoder")
     tasks: ClassVar[tuple[str, ...]] = ("i2v",)
     attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross", "mouse", "keyboard")
@@ -72,23 +80,44 @@ class MatrixGameWorld(ComposedPipeline):
             patch=config.patch_size,
             max_positions=config.rope_max_seq_len,
         )
-        validation = PlayValidationStage(self.geometry, config.out_channels, config.num_frames_per_block)
-        unused = SchedulerAdapter("FlowMatchEulerDiscreteScheduler")
-        self.add_stage("validation", validation)
+        block = config.num_frames_per_block if self.distilled else 1
+        self.add_stage("validation", PlayValidationStage(self.geometry, config.out_channels, block))
         self.add_stage("actions", ActionStage(self.layout))
         self.add_stage("image_features", SquareImageFeatureStage(self.lazy("image_encoder")))
         self.add_stage("image_condition", ImageConditionStage(self.lazy("vae"), self.geometry))
-        self.add_stage("denoising", DenoisingStage(self.lazy("transformer"), unused, MatrixGameStrategy, self.hooks))
+        self.add_denoising()
         self.add_stage("decoding", DecodingStage(self.lazy("vae")))
+
+    def add_denoising(self) -> None:
+        """Starting noise, then a scheduler."""
+        solver = SchedulerAdapter("FlowMatchEulerDiscreteScheduler").override("unipc")
+        self.add_stage("latents", LatentPreparationStage(self.geometry, self.config.out_channels))
+        stage = DenoisingStage(self.lazy("transformer"), solver, MatrixGameVideoStrategy, self.hooks)
+        self.add_stage("denoising", stage)
 
     def defaults(self) -> SamplingParams:
         """The directory's own defaults over the preset of its published name or of its keyboard."""
-        preset = spec.PRESETS.get(self.model.name) or spec.preset_for(self.config)
+        preset = spec.PRESETS.get(self.model.name) or spec.preset_for(self.config, distilled=self.distilled)
         return SamplingParams(**self.model.defaults).over(preset)
 
     def forward_flops(self, tokens: int) -> float:
         """See `spec.forward_flops`."""
         return spec.forward_flops(self.config, tokens)
+
+
+class MatrixGameWorld(MatrixGameVideo):
+    """Image and action script (`actions=`) -> video with a distilled model, block by block; or a stream, see
+    `open_stream`.
+
+    Prompts are not read. There is no solver: the few steps are a list (`dmd_denoising_steps`).
+    """
+
+    distilled: ClassVar[bool] = True
+
+    def add_denoising(self) -> None:
+        """Blocks, with the noise of each."""
+        unused = SchedulerAdapter("FlowMatchEulerDiscreteScheduler")
+        self.add_stage("denoising", DenoisingStage(self.lazy("transformer"), unused, MatrixGameStrategy, self.hooks))
 
     def open_stream(self, batch: ForwardBatch) -> PlayStream:
         """Start a session from `batch.image`: everything up to denoising is done now, blocks come from the stream.
