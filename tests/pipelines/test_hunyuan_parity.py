@@ -21,7 +21,7 @@ from models.tiny_hunyuan import make_tiny_hunyuan, make_tiny_hunyuan_i2v
 PROMPTS = ["A red cat walks on the grass", "a dog"]
 NEGATIVE = ["bad", "an ugly thing, blurred"]
 SEEDS = [3, 4]
-STEPS = 5
+STEPS = 4
 
 
 def our_run(pipeline: Any, size: tuple[int, int, int], **fields: Any) -> ForwardBatch:
@@ -70,7 +70,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def test_text_to_video(pair: tuple[Any, Any], size: tuple[int, int, int], true_cfg_scale: float) -> None:
     ours, oracle = pair
     more = {"guidance_scale": 6.0, "true_cfg_scale": true_cfg_scale}
-    latents, video = (oracle_run(oracle, output, size, **more) for output in ("latent", "np"))
+    latents = oracle_run(oracle, "latent", size, **more)
+    with torch.no_grad():
+        video = oracle.vae.decode(latents / oracle.vae.config.scaling_factor).sample
+    video = oracle.video_processor.postprocess_video(video, output_type="np")
     check_same(our_run(ours, size, extra={"true_cfg_scale": true_cfg_scale}), latents, video)
 
 
@@ -147,7 +150,7 @@ def pictures(count: int, height: int, width: int) -> tuple[list[Image.Image], to
     return [Image.fromarray(p) for p in pixels], tensor
 
 
-@pytest.mark.parametrize("size", [(9, 32, 48), (5, 48, 32)])
+@pytest.mark.parametrize("size", [(9, 32, 48)])
 def test_image_to_video(image_pair: tuple[Any, Any], size: tuple[int, int, int]) -> None:
     ours, oracle = image_pair
     images, tensor = pictures(2, *size[1:])
