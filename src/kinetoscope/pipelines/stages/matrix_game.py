@@ -139,9 +139,14 @@ class FrameDecoder:
 
     Args:
         vae: diffusers' `AutoencoderKLWan`.
+
+    Raises:
+        InputError: a VAE that decodes patches, as Wan 2.2's; its parts are not put together here.
     """
 
     def __init__(self, vae: Any) -> None:
+        if vae.config.patch_size is not None:
+            raise InputError(f"streams need a VAE without patches; this one has patch_size={vae.config.patch_size}")
         self.vae = vae
         self._past: list[Any] | None = None
 
@@ -160,7 +165,5 @@ class FrameDecoder:
                 self._past = [None] * vae._conv_num
             parts.append(vae.decoder(z[:, :, frame : frame + 1], feat_cache=self._past, feat_idx=[0], **first))
         video = torch.cat(parts, dim=2)
-        if vae.config.patch_size is not None:
-            raise InputError("streams need a VAE without patches")
         video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         return [v.permute(1, 2, 3, 0).contiguous().cpu().numpy() for v in video]
