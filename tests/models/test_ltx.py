@@ -9,6 +9,8 @@ import torch
 from diffusers import LTXVideoTransformer3DModel as Oracle
 from torch import Tensor, nn
 
+from kinetoscope.attention import capabilities, resolve_attention
+from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.ltx import spec
 from kinetoscope.models.ltx.transformer import LTXVideoTransformer3DModel
@@ -109,6 +111,18 @@ def test_text_beyond_its_length_is_not_read(model: nn.Module) -> None:
         assert torch.equal(model(**inputs), model(**inputs | {"encoder_hidden_states": changed}))
         cut = inputs | {"encoder_hidden_states": changed[:, :7], "text_lengths": None}
         torch.testing.assert_close(model(**cut), model(**inputs), rtol=0, atol=FORWARD_TOLERANCE)
+
+
+def test_blocks_compile_without_a_break(model: nn.Module) -> None:
+    """One graph a block, with attention read from the context; compiled inference equals eager inference."""
+    inputs = TestLTXTimestepPerFrame().inputs((1, 8, 3, 2, 4), torch.Generator().manual_seed(6))
+    compiled = LTXVideoTransformer3DModel(model.config)
+    compiled.load_state_dict(model.state_dict())
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    table = resolve_attention("auto", capabilities("cpu", torch.float32), ("self", "cross"))
+    with torch.no_grad(), forward_context(ForwardContext(table)):
+        torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=0, atol=FORWARD_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", spec.PUBLISHED)

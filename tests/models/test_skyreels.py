@@ -9,6 +9,8 @@ import torch
 from diffusers import SkyReelsV2Transformer3DModel as Oracle
 from torch import Tensor, nn
 
+from kinetoscope.attention import capabilities, resolve_attention
+from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.skyreels import spec
 from kinetoscope.models.skyreels.transformer import SkyReelsV2Transformer3DModel
@@ -165,6 +167,18 @@ def test_the_frame_rate_matters(model: SkyReelsV2Transformer3DModel) -> None:
     with torch.no_grad():
         at = {fps: model(**inputs | {"fps": fps}) for fps in (16.0, 24.0, 30.0)}
     assert torch.equal(at[24.0], at[30.0]) and (at[16.0] - at[24.0]).abs().max() > 0.01
+
+
+def test_blocks_compile_without_a_break(model: SkyReelsV2Transformer3DModel) -> None:
+    """One graph a block, with attention read from the context; compiled inference equals eager inference."""
+    inputs = TestForcingInCausalBlocks().inputs((1, 16, 4, 4, 4), torch.Generator().manual_seed(6))
+    compiled = SkyReelsV2Transformer3DModel(model.config)
+    compiled.load_state_dict(model.state_dict())
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    table = resolve_attention("auto", capabilities("cpu", torch.float32), ("self", "cross"))
+    with torch.no_grad(), forward_context(ForwardContext(table)):
+        torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=0, atol=FORWARD_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", spec.PUBLISHED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
@@ -183,3 +185,14 @@ def test_presets(name: str) -> None:
     got = (p.height, p.width, p.num_frames, p.fps, p.num_inference_steps, p.guidance_scale)
     assert (*got, extra.get("decode_timestep"), extra.get("decode_noise_scale")) == PUBLISHED[name]
     assert set(spec.PRESETS) == set(PUBLISHED)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_cuda_equals_cpu(tmp_path: Path) -> None:
+    path = make_tiny_ltx(tmp_path, timed=True)
+    given: dict[str, Any] = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 4, "seed": 5}
+    given["image"] = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    expected = VideoGenerator.from_pretrained(path, device="cpu").generate_video(PROMPT, **given)
+    result = VideoGenerator.from_pretrained(path, device="cuda", dtype="float32").generate_video(PROMPT, **given)
+    assert (result.latents - expected.latents).abs().max() <= 1e-3 * expected.latents.std()

@@ -389,3 +389,14 @@ def test_a_model_knows_its_window(tmp_path: Path) -> None:
     assert long.frames.shape == (17, 32, 32, 3)
     one = generator.generate_video(PROMPT, num_frames=17, base_num_frames=17, **small)
     assert one.frames.shape == (17, 32, 32, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_cuda_equals_cpu(tmp_path: Path) -> None:
+    path = make_tiny_skyreels(tmp_path, FORCING)
+    given: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_frames": 29, "num_inference_steps": STEPS}
+    given |= {"image": picture(0), "base_num_frames": 13, "overlap_history": 5, "ar_step": 1, "addnoise_condition": 20}
+    expected = VideoGenerator.from_pretrained(path, device="cpu").generate_video(PROMPT, **given)
+    result = VideoGenerator.from_pretrained(path, device="cuda", dtype="float32").generate_video(PROMPT, **given)
+    assert (result.latents - expected.latents).abs().max() <= 1e-3 * expected.latents.std()

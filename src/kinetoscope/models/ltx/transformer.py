@@ -187,7 +187,7 @@ class LTXVideoTransformer3DModel(nn.Module):
                 beyond = torch.arange(kept, device=device) >= text_lengths.to(device).unsqueeze(1)  # [R, L]
                 key_bias = torch.zeros(beyond.shape, device=device).masked_fill_(beyond, -math.inf)
         text = self.caption_projection(encoder_hidden_states.to(self.caption_projection.linear_1.weight.dtype))
-        pairs = [block.attn2.project(text) for block in self._blocks()]
+        pairs = [block.attn2.project(text) for block in self.blocks]
         return {"text": TextContext([k for k, _ in pairs], [v for _, v in pairs], key_bias)}
 
     def prepare_timesteps(self, timesteps: Tensor) -> dict[str, Modulation]:
@@ -249,7 +249,7 @@ class LTXVideoTransformer3DModel(nn.Module):
 
         grid = latents.shape[2:]
         x = self.proj_in(latents.flatten(2).transpose(1, 2).to(self.proj_in.weight.dtype))  # [R, N, d]
-        for block, keys, values in zip(self.transformer_blocks, text.keys, text.values, strict=True):
+        for block, keys, values in zip(self.blocks, text.keys, text.values, strict=True):
             x = block(x, keys, values, text.key_bias, modulation.projected, rope)  # [R, N, d]
         table = self.scale_shift_table.float() + modulation.embedded.float().unsqueeze(2)  # [R, F, 2, d]
         shift, scale = table.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
@@ -257,7 +257,9 @@ class LTXVideoTransformer3DModel(nn.Module):
         x = self.proj_out(x.flatten(1, 2))  # [R, N, C]
         return x.transpose(1, 2).unflatten(2, grid).to(latents.dtype)
 
-    def _blocks(self) -> list[LTXVideoTransformerBlock]:
+    @property
+    def blocks(self) -> list[LTXVideoTransformerBlock]:
+        """The blocks under the name that compilation and offloading look for."""
         return [block for block in self.transformer_blocks if isinstance(block, LTXVideoTransformerBlock)]
 
     def _rope(self, latent_shape: Sequence[int], scale: Sequence[float]) -> Tensor:
