@@ -173,6 +173,7 @@ def test_published_names_and_shapes() -> None:
         assert len(expected) == len(entry["shapes"])
         assert {k: ours.get(k) for k in expected} == expected
         assert all(spec.rename(k) == k for k in ours), "a converted directory's names are ours"
+    assert spec.rename("patch_embedding.proj.weight") == "patch_embedding.weight", "as some directories have it"
 
 
 def test_converted_configuration_is_read_alike() -> None:
@@ -216,6 +217,7 @@ def test_refuses_other_configurations(change: dict[str, Any], message: str) -> N
     [
         ({"blocks": [7]}, "blocks up to 7"),
         ({"blocks": "all"}, "blocks='all'"),
+        ({"blocks": [0, 0]}, "different block numbers"),
         ({"heads_num": 3}, "keyboard_hidden_dim=16"),
         ({"windows_size": 0}, "windows_size"),
         ({"img_hidden_size": 32}, "img_hidden_size=32"),

@@ -77,10 +77,11 @@ class ActionConfig:
             ConfigError: unknown field, value of the wrong kind, or a variant that does not exist.
         """
         blocks = config.get("blocks")
-        if not isinstance(blocks, list | tuple) or any(type(b) is not int or b < 0 for b in blocks):
-            raise ConfigError(f"action_config: blocks={blocks!r} should be a list of block numbers")
+        numbers: list[Any] = list(blocks) if isinstance(blocks, list | tuple) else [None]
+        if any(type(b) is not int or b < 0 for b in numbers) or len(set(numbers)) != len(numbers):
+            raise ConfigError(f"action_config: blocks={blocks!r} should be a list of different block numbers")
         plain = {name: value for name, value in config.items() if name != "blocks"}
-        result = replace(read_published(ActionConfig, plain, "action_config"), blocks=tuple(blocks))
+        result = replace(read_published(ActionConfig, plain, "action_config"), blocks=tuple(numbers))
         result.check()
         return result
 
