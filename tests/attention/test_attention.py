@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinetoscope.attention import BACKENDS, attention, capabilities, resolve_attention
+from kinetoscope.attention import BACKENDS, attention, capabilities, register_backend, resolve_attention
 from kinetoscope.attention.backends import CHUNK, math_attention
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import CompositionError, ConfigError
@@ -118,3 +118,35 @@ def test_a_named_backend_that_cannot_serve_is_an_error() -> None:
 def test_unknown_names(request_: Any) -> None:
     with pytest.raises(ConfigError, match=r"unknown (backend|roles)"):
         resolve_attention(request_, CPU, ("self", "cross"))
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a test registers is forgotten after it."""
+    from kinetoscope.attention import table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_REFUSALS", {})
+        for name in ("mine", "elsewhere"):
+            patch.setitem(BACKENDS, name, None)
+            del BACKENDS[name]
+        yield
+    capabilities.cache_clear()
+
+
+@pytest.mark.usefixtures("registry")
+def test_registered_backends_are_named_and_refused() -> None:
+    register_backend("mine", math_attention)
+    register_backend("elsewhere", math_attention, lambda device, dtype: None if device == "cuda" else "it needs CUDA")
+    here = capabilities("cpu", torch.float32)
+    assert here.preferred == CPU.preferred
+    assert resolve_attention("mine", here, ("self",))["self"] is math_attention
+    assert resolve_attention("elsewhere", capabilities("cuda", torch.float32), ("self",))["self"] is math_attention
+    with pytest.raises(CompositionError, match=r"'elsewhere'.*it needs CUDA"):
+        resolve_attention("elsewhere", here, ("self",))
+
+
+@pytest.mark.parametrize("name", ["auto", "math", "chunked"])
+def test_builtin_backends_are_not_replaced(name: str) -> None:
+    with pytest.raises(ConfigError, match="taken"):
+        register_backend(name, math_attention)

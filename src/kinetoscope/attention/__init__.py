@@ -7,6 +7,7 @@ from kinetoscope.attention.table import (
     AttentionTable,
     Capabilities,
     capabilities,
+    register_backend,
     resolve_attention,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "Capabilities",
     "attention",
     "capabilities",
+    "register_backend",
     "resolve_attention",
 ]

@@ -17,6 +17,28 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "chunked": chunked_attention,
     "math": math_attention,
 }
+BUILT_IN = frozenset(BACKENDS)
+Refuse = Callable[[str, torch.dtype], str | None]
+_REFUSALS: dict[str, Refuse] = {}
+
+
+def register_backend(name: str, backend: Callable[..., Tensor], refuse: Refuse | None = None) -> None:
+    """Make a backend known by name, for `attention="name"`; "auto" never chooses it.
+
+    Args:
+        name: how users call it; registering it again replaces it.
+        backend: (q [R, N, H, D], k [R, M, H, D], v, *, key_bias [R, M] float32 or None) -> [R, N, H, D] in the dtype of
+            q; see `backends.math_attention`.
+        refuse: (device type, dtype) -> why it cannot serve there, or None where it can.
+
+    Raises:
+        ConfigError: the name is "auto" or that of a built-in backend.
+    """
+    if name == "auto" or name in BUILT_IN:
+        raise ConfigError(f"attention: the backend name {name!r} is taken; choose another")
+    BACKENDS[name] = backend
+    _REFUSALS[name] = refuse or (lambda device, dtype: None)
+    capabilities.cache_clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +94,8 @@ class AttentionTable(Mapping[str, Callable[..., Tensor]]):
 
 @cache
 def capabilities(device: str, dtype: torch.dtype) -> Capabilities:
-    """What the backends can do on a device type in a dtype."""
-    refused: dict[str, str] = {}
+    """What the backends registered so far can do on a device type in a dtype."""
+    refused = {name: why for name, refuse in _REFUSALS.items() if (why := refuse(device, dtype)) is not None}
     if device != "cpu":
         refused["chunked"] = f"it is made for the CPU, not for {device}"
         return Capabilities(device, dtype, refused, "sdpa", "torch picks a fused kernel of the device")

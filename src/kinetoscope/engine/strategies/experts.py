@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -57,7 +57,7 @@ class ExpertStrategy(StandardStrategy):
             sides.append((self.experts.transformer_2, low_scale, scheduler.timesteps[high:]))
         experts: list[Expert] = []
         for transformer, weight, _ in sides:
-            guidance = Guidance(weight, params.guidance_rescale or 0.0)
+            guidance = self.make_guidance(replace(batch, params=replace(params, guidance_scale=weight)))
             experts.append(Expert(transformer, guidance, conditioning_of(transformer, batch, args, guidance.branches)))
         assert batch.latents is not None and batch.noise is not None
         latents = batch.latents.to(args.device).float()
