@@ -216,12 +216,12 @@ def test_eval_scores_writes_and_fills_the_card(copy: Path, tmp_path: Path, capsy
 def test_a_fault_of_ours_is_one_line_and_debug_shows_more(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kinetoscope.pipelines import presets
+    from kinetoscope.pipelines import catalogue
 
     def broken() -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(presets, "known_models", broken)
+    monkeypatch.setattr(catalogue, "known_models", broken)
     assert "RuntimeError: two lines (kinetoscope --debug shows where)" in fails(capsys, "models")
     assert main(["--debug", "models"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -11,8 +11,10 @@ from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
+    add_input_options,
     add_video_options,
     compute_fields,
+    input_fields,
     read_prompts,
     video_fields,
 )
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "-o", default=DEFAULT_OUTPUT, help="an .mp4 file, or a folder (default: outputs/)")
     parser.add_argument("--trace", action="store_true", help="write a record of every step as JSON beside the video")
     add_video_options(parser)
+    add_input_options(parser)
     add_compute_options(parser)
 
 
@@ -58,7 +61,12 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.runtime.request import output_paths
 
     generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args))
-    fields: dict[str, Any] = {**video_fields(args), "fps": args.fps, "negative_prompt": args.negative_prompt}
+    fields: dict[str, Any] = {
+        **video_fields(args),
+        **input_fields(args),
+        "fps": args.fps,
+        "negative_prompt": args.negative_prompt,
+    }
     one = len(prompts) == 1
     output = [p for p in output_paths(args.output, prompts, seeds, one=one) if p]
     with RunProgress() as progress:

@@ -14,15 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A table of models with task, default video and where they come from."""
-    from kinetoscope.pipelines.presets import known_models
+    from kinetoscope.pipelines.catalogue import known_models
 
-    rows = [("model", "task", "video", "steps", "guidance", "where")]
+    rows = [("model", "tasks", "video", "steps", "guidance", "where", "status")]
     for model in known_models():
         p = model.defaults
         video = f"{p.height}x{p.width}, {p.num_frames} frames"
-        rows.append(
-            (model.name, ",".join(model.tasks), video, str(p.num_inference_steps), f"{p.guidance_scale:g}", model.where)
-        )
+        guidance = "" if p.guidance_scale is None else f"{p.guidance_scale:g}"
+        tasks, steps = ",".join(model.tasks), str(p.num_inference_steps)
+        rows.append((model.name, tasks, video, steps, guidance, model.where, model.status))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

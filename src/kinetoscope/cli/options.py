@@ -6,6 +6,8 @@ import argparse
 import re
 from typing import Any
 
+import yaml
+
 from kinetoscope.core.errors import InputError
 
 DEFAULT_MODEL = "tiny-t2v"
@@ -26,6 +28,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frames", type=int, metavar="N", help="number of frames")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     group.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance; 1 is off")
+    group.add_argument("--guidance-scale-2", type=float, metavar="W", help="of the low-noise expert (Wan 2.2)")
     group.add_argument("--flow-shift", type=float, metavar="S", help="shift of the noise schedule")
     group.add_argument("--scheduler", metavar="NAME", help="unipc, euler or dpm++")
 
@@ -39,9 +42,43 @@ def video_fields(args: argparse.Namespace) -> dict[str, Any]:
         "num_frames": args.frames,
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
+        "guidance_scale_2": args.guidance_scale_2,
         "flow_shift": args.flow_shift,
         "scheduler": args.scheduler,
     }
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Images, videos and what a family adds."""
+    group = parser.add_argument_group("inputs (for models that take them)")
+    group.add_argument("--image", metavar="FILE", help="first picture, a file or an http(s) address")
+    group.add_argument("--last-image", metavar="FILE", help="last picture")
+    group.add_argument("--video", metavar="FILE", help="video to start from or to continue")
+    group.add_argument("--strength", type=float, metavar="X", help="how much of the video is noised, in (0, 1]")
+    group.add_argument("--actions", metavar="FILE", help="action script (JSON) for world models")
+    group.add_argument(
+        "--set", dest="extra", action="append", default=[], metavar="NAME=VALUE",
+        help="a parameter of the model's family by its published name, for instance num_cond_frames=13 (repeatable)",
+    )  # fmt: skip
+
+
+def input_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `generate_video` that `add_input_options` gave.
+
+    Raises:
+        InputError: a --set that is not NAME=VALUE.
+    """
+    names = ("image", "last_image", "video", "strength", "actions")
+    fields: dict[str, Any] = {n: v for n in names if (v := getattr(args, n)) is not None}
+    for text in args.extra:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--set {text!r} is not of the form NAME=VALUE")
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {text!r}: the value cannot be read") from error
+    return fields
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:

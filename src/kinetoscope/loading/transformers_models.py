@@ -22,6 +22,7 @@ def register_transformers_model(class_name: str) -> None:
     def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()  # the command line shows its own
         folder = model.folder(name)
         model.config(name)  # refuses a directory of another class
         module, report = getattr(transformers, class_name).from_pretrained(

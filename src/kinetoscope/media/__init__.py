@@ -1,10 +1,11 @@
 """Video files and contact sheets."""
 
-from kinetoscope.media.pictures import Clip, Picture, fit_picture, load_clip, load_picture
+from kinetoscope.media.pictures import Array, Clip, Picture, fit_picture, load_clip, load_picture
 from kinetoscope.media.sheet import contact_sheet
 from kinetoscope.media.video import check_output, read_metadata, read_video, write_video
 
 __all__ = [
+    "Array",
     "Clip",
     "Picture",
     "check_output",

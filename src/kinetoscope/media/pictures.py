@@ -15,8 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kinetoscope.core.errors import InputError
 
-Picture = str | Path | Image.Image | np.ndarray
-Clip = str | Path | np.ndarray | Sequence[Any]
+Array = np.ndarray[Any, Any]
+Picture = str | Path | Image.Image | Array
+Clip = str | Path | Array | Sequence[Any]
 
 MAX_DOWNLOAD = 64 * 2**20
 TIMEOUT_S = 30.0
@@ -53,7 +54,7 @@ def load_picture(source: Picture) -> Image.Image:
     return turned.convert("RGB")
 
 
-def fit_picture(image: Image.Image, height: int, width: int) -> np.ndarray:
+def fit_picture(image: Image.Image, height: int, width: int) -> Array:
     """uint8 [height, width, 3]: scaled (Lanczos) until it covers the size, then cut evenly on both sides."""
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -114,7 +115,7 @@ def _read(source: str | Path) -> bytes:
     return data
 
 
-def _as_uint8(array: np.ndarray, what: str) -> np.ndarray:
+def _as_uint8(array: Array, what: str) -> Array:
     """[H, W, 3] uint8."""
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)

@@ -48,6 +48,10 @@ class ComposedPipeline:
     attention_roles: ClassVar[tuple[str, ...]] = ()
     extra_defaults: ClassVar[Mapping[str, Any]] = {}
     """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""
+    streams: ClassVar[bool] = False
+    """Whether it makes videos block by block for as long as wanted (`runtime.session.Session`)."""
+    block_inputs: ClassVar[tuple[str, ...]] = ()
+    """What may be said of each block of a stream ("keyboard", "mouse"); the arguments of `block_item`."""
     geometry: VideoGeometry
 
     def __init__(
@@ -93,6 +97,39 @@ class ComposedPipeline:
     def forward_flops(self, tokens: int) -> float:
         """Floating-point operations of one row of one forward of the transformer."""
         raise TypeError(f"{type(self).__name__} does not override forward_flops")
+
+    def widths(self) -> tuple[int, int]:
+        """Channels of the transformer's residual stream and of its feed-forward hidden layer."""
+        raise TypeError(f"{type(self).__name__} does not override widths")
+
+    def rows(self, params: SamplingParams) -> int:
+        """Rows of a step for one sample."""
+        return 2 if params.guided else 1
+
+    # -- streams, for subclasses that make them -----------------------------------------------------------------------
+
+    def block_latents(self, batch: ForwardBatch, index: int) -> int:
+        """Latent frames of block `index` of a stream."""
+        raise TypeError(f"{type(self).__name__} does not override block_latents")
+
+    def block_frames(self, batch: ForwardBatch, index: int) -> int:
+        """Frames that block `index` of a stream becomes."""
+        return self.geometry.temporal * (self.block_latents(batch, index) - (index == 0)) + (index == 0)
+
+    def block_item(self, batch: ForwardBatch, index: int, **inputs: Any) -> Any:
+        """What the strategy makes block `index` of a stream from; None: it knows by itself.
+
+        Raises:
+            InputError: an input that does not fit.
+        """
+        return None
+
+    def check_blocks(self, batch: ForwardBatch, blocks: int) -> None:
+        """Refuse, before anything is computed, more blocks than a stream can have.
+
+        Raises:
+            InputError: says how many there can be.
+        """
 
     # -- modules ------------------------------------------------------------------------------------------------------
 
@@ -147,9 +184,16 @@ class ComposedPipeline:
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def iterate(self, batch: ForwardBatch) -> Generator[StageEvent | Event, None, ForwardBatch]:
-        """Run all stages, yielding their events; the return value is the finished batch. Closing it stops the run."""
+    def iterate(
+        self, batch: ForwardBatch, *, until: str | None = None
+    ) -> Generator[StageEvent | Event, None, ForwardBatch]:
+        """Run all stages, or those before `until`, yielding their events; the return value is the batch.
+
+        Closing it stops the run.
+        """
         for name, stage in self.stages.items():
+            if name == until:
+                break
             yield StageEvent("stage_start", name)
             start = time.perf_counter()
             batch = yield from stage.iterate(batch, self.args)

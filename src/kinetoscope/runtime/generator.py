@@ -264,14 +264,15 @@ class VideoGenerator:
 
     def _run(self, request: VideoRequest) -> Generator[RunEvent, None, list[GenerationResult]]:
         pipeline = self.pipeline
-        plan = request.plan(self.defaults(), pipeline.geometry, pipeline.inputs, pipeline.extra_defaults)
+        plan = request.plan(self.defaults(), pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
+                            continues="v2v" not in pipeline.tasks)  # fmt: skip
         return self._run_plan(plan, request.batch_size or self._batch_size(plan.params))
 
     def _run_plan(self, plan: VideoPlan, size: int) -> Generator[RunEvent, None, list[GenerationResult]]:
         results: list[GenerationResult] = []
         for start in range(0, len(plan.prompts), size):
             part = slice(start, start + size)
-            given = {name: value[part] for name, value in plan.given().items()}
+            given: dict[str, Any] = {name: value[part] for name, value in plan.given().items()}
             batch = ForwardBatch(
                 plan.params,
                 plan.prompts[part],

@@ -87,10 +87,9 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
     check_params(params, pipeline.geometry)
     assert params.num_frames and params.height and params.width and params.num_inference_steps
     tokens = pipeline.geometry.tokens(params.num_frames, params.height, params.width)
-    branches = 2 if params.guided else 1
-    config: dict[str, Any] = pipeline.model.config("transformer")
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    hidden = config.get("ffn_dim") or int(width * config.get("mlp_ratio", 4.0))
+    branches = pipeline.rows(params)
+    vae: dict[str, Any] = pipeline.model.config("vae")
+    width, hidden = pipeline.widths()
     element = pipeline.args.dtype.itemsize
     components = summarize(generator)
     transformer_bytes = sum(c.parameters for c in components if c.name != "vae") * element
@@ -98,7 +97,7 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
     return RunPlan(
         params=params,
         latent_shape=(
-            config["in_channels"],
+            vae["z_dim"] if "z_dim" in vae else vae["latent_channels"],
             *pipeline.geometry.latent_size(params.num_frames, params.height, params.width),
         ),
         tokens=tokens,

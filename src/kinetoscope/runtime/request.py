@@ -16,7 +16,7 @@ from torch import Tensor
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.hooks import Hook, StepTraceHook
-from kinetoscope.media import Clip, Picture, check_output, fit_picture, load_clip, load_picture
+from kinetoscope.media import Array, Clip, Picture, check_output, fit_picture, load_clip, load_picture
 from kinetoscope.pipelines.stages.validation import VideoGeometry, check_params, check_text
 
 T = TypeVar("T", str, int)
@@ -58,6 +58,8 @@ class VideoRequest:
         geometry: VideoGeometry,
         inputs: Mapping[str, bool] | None = None,
         extra_defaults: Mapping[str, Any] | None = None,
+        *,
+        continues: bool = False,
     ) -> VideoPlan:
         """What to make, fully resolved and checked.
 
@@ -66,6 +68,8 @@ class VideoRequest:
             geometry: of the model.
             inputs: what the model takes beside the prompt, and whether it must be given.
             extra_defaults: the family's own parameters with their defaults.
+            continues: a given video is carried on, so all of it is read; else it is the start that is noised by
+                `strength`, and `num_frames` of it are read.
 
         Raises:
             InputError: a field is out of range or of the wrong kind.
@@ -82,7 +86,7 @@ class VideoRequest:
             flow_shift=self.flow_shift,
             scheduler=self.scheduler,
             guidance_scale_2=self._second_scale(defaults),
-            strength=self._strength(),
+            strength=self._strength(continues),
             extra=_known_extra(self.extra, extra_defaults or {}),
         ).over(defaults)
         if extra_defaults:  # below what the model's own defaults say
@@ -112,7 +116,7 @@ class VideoRequest:
             [*self.hooks, *([StepTraceHook()] if self.trace else [])],
             _pictures("image", self.image, len(prompts), params),
             _pictures("last_image", self.last_image, len(prompts), params),
-            _video(self.video, len(prompts), params),
+            _video(self.video, len(prompts), params, whole=continues),
         )
 
     def _second_scale(self, defaults: SamplingParams) -> float | None:
@@ -123,10 +127,13 @@ class VideoRequest:
             return self.guidance_scale
         return self.guidance_scale_2
 
-    def _strength(self) -> float | None:
-        """Of a given video; without one there is nothing that it could mean."""
-        if self.video is None and self.strength is not None:
-            raise InputError(f"strength={self.strength} without a video to start from; give video=")
+    def _strength(self, continues: bool) -> float | None:
+        """Of a video to start from; without one there is nothing that it could mean."""
+        if self.strength is not None and (self.video is None or continues):
+            why = "this model continues videos" if continues else "give video="
+            raise InputError(f"strength={self.strength} without a video to start from; {why}")
+        if continues:
+            return None
         return DEFAULT_STRENGTH if self.video is not None and self.strength is None else self.strength
 
     def _check_inputs(self, inputs: Mapping[str, bool]) -> None:
@@ -175,11 +182,11 @@ def _known_extra(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
         if name not in defaults:
             near = difflib.get_close_matches(name, [*defaults, *VideoRequest.__dataclass_fields__], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"unknown parameter {name!r}{hint} This model's own: {', '.join(defaults) or 'none'}")
+            raise InputError(f"unknown parameter {name!r}{hint}. This model's own: {', '.join(defaults) or 'none'}")
     return {k: v for k, v in given.items() if v is not None} or None
 
 
-def _to_tensor(frames: list[np.ndarray]) -> Tensor:
+def _to_tensor(frames: list[Array]) -> Tensor:
     """uint8 arrays [H, W, 3] -> [N, 3, H, W] float32 in [-1, 1]."""
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -190,7 +197,7 @@ def _pictures(
     """[B, 3, H, W] in [-1, 1] at the request's size: one picture for all prompts, or one each."""
     if value is None:
         return None
-    sources = list(value) if isinstance(value, (list, tuple)) else [value]
+    sources = cast("list[Picture]", list(value) if isinstance(value, (list, tuple)) else [value])
     if len(sources) not in (1, count):
         raise InputError(f"{count} prompts but {len(sources)} values for {name}; give one for all or one each")
     assert params.height and params.width
@@ -198,13 +205,13 @@ def _pictures(
     return _to_tensor(fitted * (count // len(fitted)))
 
 
-def _video(value: Clip | None, count: int, params: SamplingParams) -> Tensor | None:
-    """[B, 3, T, H, W] in [-1, 1] at the request's size; the same for all prompts."""
+def _video(value: Clip | None, count: int, params: SamplingParams, *, whole: bool) -> Tensor | None:
+    """[B, 3, T, H, W] in [-1, 1] at the request's size, whole or its first `num_frames`; the same for all prompts."""
     if value is None:
         return None
     assert params.height and params.width and params.num_frames
-    frames = load_clip(value, params.num_frames)
-    if len(frames) < params.num_frames:
+    frames = load_clip(value, None if whole else params.num_frames)
+    if not whole and len(frames) < params.num_frames:
         raise InputError(f"the video has {len(frames)} frames and num_frames={params.num_frames} are asked for")
     tensor = _to_tensor([fit_picture(f, params.height, params.width) for f in frames])
     return tensor.transpose(0, 1).unsqueeze(0).repeat(count, 1, 1, 1, 1)

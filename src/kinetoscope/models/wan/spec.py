@@ -40,8 +40,9 @@ def _preset(size: tuple[int, int], **values: Any) -> SamplingParams:
 
 _480P, _720P = (480, 832), (720, 1280)
 
-# Sampling settings of the published models: their cards; shift 3 for 480p and 5 for 720p by diffusers' Wan page; Wan 2.2
-# by its repository's configurations (boundary, shift and both guidance scales of each model).
+# Sampling settings of the published models: their cards; shift 3 for 480p and 5 for 720p by diffusers' Wan page; of
+# Wan 2.2 by its repository
+# configurations (boundary, shift and both guidance scales of each model).
 PRESETS: dict[str, SamplingParams] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _preset(_480P, guidance_scale=5.0, flow_shift=3.0),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _preset(_720P, guidance_scale=5.0, flow_shift=5.0),

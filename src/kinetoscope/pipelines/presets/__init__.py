@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from kinetoscope.core.errors import ModelLoadError
-from kinetoscope.core.types import ExecutionArgs, SamplingParams
+from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.loading import ModelDir
-from kinetoscope.models.wan.spec import PRESETS
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets.causal_wan import CausalWan
 from kinetoscope.pipelines.presets.cosmos import (
@@ -32,7 +30,6 @@ from kinetoscope.pipelines.presets.skyreels import (
     SkyReelsTextToVideo,
 )
 from kinetoscope.pipelines.presets.wan import WanImageToVideo, WanTextToVideo, WanVideoToVideo
-from kinetoscope.reference import embedded_models
 
 PIPELINES: dict[str, type[ComposedPipeline]] = {
     "Cosmos2TextToImagePipeline": Cosmos2TextToImage,
@@ -65,6 +62,11 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
 }
 
 
+def register_pipeline(class_name: str, pipeline: type[ComposedPipeline]) -> None:
+    """Say which pipeline opens directories whose model_index.json names `class_name`."""
+    PIPELINES[class_name] = pipeline
+
+
 def pipeline_class(model: ModelDir) -> type[ComposedPipeline]:
     """The pipeline for a directory.
 
@@ -82,28 +84,3 @@ def pipeline_class(model: ModelDir) -> type[ComposedPipeline]:
 def build_pipeline(model: ModelDir, args: ExecutionArgs, **options: Any) -> ComposedPipeline:
     """The pipeline of a directory; `options` are `ComposedPipeline`'s."""
     return pipeline_class(model)(model, args, **options)
-
-
-@dataclass(frozen=True, slots=True)
-class KnownModel:
-    """A model that runs by name: embedded, or published on the hub."""
-
-    name: str
-    tasks: tuple[str, ...]
-    defaults: SamplingParams
-    where: str
-
-
-def known_models() -> list[KnownModel]:
-    """The embedded models, then the published ones that have presets.
-
-    Raises:
-        ModelLoadError: an embedded directory is damaged.
-    """
-    found: list[KnownModel] = []
-    for name, path in embedded_models().items():
-        model = ModelDir(path, name)
-        family = pipeline_class(model)
-        found.append(KnownModel(name, family.tasks, SamplingParams(**model.defaults), "embedded"))
-    found += [KnownModel(n, WanTextToVideo.tasks, params, "hub") for n, params in PRESETS.items()]
-    return found

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from kinetoscope.core.types import SamplingParams
-from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, SINK, WINDOW, CausalStrategy
+from kinetoscope.core.errors import InputError
+from kinetoscope.core.types import ForwardBatch, SamplingParams
+from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, SINK, WINDOW, CausalStrategy, block_sizes
 from kinetoscope.engine.strategies.dmd import STEPS, WARP
 from kinetoscope.loading import register_transformer
 from kinetoscope.models.wan import spec
@@ -36,6 +37,7 @@ class CausalWan(ComposedPipeline):
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v")
     attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    streams: ClassVar[bool] = True
     extra_defaults: ClassVar[Mapping[str, Any]] = {
         STEPS: [1000, 750, 500, 250],
         WARP: True,
@@ -60,9 +62,9 @@ class CausalWan(ComposedPipeline):
             max_positions=config.rope_max_seq_len,
         )
         boundary, steps = self._boundary(), {**self.extra_defaults, **(self.defaults().extra or {})}[STEPS]
-        alone = config.independent_first_frame or boundary is not None
+        self.alone = config.independent_first_frame or boundary is not None
         self.add_stage("validation", InputValidationStage(self.geometry))
-        self.add_stage("blocks", BlockValidationStage(self.geometry, config, alone))
+        self.add_stage("blocks", BlockValidationStage(self.geometry, config, self.alone))
         self.add_stage("timesteps", FewStepTimestepStage(steps, boundary))
         self.add_stage(
             "text_encoding",
@@ -76,6 +78,28 @@ class CausalWan(ComposedPipeline):
             "denoising", DenoisingStage(self.lazy("transformer"), unused, CausalStrategy, hooks=self.hooks, **low)
         )
         self.add_stage("decoding", DecodingStage(self.lazy("vae")))
+
+    def block_latents(self, batch: ForwardBatch, index: int) -> int:
+        """Those of a regular block, but for a first image, or a first frame that is a block of its own."""
+        size = self.config.num_frames_per_block
+        first = block_sizes(size, self.alone, given=int(batch.image is not None))
+        return first[index] if index < len(first) else size
+
+    def check_blocks(self, batch: ForwardBatch, blocks: int) -> None:
+        """Without a rolling window a video is at most as long as those the model was trained on.
+
+        Raises:
+            InputError: see `ComposedPipeline.check_blocks`.
+        """
+        config, window = self.config, (batch.params.extra or {}).get(WINDOW)
+        frames, limit = 0, config.sliding_window_num_frames
+        for index in range(blocks if (config.local_attn_size if window is None else window) == -1 else 0):
+            frames += self.block_latents(batch, index)
+            if frames > limit:
+                raise InputError(
+                    f"blocks={blocks} are more than the {index} ({limit} latent frames) that this model was trained to "
+                    f"see at once; set {WINDOW} for a rolling window"
+                )
 
     def _boundary(self) -> float | None:
         """Timestep between the experts, where the directory has two."""
@@ -92,6 +116,10 @@ class CausalWan(ComposedPipeline):
     def forward_flops(self, tokens: int) -> float:
         """As Wan's over the whole video: an upper bound, since a block sees only what was made before it."""
         return spec.forward_flops(self.config, tokens)
+
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.dim, self.config.ffn_dim
 
 
 register_transformer("CausalWanTransformer3DModel", CausalWanTransformer3DModel, CausalWanConfig.from_dict)

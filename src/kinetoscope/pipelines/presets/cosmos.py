@@ -104,6 +104,10 @@ class Cosmos(ComposedPipeline):
         """See `spec.forward_flops`; the text counts at its padded length."""
         return spec.forward_flops(self.config, tokens)
 
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.dim, int(self.config.dim * self.config.mlp_ratio)
+
 
 class CosmosTextToWorld(Cosmos):
     """Prompt -> video with a Predict 1 Text2World directory."""
@@ -212,19 +216,6 @@ class ImageGeometry(VideoGeometry):
             raise InputError(f"num_frames={params.num_frames!r}: this model makes images, one frame")
         VideoGeometry.check(self, params)
 
-
-PUBLISHED: dict[str, type[Cosmos]] = {  # model id -> its pipeline; settings are in `spec.PRESETS`
-    "nvidia/Cosmos-1.0-Diffusion-7B-Text2World": CosmosTextToWorld,
-    "nvidia/Cosmos-1.0-Diffusion-14B-Text2World": CosmosTextToWorld,
-    "nvidia/Cosmos-1.0-Diffusion-7B-Video2World": CosmosVideoToWorld,
-    "nvidia/Cosmos-1.0-Diffusion-14B-Video2World": CosmosVideoToWorld,
-    "nvidia/Cosmos-Predict2-2B-Text2Image": Cosmos2TextToImage,
-    "nvidia/Cosmos-Predict2-14B-Text2Image": Cosmos2TextToImage,
-    "nvidia/Cosmos-Predict2-2B-Video2World": Cosmos2VideoToWorld,
-    "nvidia/Cosmos-Predict2-14B-Video2World": Cosmos2VideoToWorld,
-    "nvidia/Cosmos-Predict2.5-2B": Cosmos25Predict,
-    "nvidia/Cosmos-Predict2.5-14B": Cosmos25Predict,
-}
 
 register_transformer("CosmosTransformer3DModel", CosmosTransformer3DModel, spec.CosmosConfig.from_dict)
 register_transformers_model("Qwen2_5_VLForConditionalGeneration")

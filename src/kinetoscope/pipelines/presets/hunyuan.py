@@ -87,6 +87,14 @@ class HunyuanVideo(ComposedPipeline):
         """See `spec.forward_flops`; the text counts at its longest."""
         return spec.forward_flops(self.config, tokens)
 
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.dim, int(self.config.dim * self.config.mlp_ratio)
+
+    def rows(self, params: SamplingParams) -> int:
+        """Guidance is embedded; only `true_cfg_scale` adds a row."""
+        return 1 if (params.extra or {}).get("true_cfg_scale", 1.0) == 1.0 else 2
+
 
 class HunyuanImageToVideo(HunyuanVideo):
     """Prompt and first picture -> video. The transformer's `image_condition_type` says how the picture enters."""

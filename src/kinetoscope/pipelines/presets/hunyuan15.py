@@ -74,6 +74,10 @@ class HunyuanVideo15(ComposedPipeline):
         """See `spec.forward_flops`; the text counts at its longest."""
         return spec.forward_flops(self.config, tokens)
 
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.dim, int(self.config.dim * self.config.mlp_ratio)
+
 
 class HunyuanVideo15ImageToVideo(HunyuanVideo15):
     """Prompt and first picture -> video."""

@@ -81,6 +81,10 @@ class LongCatVideo(ComposedPipeline):
         """See `spec.forward_flops`; the text counts at its padded length."""
         return spec.forward_flops(self.config, tokens)
 
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.hidden_size, self.config.ffn_dim
+
 
 register_layout(LAYOUT)
 register_transformer(MODEL, LongCatVideoTransformer3DModel, spec.LongCatConfig.from_dict)

@@ -63,6 +63,10 @@ class LTXVideo(ComposedPipeline):
         """See `spec.forward_flops`; the text counts at its padded length."""
         return spec.forward_flops(self.config, tokens)
 
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.dim, 4 * self.config.dim
+
 
 def _geometry(vae: Mapping[str, Any]) -> VideoGeometry:
     """Pixels and frames a latent position spans, as the published VAE counts them."""

@@ -5,30 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
-from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.strategies.matrix_game import Actions, MatrixGameStrategy
 from kinetoscope.loading import register_transformer
 from kinetoscope.loading.transformers_models import register_transformers_model
+from kinetoscope.media.actions import load_actions, play
 from kinetoscope.models.matrix_game import spec
 from kinetoscope.models.matrix_game.strategy import MatrixGameVideoStrategy
 from kinetoscope.models.matrix_game.transformer import MatrixGameTransformer3DModel
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
-from kinetoscope.pipelines.stages.images import ImageConditionStage
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.matrix_game import (
     ACTIONS,
     ActionStage,
-    FrameDecoder,
+    PlayConditionStage,
+    PlayedStream,
     PlayValidationStage,
     SquareImageFeatureStage,
+    as_actions,
 )
 from kinetoscope.pipelines.stages.validation import VideoGeometry
 
@@ -84,7 +82,7 @@ class MatrixGameVideo(ComposedPipeline):
         self.add_stage("validation", PlayValidationStage(self.geometry, config.out_channels, block))
         self.add_stage("actions", ActionStage(self.layout))
         self.add_stage("image_features", SquareImageFeatureStage(self.lazy("image_encoder")))
-        self.add_stage("image_condition", ImageConditionStage(self.lazy("vae"), self.geometry))
+        self.add_stage("image_condition", PlayConditionStage(self.lazy("vae"), self.geometry, block))
         self.add_denoising()
         self.add_stage("decoding", DecodingStage(self.lazy("vae")))
 
@@ -104,83 +102,58 @@ class MatrixGameVideo(ComposedPipeline):
         """See `spec.forward_flops`."""
         return spec.forward_flops(self.config, tokens)
 
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.dim, self.config.ffn_dim
+
 
 class MatrixGameWorld(MatrixGameVideo):
-    """Image and action script (`actions=`) -> video with a distilled model, block by block; or a stream, see
-    `open_stream`.
+    """Image and action script (`actions=`) -> video with a distilled model, block by block; or a stream.
 
     Prompts are not read. There is no solver: the few steps are a list (`dmd_denoising_steps`).
     """
 
     distilled: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+    block_inputs: ClassVar[tuple[str, ...]] = ("keyboard", "mouse")
 
     def add_denoising(self) -> None:
         """Blocks, with the noise of each."""
         unused = SchedulerAdapter("FlowMatchEulerDiscreteScheduler")
         self.add_stage("denoising", DenoisingStage(self.lazy("transformer"), unused, MatrixGameStrategy, self.hooks))
 
-    def open_stream(self, batch: ForwardBatch) -> PlayStream:
-        """Start a session from `batch.image`: everything up to denoising is done now, blocks come from the stream.
+    def block_latents(self, batch: ForwardBatch, index: int) -> int:
+        """All blocks are alike."""
+        return self.config.num_frames_per_block
 
-        `num_frames` of the parameters is how much of the condition is encoded; the session may last longer.
-
-        Raises:
-            InputError: see `PlayValidationStage`.
-        """
-        for name in ("validation", "image_features", "image_condition"):
-            batch = self.stages[name].forward(batch, self.args)
-        stage = self.stages["denoising"]
-        assert isinstance(stage, DenoisingStage)
-        return PlayStream(self, stage.engine(batch), batch)
-
-
-class PlayStream:
-    """A session: `step` makes the next block from what is done, `close` ends it. A context manager.
-
-    Sessions of one pipeline may be interleaved; each has its own memory.
-    """
-
-    @torch.no_grad()
-    def __init__(self, pipeline: MatrixGameWorld, engine: DenoisingEngine, batch: ForwardBatch) -> None:
-        self.pipeline = pipeline
-        self.batch = batch
-        self.blocks = 0
-        self._engine = engine
-        self._stream = engine.streaming_reset(batch, pipeline.args)
-        self._decoder = FrameDecoder(pipeline.get_module("vae"))
-
-    @property
-    def frames_needed(self) -> int:
-        """Pixel frames of the next block: as many actions it needs, and as many frames come out."""
-        strategy = self._engine.strategy
-        assert isinstance(strategy, MatrixGameStrategy)
-        return strategy.block_frames(self.blocks)
-
-    @torch.no_grad()
-    def latents(self, actions: Actions) -> Tensor:
-        """The next block as normalised latents [B, C, t, h, w]; use either this or `step` in a session.
+    def block_item(
+        self, batch: ForwardBatch, index: int, *, keyboard: Any = None, mouse: Any = None, **inputs: Any
+    ) -> Actions:
+        """What the player does in the block (see `media.actions.play`); of the script where nothing is said.
 
         Raises:
-            InputError: the actions do not fit; the session is over then.
+            InputError: see `media.actions.play`; or the script has ended.
         """
-        result = self._engine.streaming_step(self._stream, actions)
-        self.blocks += 1
-        return result
+        stream, frames = batch.family, self.block_frames(batch, index)
+        assert isinstance(stream, PlayedStream)
+        start = sum(self.block_frames(batch, i) for i in (0, 1)[:index]) + frames * max(index - 2, 0)
+        if keyboard is None and mouse is None and stream.script is not None:
+            script = stream.script.part(start, start + frames)
+        else:
+            script = play(self.layout, frames, keyboard, mouse)
+        stream.reach(batch, (index + 1) * self.config.num_frames_per_block)
+        return as_actions(script, batch.size)
 
-    def step(self, actions: Actions) -> list[Any]:
-        """The next block as frames, one uint8 array [T, H, W, 3] a sample."""
-        return self._decoder.decode(self.latents(actions))
+    def check_blocks(self, batch: ForwardBatch, blocks: int) -> None:
+        """A script must last as long as the stream.
 
-    def close(self) -> None:
-        """End the session and its hooks."""
-        if not self._stream.closed:
-            self._engine.streaming_clear(self._stream)
-
-    def __enter__(self) -> PlayStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        Raises:
+            InputError: see `media.actions.load_actions`; or it does not.
+        """
+        source = (batch.params.extra or {}).get(ACTIONS)
+        if source is not None:
+            frames = self.block_frames(batch, 0) + (blocks - 1) * self.block_frames(batch, 1)
+            load_actions(source, self.layout).first(frames)
 
 
 for _name in TRANSFORMERS:

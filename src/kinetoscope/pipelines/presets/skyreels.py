@@ -68,6 +68,10 @@ class SkyReelsTextToVideo(ComposedPipeline):
         """See `spec.forward_flops`; the text counts at its padded length."""
         return spec.forward_flops(self.config, tokens)
 
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.dim, self.config.ffn_dim
+
 
 class SkyReelsImageToVideo(SkyReelsTextToVideo):
     """Image (and last image) and prompt -> video."""

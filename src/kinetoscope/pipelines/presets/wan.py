@@ -99,6 +99,10 @@ class WanTextToVideo(ComposedPipeline):
         """See `spec.forward_flops`; the text counts at its padded length."""
         return spec.forward_flops(self.config, tokens)
 
+    def widths(self) -> tuple[int, int]:
+        """Of the residual stream and of the feed-forward hidden layer."""
+        return self.config.dim, self.config.ffn_dim
+
 
 class WanImageToVideo(WanTextToVideo):
     """Image (and last image) and prompt -> video."""

@@ -1,0 +1,114 @@
+"""Pictures and clips of users: orientation, cutting, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kinetoscope.core.errors import InputError
+from kinetoscope.media import fit_picture, load_clip, load_picture, write_video
+
+
+def quarters() -> Image.Image:
+    """20 x 10 pixels: red, green / blue, white quarters."""
+    array = np.zeros((10, 20, 3), np.uint8)
+    array[:5, :10], array[:5, 10:], array[5:, :10], array[5:, 10:] = (
+        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255),
+    )  # fmt: skip
+    return Image.fromarray(array)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to see it upright
+    quarters().save(tmp_path / "turned.png", exif=exif)
+    image = load_picture(tmp_path / "turned.png")
+    assert image.size == (10, 20)
+    assert image.getpixel((1, 1)) == (0, 0, 255) and image.getpixel((8, 1)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    image = quarters().convert("L").convert("I;16") if mode == "I;16" else quarters().convert(mode)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    image.save(path)
+    assert load_picture(path).mode == "RGB"
+
+
+def test_transparency_is_black() -> None:
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert load_picture(clear).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_the_same_size_is_untouched() -> None:
+    assert np.array_equal(fit_picture(quarters(), 10, 20), np.asarray(quarters()))
+
+
+def test_it_covers_and_cuts_evenly() -> None:
+    square = fit_picture(quarters(), 10, 10)  # the middle half of the width
+    assert np.array_equal(square, np.asarray(quarters())[:, 5:15])
+    wide = fit_picture(quarters(), 8, 64)
+    assert wide.shape == (8, 64, 3)
+    assert tuple(wide[0, 0]) == (255, 0, 0) and tuple(wide[-1, -1]) == (255, 255, 255)
+
+
+def test_arrays_of_bytes_and_floats() -> None:
+    bytes_ = np.asarray(quarters())
+    assert np.array_equal(np.asarray(load_picture(bytes_)), bytes_)
+    assert np.array_equal(np.asarray(load_picture(bytes_ / 255.0)), bytes_)
+    assert np.asarray(load_picture(bytes_[..., 0])).shape == (10, 20, 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("missing.png", "cannot be read"),
+        (np.zeros((2, 2, 4), np.uint8), r"\[2, 2, 4\]"),
+        (np.zeros((0, 2, 3), np.uint8), "should be"),
+        (np.full((2, 2, 3), np.nan), "outside"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_picture(source: object, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load_picture(source)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"cut\.png"):
+        load_picture(path)
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(InputError, match="known format"):
+        load_picture(tmp_path / "text.png")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_picture(tmp_path)
+
+
+def test_clips(tmp_path: Path) -> None:
+    frames = np.stack([np.full((16, 32, 3), 20 * i, np.uint8) for i in range(6)])
+    write_video(tmp_path / "a.mp4", frames, 8)
+    assert len(load_clip(tmp_path / "a.mp4")) == 6
+    first = load_clip(tmp_path / "a.mp4", 2)
+    assert len(first) == 2 and first[0].size == (32, 16)
+    assert [np.asarray(f).max() for f in load_clip(frames, 3)] == [0, 20, 40]
+    assert len(load_clip([quarters(), quarters()])) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "says"), [("missing.mp4", "cannot be read"), ([], "no frame"), (3, "type int"), (np.zeros(3), "shape")]
+)
+def test_what_is_no_clip(source: object, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load_clip(source)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_clip_that_is_no_video(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("hello")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_clip(tmp_path / "a.mp4")
