@@ -27,7 +27,8 @@ def test_ctrl_c_in_the_middle_leaves_no_file(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", interrupt, *argv, "-o", str(out), "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "cancelled\n")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "cancelled"  # a slow machine has told of a step before
     assert not out.exists()
 
 
