@@ -22,8 +22,8 @@ from kinetoscope.media.actions import parse_actions
 from kinetoscope.models.matrix_game import spec
 from kinetoscope.pipelines.presets import build_pipeline
 from kinetoscope.pipelines.presets.matrix_game import MatrixGameVideo, MatrixGameWorld
-from kinetoscope.pipelines.stages.decoding import DecodingStage
-from kinetoscope.pipelines.stages.matrix_game import FrameDecoder, as_actions
+from kinetoscope.pipelines.stages.images import ImageConditionStage
+from kinetoscope.pipelines.stages.matrix_game import ImageThenNothing, PlayedStream, as_actions
 from kinetoscope.runtime.generator import VideoGenerator
 from models.tiny_matrix_game import FIXTURES, IMAGE_DIM, published_config, tiny_model
 
@@ -136,44 +136,23 @@ def test_image_features_are_clips_of_a_squeezed_image(world: MatrixGameWorld) ->
     assert features is not None and features.shape == (1, 5, IMAGE_DIM)
 
 
-def test_played_block_by_block_it_is_the_same_video(world: MatrixGameWorld) -> None:
-    script = as_actions(parse_actions(WALK, "universal"))
-    whole = world.run(request(world, WALK, seed=4))
-    with world.open_stream(request(world, seed=4)) as stream:
-        needed, parts = [], []
-        for start, stop in ((0, 9), (9, 21)):
-            needed.append(stream.frames_needed)
-            parts.append(stream.step(script.part(start, stop))[0])
-    assert needed == [9, 12]
-    assert np.array_equal(np.concatenate(parts), whole.frames[0])
-
-
-def test_two_sessions_of_one_pipeline(world: MatrixGameWorld) -> None:
-    script = as_actions(parse_actions(WALK, "universal"))
-    rest = Actions(1 - script.keyboard, script.mouse)
-
-    def play(order: list[int]) -> list[list[Any]]:
-        streams = [world.open_stream(request(world, seed=s)) for s in (5, 6)]
-        made: list[list[Any]] = [[], []]
-        for which in order:
-            start, stop = ((0, 9), (9, 21))[len(made[which])]
-            made[which].append(streams[which].step((script, rest)[which].part(start, stop))[0])
-        for stream in streams:
-            stream.close()
-        return made
-
-    for mixed, alone in zip(play([0, 1, 1, 0]), play([0, 0, 1, 1]), strict=True):
-        assert np.array_equal(np.concatenate(mixed), np.concatenate(alone))
-
-
 @torch.no_grad()
-def test_frames_decoded_in_parts_are_those_decoded_at_once(world: MatrixGameWorld) -> None:
-    vae = world.get_module("vae")
-    latents = torch.randn((1, 16, 7, 4, 6), generator=torch.Generator().manual_seed(2))
-    decoder = FrameDecoder(vae)
-    parts = [decoder.decode(latents[:, :, a:b])[0] for a, b in ((0, 3), (3, 4), (4, 7))]
-    assert [len(p) for p in parts] == [9, 4, 12]
-    assert np.array_equal(np.concatenate(parts), DecodingStage(vae).decode(latents[0]))
+def test_the_condition_in_parts_is_that_of_the_whole_video(world: MatrixGameWorld) -> None:
+    """However long: far from the image it settles, and its last frame is that of all later ones."""
+    vae, frames = world.get_module("vae"), 60
+    batch = request(world, num_frames=4 * frames - 3)
+    assert batch.image is not None
+    whole = ImageConditionStage(vae, world.geometry).forward(batch, world.args).condition
+    assert whole is not None
+    played = PlayedStream(image=ImageThenNothing(vae, batch.image, 4))
+    assert played.image is not None
+    batch.condition = played.image.more(3)
+    for end in range(6, frames + 1, 3):
+        played.reach(batch, end)
+    parts = batch.condition
+    assert played.image.settled and parts.shape[2] < frames, "memory does not grow"
+    assert torch.equal(parts, whole[:, :, : parts.shape[2]])
+    assert torch.equal(parts[:, :, -1:].expand(-1, -1, frames - parts.shape[2], -1, -1), whole[:, :, parts.shape[2] :])
 
 
 @pytest.mark.parametrize(("variant", "keys", "steps"), [("gta", 2, 3), ("templerun", 7, 4)])

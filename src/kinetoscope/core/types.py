@@ -91,6 +91,7 @@ class ForwardBatch:
         timings: stage name -> seconds.
         logging_info: what hooks report (perf logging, step trace).
         family: the typed extension of a model family that needs more, else None.
+        streaming: blocks are made until their caller has enough; `params.num_frames` says nothing then.
     """
 
     params: SamplingParams
@@ -114,6 +115,7 @@ class ForwardBatch:
     timings: dict[str, float] = field(default_factory=dict[str, float])
     logging_info: dict[str, Any] = field(default_factory=dict[str, Any])
     family: object | None = None
+    streaming: bool = False
 
     @property
     def size(self) -> int:

@@ -102,7 +102,8 @@ class DenoisingEngine:
                     assert event.latents is not None
                     return event.latents
         except BaseException:
-            stream.closed = True  # the generator has ended its hooks on the way out
+            stream.closed = True
+            stream.events.close()  # hooks end here, unless the error came from inside and ended them on its way out
             raise
         raise RuntimeError("the strategy ended its run inside a stream")
 

@@ -38,7 +38,7 @@ def take_rows(tree: Tree, rows: slice) -> Tree:
 
 
 def join_rows(trees: Sequence[Tree]) -> Tree:
-    """Trees of the same structure as one, every tensor joined along its first axis; what is no tensor is the first's."""
+    """Trees of the same structure as one, every tensor joined along its first axis; what is none is the first's."""
     first = trees[0]
     if len(trees) == 1:
         return first
@@ -254,4 +254,13 @@ class BlockDenoisingStrategy(DenoisingStrategy, Protocol):
 
     def update_context(self, state: StrategyState, ctx: BlockContext, item: Any) -> None:
         """After a block: remember it (write clean K/V into a cache, keep its latents) and set `ctx.result`."""
+        ...
+
+
+@runtime_checkable
+class PromptedStrategy(Protocol):
+    """A block strategy whose prompt may change between two blocks."""
+
+    def reprompt(self, state: StrategyState) -> None:
+        """Let the blocks from now on follow the prompt embeddings that are in the batch now."""
         ...

@@ -124,6 +124,17 @@ class ActionScript:
             )
         return ActionScript(self.layout, self.keyboard[:frames], None if self.mouse is None else self.mouse[:frames])
 
+    def part(self, start: int, stop: int) -> ActionScript:
+        """Frames [start, stop).
+
+        Raises:
+            InputError: the script is shorter.
+        """
+        script = self.first(stop)
+        return ActionScript(
+            self.layout, script.keyboard[start:], None if script.mouse is None else script.mouse[start:]
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The script as JSON values, equal steps joined; `parse_actions` reads it back to the same numbers."""
         steps: list[dict[str, Any]] = []
@@ -191,6 +202,53 @@ def parse_actions(value: Any, layout: str) -> ActionScript:
         mouse += [turn] * repeat
     turns = np.asarray(mouse, dtype=np.float32) if own.mouse else None
     return ActionScript(own, np.asarray(keyboard, dtype=np.float32), turns)
+
+
+def play(layout: str, frames: int, keyboard: Any = None, mouse: Any = None) -> ActionScript:
+    """What a player does in the next `frames` frames.
+
+    Args:
+        layout: name of the layout.
+        frames: P.
+        keyboard: key names that are held (or one name); numbers in [0, 1], one a key [K] held or [P, K] frame by frame
+            (list, array or tensor); None: nothing is pressed.
+        mouse: a name of `CAMERA`; a turn [2] held or [P, 2] frame by frame; None: no turn.
+
+    Raises:
+        InputError: an unknown key, another shape, a number out of range, a mouse that the layout does not have.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"unknown action layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    own = LAYOUTS[layout]
+    names: Any = [keyboard] if isinstance(keyboard, str) else [] if keyboard is None else keyboard
+    if isinstance(names, list | tuple) and all(isinstance(n, str) for n in cast("Sequence[Any]", names)):
+        keyboard = _pressed(names, own)
+    keys = _table("keyboard", keyboard, frames, len(own.keys), 0.0)
+    if not own.mouse:
+        if mouse is not None:
+            raise InputError(f"layout {layout} has no mouse")
+        return ActionScript(own, keys, None)
+    if isinstance(mouse, str) and mouse not in CAMERA:
+        raise InputError(f"mouse={mouse!r} is no camera turn; known: {', '.join(CAMERA)}")
+    turn = CAMERA[mouse or "still"] if mouse is None or isinstance(mouse, str) else mouse
+    return ActionScript(own, keys, _table("mouse", turn, frames, 2, -1.0))
+
+
+def _table(name: str, value: Any, frames: int, width: int, low: float) -> np.ndarray:
+    """float32 [frames, width] of a value a frame, or of one for all frames."""
+    value = value.detach().cpu() if hasattr(value, "detach") else value
+    try:
+        table = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}={value!r} is no table of numbers") from error
+    if table.shape not in ((width,), (frames, width)):
+        raise InputError(
+            f"{name} has shape {list(table.shape)}; this block needs [{frames}, {width}], or [{width}] for all its "
+            "frames"
+        )
+    if not (np.isfinite(table) & (table >= low) & (table <= 1)).all():
+        raise InputError(f"{name} holds numbers outside [{low:g}, 1]")
+    return np.broadcast_to(table, (frames, width)).copy()
 
 
 def still(layout: str, frames: int) -> ActionScript:

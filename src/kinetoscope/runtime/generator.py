@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kinetoscope.attention import capabilities, resolve_attention
 from kinetoscope.core.config import settings
-from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks import Hook, PerfLoggingHook
 from kinetoscope.engine.protocols import Event
@@ -27,6 +27,7 @@ from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
 from kinetoscope.runtime.record import make_record
 from kinetoscope.runtime.request import VideoPlan, VideoRequest
+from kinetoscope.runtime.session import Session, session_batch
 
 BATCH_TOKENS = 2048
 """Prompts of a list share a run while its rows have at most this many tokens; beyond, a batch only costs memory."""
@@ -261,6 +262,68 @@ class VideoGenerator:
         """
         own = {k: fields.pop(k) for k in [*fields] if k not in VideoRequest.__dataclass_fields__}
         return self._run(VideoRequest(prompt, **fields, extra=own))
+
+    def start_session(
+        self,
+        prompt: str | None = None,
+        *,
+        on_event: Callable[[RunEvent], None] | None = None,
+        blocks: int | None = None,
+        **fields: Any,
+    ) -> Session:
+        """A video that is made while it is watched, one block a `step`; for models that make videos block by block.
+
+        Args:
+            prompt: None for models that read none.
+            on_event: called with every stage and step event.
+            blocks: how many there will be, if that is known: a model or a script that does not last so long is
+                refused now.
+            fields: of `generate_video`, but those of whole videos (`num_frames`, `output_path`, `latents`,
+                `batch_size`, `trace`); `seed` is one number. An image that becomes the first frame is the first block.
+
+        Raises:
+            CompositionError: the model makes no streams.
+            InputError: a field is out of range, or has no meaning in a stream.
+        """
+        batch = self._session_batch(prompt, blocks, fields)
+        return Session(self.pipeline, batch, self.options, on_event)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        blocks: int | None = None,
+        on_event: Callable[[RunEvent], None] | None = None,
+        **fields: Any,
+    ) -> Generator[np.ndarray[Any, Any], None, None]:
+        """Frames uint8 [T, H, W, 3] as they are made, a block at a time; closing the generator ends the run.
+
+        The joined frames of n blocks are those of `generate_video` with as many frames.
+
+        Args:
+            prompt, on_event, fields: as for `start_session`. The request is checked now.
+            blocks: how many to make; None: until closed.
+
+        Raises:
+            CompositionError, InputError: as `start_session`.
+        """
+        batch = self._session_batch(prompt, blocks, fields)
+        return self._drain(batch, blocks, on_event)
+
+    def _session_batch(self, prompt: str | None, blocks: int | None, fields: Mapping[str, Any]) -> ForwardBatch:
+        batch = session_batch(self.pipeline, self.defaults(), prompt, fields)
+        if blocks is not None:
+            if type(blocks) is not int or blocks < 1:
+                raise InputError(f"blocks={blocks!r} is not a positive whole number")
+            self.pipeline.check_blocks(batch, blocks)
+        return batch
+
+    def _drain(
+        self, batch: ForwardBatch, blocks: int | None, on_event: Callable[[RunEvent], None] | None
+    ) -> Generator[np.ndarray[Any, Any], None, None]:
+        with Session(self.pipeline, batch, self.options, on_event) as session:
+            while blocks is None or session.blocks < blocks:
+                yield session.step()
 
     def _run(self, request: VideoRequest) -> Generator[RunEvent, None, list[GenerationResult]]:
         pipeline = self.pipeline

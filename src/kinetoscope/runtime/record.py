@@ -44,6 +44,7 @@ def make_record(
     batch: ForwardBatch,
     index: int,
     given: Mapping[str, Tensor],
+    digest: str | None = None,
 ) -> dict[str, Any]:
     """The record of sample `index` of a finished batch.
 
@@ -52,6 +53,7 @@ def make_record(
 
     Args:
         given: latents, images and videos that the caller gave, by name; a record can name but not hold them.
+        digest: of the frames (`frames_digest`), where the batch does not hold them.
     """
     return {
         "format": FORMAT,
@@ -73,5 +75,5 @@ def make_record(
         "threads": torch.get_num_threads(),
         "interceptors": [h.name for h in [*pipeline.hooks, *batch.hooks] if isinstance(h, Interceptor)],
         "versions": versions(),
-        "frames_sha256": frames_digest(batch.frames[index]),
+        "frames_sha256": digest or frames_digest(batch.frames[index]),
     }

@@ -136,7 +136,7 @@ class MatrixGameWorld(MatrixGameVideo):
         """
         stream, frames = batch.family, self.block_frames(batch, index)
         assert isinstance(stream, PlayedStream)
-        start = sum(self.block_frames(batch, i) for i in (0, 1)[:index]) + frames * max(index - 2, 0)
+        start = 0 if index == 0 else self.block_frames(batch, 0) + (index - 1) * frames
         if keyboard is None and mouse is None and stream.script is not None:
             script = stream.script.part(start, start + frames)
         else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
@@ -22,6 +23,14 @@ class DecodingStage(Stage):
     def __init__(self, vae: Any | Lazy[Any]) -> None:
         self._vae = vae
 
+    def stream(self) -> FrameStream:
+        """A decoder for one stream.
+
+        Raises:
+            CompositionError: see `FrameStream`.
+        """
+        return FrameStream(resolve(self._vae))
+
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
         """The batch with one uint8 [T, H, W, 3] array a sample, decoded one at a time to bound memory."""
@@ -34,8 +43,56 @@ class DecodingStage(Stage):
         vae = resolve(self._vae)
         z = latents.unsqueeze(0).to(next(vae.parameters()).dtype)
         video = vae.decode(denormalize(z, vae.config), return_dict=False)[0][0]  # [3, T, H, W] in [-1, 1]
-        video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-        return video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+        return to_frames(video)
+
+
+class FrameStream:
+    """Latents to frames a few at a time: the frames of decoding them all at once.
+
+    The decoder is causal in time. What its convolutions need of earlier frames (two each) is kept here, not in the VAE,
+    so streams that share a VAE do not meet.
+
+    Args:
+        vae: diffusers' `AutoencoderKLWan`, with or without patches.
+
+    Raises:
+        CompositionError: another VAE; it may look ahead.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
+
+        if not isinstance(vae, AutoencoderKLWan):
+            raise CompositionError(f"streams are decoded by AutoencoderKLWan; this model has {type(vae).__name__}")
+        self.vae: Any = vae
+        self._past: list[Any] | None = None
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Any:
+        """uint8 array [T, H, W, 3] from the next normalised latents [C, t, h, w]; T = 1 + 4 (t - 1) the first time, 4 t
+        later."""
+        vae = self.vae
+        z = latents.unsqueeze(0).to(next(vae.parameters()).dtype)
+        z = vae.post_quant_conv(denormalize(z, vae.config))
+        parts: list[Tensor] = []
+        for frame in z.split(1, dim=2):
+            first = {"first_chunk": True} if self._past is None else {}
+            if self._past is None:
+                self._past = [None] * vae._cached_conv_counts["decoder"]
+            parts.append(vae.decoder(frame, feat_cache=self._past, feat_idx=[0], **first))
+        video = torch.cat(parts, dim=2)  # [1, 3 p p, T, H / p, W / p]
+        return to_frames(_join_patches(video, vae.config.patch_size or 1)[0])
+
+
+def _join_patches(x: Tensor, p: int) -> Tensor:
+    """[B, 3 p p, T, H, W] whose channels are (colour, x, y) of a patch -> [B, 3, T, H p, W p]."""
+    return x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+
+
+def to_frames(video: Tensor) -> Any:
+    """uint8 array [T, H, W, 3] from a video [3, T, H, W] in [-1, 1]."""
+    video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def denormalize(latents: Tensor, config: Any) -> Tensor:

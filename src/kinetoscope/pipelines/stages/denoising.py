@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kinetoscope.core.errors import KinetoscopeError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
@@ -77,6 +78,15 @@ class DenoisingStage(Stage):
         yield from engine.iterate(state)
         batch = engine.strategy.postprocess(state)
         assert batch.latents is not None
-        if not torch.isfinite(batch.latents).all():
-            raise KinetoscopeError("denoising gave values that are not finite; try dtype float32, or check the weights")
+        check_finite(batch.latents)
         return batch
+
+
+def check_finite(latents: Tensor) -> None:
+    """Refuse a result that is not numbers.
+
+    Raises:
+        KinetoscopeError: some are not finite (broken weights, or a dtype that overflows).
+    """
+    if not torch.isfinite(latents).all():
+        raise KinetoscopeError("denoising gave values that are not finite; try dtype float32, or check the weights")

@@ -55,7 +55,9 @@ class BlockValidationStage(Stage):
         self.geometry, self.config, self.alone = geometry, config, alone
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
-        """The same batch, or an `InputError`."""
+        """The same batch, or an `InputError`; a stream has no number of frames to refuse."""
+        if batch.streaming:
+            return batch
         frames = batch.params.num_frames
         assert frames
         count = (frames - 1) // self.geometry.temporal + 1
@@ -88,5 +90,5 @@ class BlockLatentStage(LatentPreparationStage):
         assert params.num_frames and params.height and params.width
         frames, height, width = self.geometry.latent_size(params.num_frames, params.height, params.width)
         batch.noise = NoiseSource(batch.seeds)
-        batch.family = LatentVideo(self.channels, height, width, frames)
+        batch.family = LatentVideo(self.channels, height, width, None if batch.streaming else frames)
         return batch

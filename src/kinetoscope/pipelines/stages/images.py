@@ -20,10 +20,19 @@ def encode_video(vae: Any, video: Tensor) -> Tensor:
     """Normalised latents [B, C, t, h, w] float32 of a video [B, 3, T, H, W] in [-1, 1]: the posterior's mode."""
     parameter = next(vae.parameters())
     modes = [vae.encode(v.unsqueeze(0).to(parameter)).latent_dist.mode() for v in video]
-    z = torch.cat(modes).float()
+    return normalize(torch.cat(modes).float(), vae.config)
+
+
+def normalize(z: Tensor, config: Any) -> Tensor:
+    """The transformer's latents from the VAE's own [B, C, T, H, W] float32: (z - mean) / std per channel."""
     shape = (1, -1, 1, 1, 1)
-    mean, std = (torch.tensor(vae.config[k], device=z.device).view(shape) for k in ("latents_mean", "latents_std"))
+    mean, std = (torch.tensor(config[k], device=z.device).view(shape) for k in ("latents_mean", "latents_std"))
     return (z - mean) / std
+
+
+def split_patches(x: Tensor, p: int) -> Tensor:
+    """[B, 3, T, H, W] -> [B, 3 p p, T, H / p, W / p] with channels (colour, x, y) of a patch, for Wan 2.2's VAE."""
+    return x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
 
 class ImageFeatureStage(Stage):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from kinetoscope.engine.strategies.matrix_game import Actions
 from kinetoscope.media.actions import ActionScript, load_actions, still
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
-from kinetoscope.pipelines.stages.decoding import denormalize
+from kinetoscope.pipelines.stages.images import ImageConditionStage, normalize, split_patches
 from kinetoscope.pipelines.stages.validation import VideoGeometry, check_params
 
 ACTIONS = "actions"
@@ -49,7 +49,7 @@ class PlayValidationStage(Stage):
         check_params(params, self.geometry)
         assert params.num_frames and params.height and params.width
         size = self.geometry.latent_size(params.num_frames, params.height, params.width)
-        if size[0] % self.block:
+        if size[0] % self.block and not batch.streaming:
             step = self.geometry.temporal * self.block
             low = params.num_frames - (params.num_frames + self.geometry.temporal - 1) % step
             near = " or ".join(str(n) for n in (low, low + step) if n > 0)
@@ -69,6 +69,23 @@ class PlayValidationStage(Stage):
         return batch
 
 
+@dataclass(slots=True, eq=False)
+class PlayedStream:
+    """What a stream keeps beside the engine's own state (`ForwardBatch.family`): its script, if it has one, and what
+    makes its condition longer.
+    """
+
+    script: ActionScript | None = None
+    image: ImageThenNothing | None = None
+
+    def reach(self, batch: ForwardBatch, frames: int) -> None:
+        """Make the condition of the batch `frames` latent frames long, unless nothing new would come."""
+        assert batch.condition is not None and self.image is not None
+        missing = frames - batch.condition.shape[2]
+        if missing > 0 and not self.image.settled:
+            batch.condition = torch.cat([batch.condition, self.image.more(missing)], 2)
+
+
 class ActionStage(Stage):
     """Reads the action script of the request into `Actions`, the same for all samples; without one nothing is done.
 
@@ -82,7 +99,7 @@ class ActionStage(Stage):
         self.layout = layout
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
-        """The batch with its actions in `family`, unless a program put them there.
+        """The batch with its actions in `family`, unless a program put them there; of a stream, with a `PlayedStream`.
 
         Raises:
             InputError: see `media.actions.load_actions`; or the script is shorter than the video.
@@ -93,6 +110,12 @@ class ActionStage(Stage):
             return batch
         extra = dict(params.extra or {})
         source = extra.get(ACTIONS)
+        if batch.streaming:
+            script = None if source is None else load_actions(source, self.layout)
+            if script is not None:
+                batch.params = replace(params, extra={**extra, ACTIONS: script.to_json()})
+            batch.family = PlayedStream(script)
+            return batch
         if source is None:
             script = still(self.layout, params.num_frames)
         else:
@@ -132,38 +155,71 @@ class SquareImageFeatureStage(Stage):
         return batch
 
 
-class FrameDecoder:
-    """Latents to frames a few at a time: the same frames as decoding them all at once, for one stream.
+class PlayConditionStage(ImageConditionStage):
+    """As `ImageConditionStage`; of a stream, the condition of its first block.
 
-    Wan's VAE is causal in time; what its convolutions need of earlier frames is kept here, one decoder a stream.
+    Args:
+        vae: a diffusers video VAE, or lazy.
+        geometry: pixels to latents.
+        block: latent frames made together.
+    """
+
+    def __init__(self, vae: Any | Lazy[Any], geometry: VideoGeometry, block: int) -> None:
+        super().__init__(vae, geometry)
+        self.block = block
+
+    @torch.no_grad()
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The batch with `condition`."""
+        if not isinstance(batch.family, PlayedStream):
+            return super().forward(batch, args)
+        assert batch.image is not None
+        batch.family.image = ImageThenNothing(resolve(self._vae), batch.image.to(args.device), self.geometry.temporal)
+        batch.condition = batch.family.image.more(max(self.block, 2))
+        return batch
+
+
+class ImageThenNothing:
+    """Condition of a first frame and of nothing after it, a few latent frames at a time: that of the whole video.
+
+    Wan's encoder is causal in time, and what its convolutions need of earlier frames is kept here. It also forgets:
+    some frames into the nothing it gives the same latents again and keeps the same features. The condition is `settled`
+    then, its last frame is that of all later ones, and memory does not grow any more.
 
     Args:
         vae: diffusers' `AutoencoderKLWan`.
-
-    Raises:
-        InputError: a VAE that decodes patches, as Wan 2.2's; its parts are not put together here.
+        image: [1, 3, H, W] in [-1, 1].
+        step: frames of a latent frame, also the mask's channels.
     """
 
-    def __init__(self, vae: Any) -> None:
-        if vae.config.patch_size is not None:
-            raise InputError(f"streams need a VAE without patches; this one has patch_size={vae.config.patch_size}")
-        self.vae = vae
-        self._past: list[Any] | None = None
+    def __init__(self, vae: Any, image: Tensor, step: int) -> None:
+        self.vae, self.step, self.settled = vae, step, False
+        self._image: Tensor | None = image
+        self._blank = image.new_zeros(1, 3, step, *image.shape[-2:])
+        self._past: list[Any] = [None] * vae._cached_conv_counts["encoder"]
+        self._last: Tensor | None = None
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Any]:
-        """One uint8 array [T, H, W, 3] a sample from the next normalised latents [B, C, t, h, w]; T = 1 + 4 (t - 1) the
-        first time, 4 t later."""
-        vae = self.vae
-        z = denormalize(latents.to(next(vae.parameters())), vae.config)
-        z = vae.post_quant_conv(z)
+    def more(self, frames: int) -> Tensor:
+        """The next latent frames [1, step + C, n, h, w], n = `frames` or fewer where the condition settles."""
         parts: list[Tensor] = []
-        for frame in range(z.shape[2]):
-            first = {"first_chunk": True} if self._past is None else {}
-            if self._past is None:
-                vae.clear_cache()  # counts the convolutions
-                self._past = [None] * vae._conv_num
-            parts.append(vae.decoder(z[:, :, frame : frame + 1], feat_cache=self._past, feat_idx=[0], **first))
-        video = torch.cat(parts, dim=2)
-        video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-        return [v.permute(1, 2, 3, 0).contiguous().cpu().numpy() for v in video]
+        while len(parts) < frames and not self.settled:
+            parts.append(self._next())
+        return torch.cat(parts, 2)
+
+    def _next(self) -> Tensor:
+        vae, image = self.vae, self._image
+        video = self._blank if image is None else image.unsqueeze(2)
+        mask = video.new_full((1, self.step, 1, 1, 1), float(image is not None))
+        self._image, before = None, list(self._past)
+        patched = split_patches(video.to(next(vae.parameters())), vae.config.patch_size or 1)
+        mode = vae.quant_conv(vae.encoder(patched, feat_cache=self._past, feat_idx=[0])).chunk(2, 1)[0].float()
+        z = normalize(mode, vae.config)
+        kept = all(_same(a, b) for a, b in zip(before, self._past, strict=True))
+        self.settled = kept and _same(self._last, z)
+        self._last = z
+        return torch.cat([mask.expand(-1, -1, -1, *z.shape[-2:]).to(z), z], 1)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
