@@ -232,7 +232,7 @@ def held(session: Any) -> int:
 def test_memory_is_flat(request: pytest.FixtureRequest, kind: str) -> None:
     gen: VideoGenerator = request.getfixturevalue(kind)
     text = kind == "causal"
-    fields = ROLLING if text else SIZE | {"image": picture()}
+    fields: dict[str, Any] = ROLLING if text else SIZE | {"image": picture()}
     with gen.start_session(RED if text else None, **fields) as session:
         sizes: list[int] = []
         for _ in range(15 if text else 27):

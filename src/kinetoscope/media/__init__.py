@@ -2,12 +2,13 @@
 
 from kinetoscope.media.pictures import Array, Clip, Picture, fit_picture, load_clip, load_picture
 from kinetoscope.media.sheet import contact_sheet
-from kinetoscope.media.video import check_output, read_metadata, read_video, write_video
+from kinetoscope.media.video import VideoWriter, check_output, read_metadata, read_video, write_video
 
 __all__ = [
     "Array",
     "Clip",
     "Picture",
+    "VideoWriter",
     "check_output",
     "contact_sheet",
     "fit_picture",
