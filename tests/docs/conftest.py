@@ -1,4 +1,4 @@
-"""What documents register is forgotten after each test."""
+"""What documents register is forgotten after each test file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kinetoscope.loading import components
 from kinetoscope.pipelines.presets import PIPELINES
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def registries() -> Iterator[None]:
     """Backends, pipelines and loaders as they were."""
     known: list[dict[str, Any]] = [BACKENDS, table._REFUSALS, PIPELINES, components._LOADERS]  # pyright: ignore
