@@ -13,6 +13,7 @@ from lint.references import matches, references
 from torch import Tensor
 
 from docs.blocks import ROOT, blocks, run
+from kinetoscope import VideoGenerator
 from kinetoscope.attention import attention
 from kinetoscope.runtime.plan import plan_run
 from kinetoscope.runtime.replay import replay
@@ -44,6 +45,12 @@ def test_a_video(followed: tuple[Path, dict[str, Any]]) -> None:
         alone = gen.generate_video(prompt, seed=seed, **size).latents
         assert (got.latents - alone).abs().max() <= 1e-4 * alone.std()
     assert plan_run(gen, gen.defaults()).pflop > 0
+    other = VideoGenerator.from_pretrained(
+        folder / "toy-tiny", device="cpu", dtype="float32", attention="math", cfg="sequential"
+    )
+    got = other.generate_video(prompts[0], seed=1, trace=True, **size)
+    assert (got.latents - together[0].latents).abs().max() <= 1e-4 * got.latents.std()
+    assert [step["rows"] for step in got.logging_info["step_trace"]] == [[["uncond"], ["cond"]]] * 4
 
 
 def test_the_transformer_imports_what_the_page_says(followed: tuple[Path, dict[str, Any]]) -> None:
