@@ -47,7 +47,7 @@ def session_batch(
     reads = TEXT in pipeline.stages
     _check_stages(pipeline)
     for name in WHOLE:
-        if fields.get(name) is not None:
+        if (value := fields.get(name)) is not None and value is not False:
             raise InputError(f"{name} is for whole videos; a stream has no end, see blocks= and step()")
     if prompt is None and reads:
         raise InputError("this model needs a prompt; describe the video in a sentence")
