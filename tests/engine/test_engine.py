@@ -157,6 +157,20 @@ def test_a_failing_block_closes_the_stream() -> None:
         engine.streaming_step(stream, 1)
 
 
+def test_a_listener_that_fails_closes_the_stream() -> None:
+    """Also then the hooks end at once, though the stream itself is still held."""
+    log: list[Any] = []
+    engine = DenoisingEngine(FakeBlockStrategy([]), [RecordingHook(log)])
+    stream = engine.streaming_reset(make_batch(), ARGS)
+
+    def fail(event: Any) -> None:
+        raise ValueError(event.kind)
+
+    with pytest.raises(ValueError, match="block_start"):
+        engine.streaming_step(stream, 0, fail)
+    assert stream.closed and log[-1] == ("recording", "run_end", "GeneratorExit")
+
+
 def test_step_strategies_do_not_stream() -> None:
     engine = DenoisingEngine(FakeStrategy([]))
     for call in (engine.run_blocks, engine.streaming_reset):
