@@ -19,9 +19,9 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.loading import resolve_model
 from kinetoscope.models.cosmos import spec
+from kinetoscope.pipelines.catalogue import known_models
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import PIPELINES, build_pipeline
-from kinetoscope.pipelines.presets.cosmos import PUBLISHED
 from models.tiny_cosmos import NoGuardrail, make_tiny_cosmos, without_torchvision
 
 PROMPT, NEGATIVE = "a red circle moving left on black", "a blue cat"
@@ -353,7 +353,8 @@ def test_presets(pairs: Any, name: str) -> None:
     assert {k: signature[k] for k in ours.extra_defaults} == dict(ours.extra_defaults)
     assert p.negative_prompt == inspect.getmodule(type(oracle)).DEFAULT_NEGATIVE_PROMPT
     assert set(spec.PRESETS) == set(MODELS)
-    assert PIPELINES[MODELS[name]] is PUBLISHED[name] is type(ours)
+    known = {m.name: m.tasks for m in known_models()}
+    assert PIPELINES[MODELS[name]] is type(ours) and known[name] == ours.tasks
 
 
 @pytest.mark.parametrize("name", ["nvidia/Cosmos-1.0-Diffusion-14B-Video2World", "nvidia/Cosmos-Predict2.5-2B"])

@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.train.run import run_recipe
 
     with RunProgress() as progress:
-        model = run_recipe(args.recipe, args.overrides, parts=args.parts, fresh=args.fresh, on_progress=progress.training)
+        model = run_recipe(
+            args.recipe, args.overrides, parts=args.parts, fresh=args.fresh, on_progress=progress.training
+        )
     print(model)
     return 0

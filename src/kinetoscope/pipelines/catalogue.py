@@ -1,4 +1,4 @@
-"""The models that run by name: embedded ones, and published ones with their tasks, defaults and what they were checked by."""
+"""The models that run by name: embedded ones, and published ones with tasks, defaults and what they were checked by."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ FAMILIES: tuple[Family, ...] = (
         {"TI2V": T2V + V2V + I2V, "2.2-I2V": I2V + FLF2V, "I2V": I2V, "FLF2V": FLF2V, "": T2V + V2V},
         "diffusers",
     ),
+    Family({wan.FUN_CONTROL: wan.FUN_PRESETS[wan.FUN_CONTROL]}, {"": ("control",)}, "recorded runs"),
     Family(distilled.FEW_STEP_PRESETS, {"TI2V": T2V + I2V, "I2V": I2V, "": T2V}, "recorded runs"),
     Family(distilled.CAUSAL_PRESETS, {"I2V": I2V, "": T2V + I2V}, "recorded runs"),
     Family(skyreels.PRESETS, {"-DF-": T2V + I2V + FLF2V + VC, "I2V": I2V + FLF2V, "": T2V}, "diffusers"),
