@@ -44,7 +44,7 @@ class ComposedPipeline:
 
     required: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ()
-    """What it does: "t2v", "i2v", "flf2v", "v2v", "vc" (continues a video), "t2i"."""
+    """What it does: "t2v", "i2v", "flf2v", "v2v", "vc" (continues a video), "control" (follows a video), "t2i", ..."""
     attention_roles: ClassVar[tuple[str, ...]] = ()
     extra_defaults: ClassVar[Mapping[str, Any]] = {}
     """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""
@@ -80,6 +80,11 @@ class ComposedPipeline:
         self.create_stages()
 
     # -- for subclasses -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def variant(cls, model: ModelDir) -> type[ComposedPipeline]:
+        """The pipeline that opens a directory of this class: itself, unless a family tells its directories apart."""
+        return cls
 
     def create_stages(self) -> None:
         """Add the stages, in order."""

@@ -327,8 +327,9 @@ class VideoGenerator:
 
     def _run(self, request: VideoRequest) -> Generator[RunEvent, None, list[GenerationResult]]:
         pipeline = self.pipeline
+        follows = "control" in pipeline.tasks
         plan = request.plan(self.defaults(), pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
-                            continues="v2v" not in pipeline.tasks)  # fmt: skip
+                            continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
         return self._run_plan(plan, request.batch_size or self._batch_size(plan.params))
 
     def _run_plan(self, plan: VideoPlan, size: int) -> Generator[RunEvent, None, list[GenerationResult]]:

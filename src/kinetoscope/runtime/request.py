@@ -60,6 +60,7 @@ class VideoRequest:
         extra_defaults: Mapping[str, Any] | None = None,
         *,
         continues: bool = False,
+        follows: bool = False,
     ) -> VideoPlan:
         """What to make, fully resolved and checked.
 
@@ -70,6 +71,7 @@ class VideoRequest:
             extra_defaults: the family's own parameters with their defaults.
             continues: a given video is carried on, so all of it is read; else it is the start that is noised by
                 `strength`, and `num_frames` of it are read.
+            follows: a given video is neither: it says frame by frame what to make, and `num_frames` of it are read.
 
         Raises:
             InputError: a field is out of range or of the wrong kind.
@@ -86,7 +88,7 @@ class VideoRequest:
             flow_shift=self.flow_shift,
             scheduler=self.scheduler,
             guidance_scale_2=self._second_scale(defaults),
-            strength=self._strength(continues),
+            strength=self._strength(continues or follows),
             extra=_known_extra(self.extra, extra_defaults or {}),
         ).over(defaults)
         if extra_defaults:  # below what the model's own defaults say
@@ -127,12 +129,12 @@ class VideoRequest:
             return self.guidance_scale
         return self.guidance_scale_2
 
-    def _strength(self, continues: bool) -> float | None:
+    def _strength(self, kept: bool) -> float | None:
         """Of a video to start from; without one there is nothing that it could mean."""
-        if self.strength is not None and (self.video is None or continues):
-            why = "this model continues videos" if continues else "give video="
+        if self.strength is not None and (self.video is None or kept):
+            why = "this model continues or follows videos" if kept else "give video="
             raise InputError(f"strength={self.strength} without a video to start from; {why}")
-        if continues:
+        if kept:
             return None
         return DEFAULT_STRENGTH if self.video is not None and self.strength is None else self.strength
 

@@ -151,13 +151,22 @@ class StandardStrategy:
 
 
 def conditioning_of(
-    transformer: VideoTransformer, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]
+    transformer: VideoTransformer,
+    batch: ForwardBatch,
+    args: ExecutionArgs,
+    branches: tuple[str, ...],
+    extra: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tree]:
-    """What the rows of a transformer are conditioned on, branch-major: text, and image features where there are any."""
+    """What the rows of a transformer are conditioned on, branch-major: text, and image features where there are any.
+
+    Args:
+        extra: further tensors [B, ...] by the transformer's names for them, which condition every branch alike.
+    """
     embeds, lengths = stack_text(batch, branches)
     more: dict[str, Tree] = {}
-    if batch.image_embeds is not None:
-        more["image_embeds"] = batch.image_embeds.to(args.device, args.dtype).repeat(len(branches), 1, 1)
+    for name, value in {"image_embeds": batch.image_embeds, **(extra or {})}.items():
+        if value is not None:
+            more[name] = value.to(args.device, args.dtype).repeat(len(branches), *[1] * (value.ndim - 1))
     return transformer.prepare_conditioning(
         encoder_hidden_states=embeds.to(args.device, args.dtype), text_lengths=lengths, **more
     )

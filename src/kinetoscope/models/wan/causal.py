@@ -57,6 +57,8 @@ class CausalWanConfig(WanConfig):
             )
         if self.rope_cache_policy != "absolute":
             raise ConfigError(f"causal Wan: rope_cache_policy={self.rope_cache_policy!r}; only 'absolute' is supported")
+        if self.add_ref_conv or self.add_control_adapter:
+            raise ConfigError("causal Wan: add_ref_conv and add_control_adapter are of models that see the whole video")
         check_window(self.local_attn_size, self.sink_size, self.num_frames_per_block)
 
 

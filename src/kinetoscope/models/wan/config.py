@@ -32,6 +32,12 @@ class WanConfig:
         pos_embed_seq_len: tokens of two images together, in first-and-last-frame models; else None.
         compress_gates: whether the blocks hold the gates of video sparse attention (arXiv 2505.13389). No published
             configuration says so; it is read from the weights. Dense attention does not use them.
+        add_control_adapter: whether the camera's rays are added to the tokens (Wan2.1-Fun Control-Camera).
+        in_dim_control_adapter, downscale_factor_control_adapter: channels of the rays of a latent frame, and pixels
+            that a latent row or column covers.
+        add_ref_conv: whether a picture that the video should be like is read as a frame before the first
+            (Wan2.1-Fun-V1.1 Control).
+        in_dim_ref_conv: latent channels of that picture.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -51,6 +57,11 @@ class WanConfig:
     added_kv_proj_dim: int | None = None
     pos_embed_seq_len: int | None = None
     compress_gates: bool = False
+    add_control_adapter: bool = False
+    in_dim_control_adapter: int = 24
+    downscale_factor_control_adapter: int = 8
+    add_ref_conv: bool = False
+    in_dim_ref_conv: int = 16
 
     @property
     def dim(self) -> int:

@@ -12,6 +12,8 @@ from kinetoscope.models.wan.config import WanConfig
 
 __all__ = [
     "CONVENTION",
+    "FUN_CONTROL",
+    "FUN_PRESETS",
     "KEY_MAP",
     "NEGATIVE_PROMPT",
     "PRESETS",
@@ -60,11 +62,29 @@ PRESETS: dict[str, SamplingParams] = {
     ),
 }
 
+# Wan2.1-Fun. The first is github hao-ai-lab/FastVideo's preset wan_fun_1_3b_control with its 480p configuration (August
+# 2026). The others are published as a transformer in its authors' names (see `original`) beside checkpoints of other
+# kinds: the transformer, in a directory with the other parts of a Wan 2.1 image-to-video model, runs with the settings
+# of aigc-apps/VideoX-Fun's examples/wan2.1_fun (sampler "Flow", whose shift is config/wan2.1/wan_civitai.yaml's).
+FUN_CONTROL = "IRMChen/Wan2.1-Fun-1.3B-Control-Diffusers"
+_FUN: dict[str, Any] = {"guidance_scale": 6.0, "flow_shift": 5.0, "scheduler": "euler"}
+_FUN_CONTROL = _preset((832, 480), num_frames=49, **_FUN)
+FUN_PRESETS: dict[str, SamplingParams] = {
+    FUN_CONTROL: _preset((832, 480), num_frames=49, guidance_scale=6.0, flow_shift=3.0),
+    "alibaba-pai/Wan2.1-Fun-1.3B-Control": _FUN_CONTROL,
+    "alibaba-pai/Wan2.1-Fun-14B-Control": _FUN_CONTROL,
+    "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control": _FUN_CONTROL,
+    "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control": _FUN_CONTROL,
+}
+
 
 def nearest_preset(config: WanConfig, index: Mapping[str, Any]) -> str:
     """The published model that a directory is like, by its sizes and its model_index.json: whose defaults it gets."""
     if index.get("expand_timesteps"):
         return "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    control = index.get("_class_name") in ("WanVideoToVideoPipeline", "WanFunControlPipeline")
+    if control and config.in_channels > config.out_channels:
+        return FUN_CONTROL
     image = index.get("_class_name") == "WanImageToVideoPipeline"
     if index.get("boundary_ratio") is not None:
         return f"Wan-AI/Wan2.2-{'I2V' if image else 'T2V'}-A14B-Diffusers"

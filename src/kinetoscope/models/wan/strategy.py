@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from kinetoscope.core.types import ForwardBatch
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.scheduler import ScheduleRun
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
-from kinetoscope.engine.strategies.standard import StandardStrategy
+from kinetoscope.engine.strategies.standard import StandardStrategy, conditioning_of
 from kinetoscope.models.wan.transformer import Modulation
 
 
@@ -50,6 +52,34 @@ class FirstFrameStrategy(StandardStrategy):
         """The final sample, the given frame in its place, into `batch.latents`."""
         state.batch.latents = with_first_frame(state.latents, state.batch.condition)
         return state.batch
+
+
+@dataclass(slots=True)
+class WanControls:
+    """What control models read beside the condition channels; of all branches alike.
+
+    Attributes:
+        camera: [B, C, t, H, W] rays of every pixel, those of a latent frame's frames on channels.
+        picture: [B, 3, H, W] float32 in [-1, 1], a picture that the video should be like.
+        reference: [B, C, h, w] its latents.
+    """
+
+    camera: Tensor | None = None
+    picture: Tensor | None = None
+    reference: Tensor | None = None
+
+
+class ControlStrategy(StandardStrategy):
+    """The standard steps of a model that is told the camera, or shown a reference (Wan2.1-Fun)."""
+
+    def prepare_conditioning(
+        self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]
+    ) -> dict[str, Tree]:
+        """Text, image features, and the tokens of camera and reference."""
+        given = batch.family
+        assert isinstance(given, WanControls)
+        extra = {"camera": given.camera, "reference": given.reference}
+        return conditioning_of(self.parts.transformer, batch, args, branches, extra)
 
 
 def with_first_frame(latents: Tensor, first: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kinetoscope.attention import attention
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.wan.config import WanConfig
+from kinetoscope.nn.camera import CameraAdapter
 from kinetoscope.nn.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
@@ -40,6 +41,13 @@ class Modulation(NamedTuple):
 
     blocks: Tensor  # [R or 1, F, layers, 6, d]: shift, scale, gate of self-attention, then of the feed-forward layer
     out: Tensor  # [R or 1, F, 2, d]: shift, scale of the last norm
+
+
+class Controls(NamedTuple):
+    """What control models add to the tokens; rows first."""
+
+    camera: Tensor | None = None  # [R, d, T', H', W'] added to the tokens
+    reference: Tensor | None = None  # [R, d, 1, H', W'] a frame before the first
 
 
 class SelfAttention(nn.Module):
@@ -185,8 +193,18 @@ class ConditionEmbedder(nn.Module):
         return emb, self.time_proj(nn.functional.silu(emb)).unflatten(-1, (6, -1))
 
 
+def _add_controls(x: Tensor, controls: Controls) -> Tensor:
+    """[R, d, T', H', W'] -> the same with a camera, one frame more with a reference"""
+    if controls.camera is not None:
+        if controls.camera.shape != x.shape:
+            told, grid = list(controls.camera.shape[2:]), list(x.shape[2:])
+            raise InputError(f"the camera's rays make tokens {told}, the video {grid}; give every frame its rays")
+        x = x + controls.camera
+    return x if controls.reference is None else torch.cat([controls.reference, x], 2)
+
+
 class WanTransformer3DModel(nn.Module):
-    """Wan video transformer: text-to-video, and image-to-video by added channels and image features.
+    """Wan video transformer: text-to-video, and image-to-video and control by added channels and image features.
 
     Built on the meta device it has exactly the names and shapes of a published checkpoint; `keep_in_float32` names the
     parts whose weights stay float32 when the rest is in bfloat16.
@@ -209,6 +227,12 @@ class WanTransformer3DModel(nn.Module):
         self.norm_out = ModulatedNorm(config.dim, config.eps)
         self.proj_out = Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
+        patch = config.patch_size[1:]
+        if config.add_control_adapter:
+            downscale = config.downscale_factor_control_adapter
+            self.control_adapter = CameraAdapter(config.in_dim_control_adapter, config.dim, patch, downscale)
+        if config.add_ref_conv:
+            self.ref_conv = nn.Conv2d(config.in_dim_ref_conv, config.dim, kernel_size=patch, stride=patch)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill all parameters for training from nothing, from a CPU `generator`.
@@ -217,7 +241,7 @@ class WanTransformer3DModel(nn.Module):
         d^-1/2, output projection zero: the initialisation of the original Wan code.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv3d):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
                 nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
             elif isinstance(module, FP32LayerNorm | RMSNorm):
@@ -236,8 +260,10 @@ class WanTransformer3DModel(nn.Module):
         encoder_hidden_states: Tensor,
         text_lengths: Tensor | None = None,
         image_embeds: Tensor | None = None,
-    ) -> dict[str, TextContext]:
-        """Keys and values of text and image for all blocks, once a run.
+        camera: Tensor | None = None,
+        reference: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Keys and values of text and image for all blocks, and the tokens of control models, once a run.
 
         Wan attends to its zero padding: the tokens beyond the true length are part of what it learned. They are equal,
         so are their keys and values, so attention to n of them is attention to one with log n added to its logit. With
@@ -247,9 +273,13 @@ class WanTransformer3DModel(nn.Module):
             encoder_hidden_states: [R, L, text_dim].
             text_lengths: [R] true lengths; every token beyond must be zero. None: use all L tokens as they are.
             image_embeds: [R, I, image_dim] for models that read image features.
+            camera: [R, in_dim_control_adapter, T, H, W] rays of every pixel of the video's frames, those of a latent
+                frame on channels, for models with a control adapter; None: the camera is not told.
+            reference: [R, in_dim_ref_conv, h, w] latents of a picture, for models that read one; zeros for none.
 
         Raises:
-            InputError: a length is not in [0, L]; image features are given to a model without them, or the reverse.
+            InputError: a length is not in [0, L]; image features are given to a model without them, or the reverse;
+                so with a camera or a reference.
         """
         total = encoder_hidden_states.shape[1]
         key_bias = None
@@ -266,7 +296,24 @@ class WanTransformer3DModel(nn.Module):
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))  # [R, L', d]
         pairs = [block.attn2.project(text) for block in self._blocks()]
         image = self._image_pairs(image_embeds)
-        return {"text": TextContext([k for k, _ in pairs], [v for _, v in pairs], key_bias, image)}
+        context = {"text": TextContext([k for k, _ in pairs], [v for _, v in pairs], key_bias, image)}
+        controls = self._controls(camera, reference)
+        return context if controls is None else context | {"controls": controls}
+
+    def _controls(self, camera: Tensor | None, reference: Tensor | None) -> Controls | None:
+        """The tokens of control models; None for others."""
+        config, dtype = self.config, self.proj_out.weight.dtype
+        if camera is not None and not config.add_control_adapter:
+            raise InputError("this Wan transformer takes no camera (add_control_adapter is off)")
+        if (reference is not None) != config.add_ref_conv:
+            needs = "needs" if reference is None else "takes no"
+            raise InputError(f"this Wan transformer {needs} reference latents (add_ref_conv={config.add_ref_conv})")
+        if camera is None and reference is None:
+            return None
+        return Controls(
+            None if camera is None else self.control_adapter(camera.to(dtype)),
+            None if reference is None else self.ref_conv(reference.to(dtype)).unsqueeze(2),
+        )
 
     def _image_pairs(self, image_embeds: Tensor | None) -> list[tuple[Tensor, Tensor]] | None:
         """Keys and values of image features for all blocks."""
@@ -292,7 +339,9 @@ class WanTransformer3DModel(nn.Module):
         Raises:
             InputError: a size is not a multiple of the patch, or has more positions than the model knows.
         """
-        return {"rope": self._rope(latent_shape)}
+        *more, frames, height, width = latent_shape
+        frames += self.config.patch_size[0] * self.config.add_ref_conv  # the reference stands before the first
+        return {"rope": self._rope((*more, frames, height, width))}
 
     def forward(
         self,
@@ -305,6 +354,9 @@ class WanTransformer3DModel(nn.Module):
         text: TextContext | None = None,
         modulation: Modulation | None = None,
         rope: Tensor | None = None,
+        camera: Tensor | None = None,
+        reference: Tensor | None = None,
+        controls: Controls | None = None,
     ) -> Tensor:
         """Predicted flow velocity.
 
@@ -312,25 +364,29 @@ class WanTransformer3DModel(nn.Module):
             latents: [R, C, T, H, W].
             timestep: [R] in [0, 1000], or [R, F]: one for each of F groups of consecutive tokens (latent frames).
             encoder_hidden_states: [R, L, text_dim]; needed unless `text` is given.
-            text_lengths, image_embeds: see `prepare_conditioning`.
-            text, modulation, rope: what the `prepare_*` methods return, to spare computing them again.
+            text_lengths, image_embeds, camera, reference: see `prepare_conditioning`.
+            text, modulation, rope, controls: what the `prepare_*` methods return, to spare computing them again.
 
         Returns:
             [R, C, T, H, W] in the dtype of `latents`.
         """
         if rope is None:
-            rope = self._rope(latents.shape)
+            rope = self.prepare_shared(latents.shape)["rope"]
         if modulation is None:
             modulation = self._modulation(timestep if timestep.ndim == 2 else timestep.unsqueeze(1))
         if text is None:
             if encoder_hidden_states is None:
                 raise InputError("the Wan transformer needs encoder_hidden_states or prepared text")
-            text = self.prepare_conditioning(
-                encoder_hidden_states=encoder_hidden_states, text_lengths=text_lengths, image_embeds=image_embeds
-            )["text"]
+            prepared = self.prepare_conditioning(
+                encoder_hidden_states=encoder_hidden_states, text_lengths=text_lengths, image_embeds=image_embeds,
+                camera=camera, reference=reference,
+            )  # fmt: skip
+            text, controls = cast(TextContext, prepared["text"]), prepared.get("controls")
 
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
+        if controls is not None:
+            x = _add_controls(x, controls)
         grid = x.shape[2:]
         groups = modulation.out.shape[1]
         x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
@@ -340,7 +396,7 @@ class WanTransformer3DModel(nn.Module):
             x = block(x, keys, values, text.key_bias, table, rope, image)  # [R, F, M, d]
         shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, pt ph pw C]
-        return self._unpatchify(x, grid).to(latents.dtype)
+        return self._unpatchify(x, grid)[:, :, -latents.shape[2] :].to(latents.dtype)
 
     def _blocks(self) -> list[WanTransformerBlock]:
         return [block for block in self.blocks if isinstance(block, WanTransformerBlock)]

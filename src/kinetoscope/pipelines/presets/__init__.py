@@ -29,7 +29,7 @@ from kinetoscope.pipelines.presets.skyreels import (
     SkyReelsImageToVideo,
     SkyReelsTextToVideo,
 )
-from kinetoscope.pipelines.presets.wan import WanImageToVideo, WanTextToVideo, WanVideoToVideo
+from kinetoscope.pipelines.presets.wan import WanControl, WanImageToVideo, WanTextToVideo, WanVideoToVideo
 
 PIPELINES: dict[str, type[ComposedPipeline]] = {
     "Cosmos2TextToImagePipeline": Cosmos2TextToImage,
@@ -55,6 +55,7 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
     "SkyReelsV2Pipeline": SkyReelsTextToVideo,
     "WanCausalDMDPipeline": CausalWan,
     "WanDMDPipeline": FastWanTextToVideo,
+    "WanFunControlPipeline": WanControl,
     "WanImageToVideoDmdPipeline": FastWanImageToVideo,
     "WanImageToVideoPipeline": WanImageToVideo,
     "WanPipeline": WanTextToVideo,
@@ -78,7 +79,7 @@ def pipeline_class(model: ModelDir) -> type[ComposedPipeline]:
         raise ModelLoadError(
             f"{model.path}/model_index.json: _class_name {name!r} is not supported; supported: {', '.join(PIPELINES)}"
         )
-    return PIPELINES[name]
+    return PIPELINES[name].variant(model)
 
 
 def build_pipeline(model: ModelDir, args: ExecutionArgs, **options: Any) -> ComposedPipeline:

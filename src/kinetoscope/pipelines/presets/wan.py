@@ -1,17 +1,18 @@
-"""Wan 2.1 and 2.2: text, image, first and last image, or video to video."""
+"""Wan 2.1 and 2.2: text, image, first and last image, or video to video; videos to follow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.strategies.experts import ExpertStrategy
 from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.loading import ModelDir, register_transformer
 from kinetoscope.loading.transformers_models import register_image_processor, register_transformers_model
-from kinetoscope.models.wan import spec
-from kinetoscope.models.wan.strategy import FirstFrameStrategy
+from kinetoscope.models.wan import original, spec
+from kinetoscope.models.wan.strategy import ControlStrategy, FirstFrameStrategy
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages import (
@@ -26,6 +27,12 @@ from kinetoscope.pipelines.stages import (
     TextEncodingStage,
     TimestepPreparationStage,
     VideoGeometry,
+)
+from kinetoscope.pipelines.stages.wan_control import (
+    REFERENCE,
+    ControlConditionStage,
+    ControlFeatureStage,
+    ReferenceStage,
 )
 
 TRAIN_TIMESTEPS = 1000
@@ -54,7 +61,7 @@ class WanTextToVideo(ComposedPipeline):
 
     def create_stages(self) -> None:
         """Validation, text, timesteps, latents, conditions, denoising, decoding."""
-        config = self.config = spec.WanConfig.from_dict(self.model.config("transformer"))
+        config = self.config = original.read_config(self.model.config("transformer"))
         vae = self.model.config("vae")
         self.geometry = VideoGeometry(
             spatial=vae.get("scale_factor_spatial", 8),
@@ -111,7 +118,7 @@ class WanImageToVideo(WanTextToVideo):
 
     @property
     def inputs(self) -> Mapping[str, bool]:
-        """The image; the last image too where the model has positions for the features of both, or reads no features."""
+        """The image; the last one too where the model has positions for the features of both, or reads no features."""
         if self.frame_wise or (self.config.image_dim is not None and self.config.pos_embed_seq_len is None):
             return {"image": True}
         return {"image": True, "last_image": self.config.pos_embed_seq_len is not None}
@@ -132,16 +139,62 @@ class WanVideoToVideo(WanTextToVideo):
 
     tasks: ClassVar[tuple[str, ...]] = ("v2v",)
 
+    @classmethod
+    def variant(cls, model: ModelDir) -> type[ComposedPipeline]:
+        """Models with channels for a video follow it; others start from it."""
+        config = original.read_config(model.config("transformer"))
+        return WanControl if config.in_channels > config.out_channels else cls
+
     @property
     def inputs(self) -> Mapping[str, bool]:
         """The video is required."""
         return {"video": True}
 
 
+class WanControl(WanTextToVideo):
+    """Prompt and a video to follow, of edges, depths, poses or the like (`video=`) -> video (Wan2.1-Fun Control).
+
+    An image is the first frame. Models with a layer for it also take a picture to be like (`ref_image=`, a path).
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("control",)
+    extra_defaults: ClassVar[Mapping[str, Any]] = {REFERENCE: None}
+    follows: ClassVar[bool] = True
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """The video to follow; a first frame if wanted."""
+        return {"video": True, "image": False}
+
+    def add_condition_stages(self) -> None:
+        """The picture to be like, features of a picture, condition latents."""
+        config = self.config
+        shown = 2 if self.follows else 1  # videos on channels beside the noisy one
+        if config.in_channels != (1 + shown) * config.out_channels:
+            raise ConfigError(
+                f"{self.model.path}: in_channels={config.in_channels} of a control model should be "
+                f"{(1 + shown) * config.out_channels}: the sample and {shown} of out_channels={config.out_channels}"
+            )
+        reference = config.add_ref_conv
+        self.add_stage("reference", ReferenceStage(readable=reference), after="validation")
+        if config.image_dim is not None:
+            vision = self.model.config("image_encoder")
+            tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+            parts = (self.lazy("image_processor"), self.lazy("image_encoder"))
+            self.add_stage("image_features", ControlFeatureStage(*parts, (tokens, config.image_dim)))
+        condition = ControlConditionStage(self.lazy("vae"), follows=self.follows, reference=reference)
+        self.add_stage("control_condition", condition)
+
+    def denoising_stage(self) -> DenoisingStage:
+        """Wan's, told of what is added to the tokens."""
+        return DenoisingStage(self.lazy("transformer"), self.lazy("scheduler"), ControlStrategy, self.hooks)
+
+
 def sampling_defaults(model: ModelDir) -> SamplingParams:
     """Defaults in the directory's sidecar, else of the published model it is, by name or by its sizes."""
-    config = spec.WanConfig.from_dict(model.config("transformer"))
-    preset = spec.PRESETS.get(model.name) or spec.PRESETS[spec.nearest_preset(config, model.model_index)]
+    config = original.read_config(model.config("transformer"))
+    presets = {**spec.PRESETS, **spec.FUN_PRESETS}
+    preset = presets.get(model.name) or presets[spec.nearest_preset(config, model.model_index)]
     shipped = {"flow_shift": None, "scheduler": None}  # the directory's scheduler_config.json knows these
     own: dict[str, Any] = model.defaults
     return SamplingParams(**own).over(SamplingParams(**{**_as_dict(preset), **shipped}))
@@ -154,8 +207,9 @@ def _as_dict(params: SamplingParams) -> dict[str, Any]:
 register_transformer(
     "WanTransformer3DModel",
     WanTransformer3DModel,
-    spec.WanConfig.from_dict,
+    original.read_config,
     optional={"compress_gates": "to_gate_compress"},
+    key_map=original.rename,
 )
 register_transformers_model("CLIPVisionModel")
 for _processor in ("CLIPImageProcessor", "CLIPImageProcessorPil"):
