@@ -8,7 +8,7 @@ from kinetoscope.models.wan import spec
 from kinetoscope.pipelines.catalogue import FAMILIES, known_models
 from kinetoscope.reference import embedded_models
 
-TASKS = {"t2v", "i2v", "flf2v", "v2v", "vc", "t2i", "refine"}
+TASKS = {"t2v", "i2v", "flf2v", "v2v", "vc", "t2i", "refine", "control"}
 
 # height, width, frames, fps, steps, guidance, guidance of the second expert, shift. Wan 2.1: model cards and diffusers'
 # documentation of Wan; 2.2: wan/configs of the original repository (sample_shift, sample_steps, sample_guide_scale as
