@@ -23,13 +23,15 @@ from kinetoscope.loading import resolve_model
 from kinetoscope.models.wan import original, spec
 from kinetoscope.pipelines.catalogue import known_models
 from kinetoscope.pipelines.presets import build_pipeline
-from kinetoscope.pipelines.presets.wan import WanControl, WanVideoToVideo
+from kinetoscope.pipelines.presets.wan import WanCamera, WanControl, WanVideoToVideo
+from kinetoscope.pipelines.stages.wan_control import pack_frames
 from models.tiny_wan_fun import (
     CLIP,
     FEATURES,
     FIXTURES,
     GUIDANCE,
     KINDS,
+    POSES,
     RUNS,
     SHAPE,
     SHIFT,
@@ -40,6 +42,7 @@ from models.tiny_wan_fun import (
     authors_name,
     clip_features,
     clip_pixels,
+    pose_lines,
     random,
     run_texts,
     tiny_config,
@@ -113,6 +116,9 @@ def recorded_batch(name: str, tmp_path: Path, **params: Any) -> ForwardBatch:
         pixels = (clip_pixels(1, run["ref_image"])[0, :, 0] * 255).round().to(torch.uint8)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "ref.png")
         extra["ref_image"] = str(tmp_path / "ref.png")
+    if "camera" in run:
+        (tmp_path / "poses.txt").write_text("\n".join(pose_lines(POSES)))
+        extra["camera"] = str(tmp_path / "poses.txt")
     cond, uncond = run_texts()
     made = SamplingParams(
         height=height, width=width, num_frames=frames, fps=16.0, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
@@ -140,11 +146,11 @@ def stand_in_pipeline(path: Path, cfg: str = "sequential") -> Any:
 
 
 @pytest.mark.parametrize("cfg", ["sequential", "batched"])
-@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run["kind"] != "camera"])
+@pytest.mark.parametrize("name", RUNS)
 def test_recorded_runs(name: str, cfg: str, directories: dict[str, Path], tmp_path: Path) -> None:
     """The whole published pipeline, on a transformer of the authors' file."""
     pipeline = stand_in_pipeline(directories[RUNS[name]["kind"]], cfg)
-    assert type(pipeline) is WanControl
+    assert type(pipeline) is (WanCamera if name == "camera" else WanControl)
     latents = pipeline.run(recorded_batch(name, tmp_path)).latents[0]
     expected = RECORDED[f"run.{name}"]
     assert (latents - expected).abs().max() <= 1e-4 * expected.std()
@@ -164,6 +170,53 @@ def test_one_latent_frame_has_no_first_frame(directories: dict[str, Path], tmp_p
     assert batch.latents is not None
     batch.latents = batch.latents[:, :, :1]
     assert not pipeline.run(batch).condition[:, 16:].any()
+
+
+def test_the_camera_of_a_file_is_kept(directories: dict[str, Path], tmp_path: Path) -> None:
+    """The record of a run says where the camera was, not only in which file; told so, it is the same run."""
+    batch = recorded_batch("camera", tmp_path)
+    pipeline = stand_in_pipeline(directories["camera"])
+    first = pipeline.run(batch)
+    kept = json.loads(json.dumps(dict(first.params.extra or {})["camera"]))
+    assert len(kept["poses"]) == SIZE[0]
+    again = pipeline.run(recorded_batch("camera", tmp_path, extra={"camera": kept}))
+    assert torch.equal(again.latents, first.latents)
+
+
+def test_moves_differ(directories: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = stand_in_pipeline(directories["camera"])
+    ends = []
+    for camera in ("still", "pan-left", {"move": "pan-left", "speed": 0}, {"moves": ["pan-left", "zoom-in"]}):
+        batch = pipeline.run(recorded_batch("camera", tmp_path, extra={"camera": camera}, num_inference_steps=1))
+        assert batch.params.extra["camera"] == camera
+        ends.append(batch.latents)
+    assert torch.equal(ends[0], ends[2])
+    assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[3])
+
+
+@pytest.mark.parametrize(
+    ("camera", "words"),
+    [(None, "needs camera=: a move"), ("pan-sideways", "neither a move"), ({"poses": POSES[:5]}, "has 5 poses")],
+)
+def test_cameras_refused(camera: Any, words: str, directories: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = stand_in_pipeline(directories["camera"])
+    with pytest.raises(InputError, match=words):
+        pipeline.run(recorded_batch("camera", tmp_path, extra={"camera": camera}))
+
+
+def test_an_adapter_that_does_not_fit_the_vae_is_refused(tmp_path: Path) -> None:
+    path = authors_directory(tmp_path, "camera")
+    set_json(path / "transformer" / "config.json", downscale_factor_control_adapter=16)
+    with pytest.raises(ConfigError, match=r"\(24, 16\); with this VAE they should be \(24, 8\)"):
+        stand_in_pipeline(path)
+
+
+def test_frames_of_a_latent_frame_are_packed() -> None:
+    """The first frame four times, then four and four; channel by channel, the frames of a latent frame together."""
+    x = torch.arange(9.0)[:, None, None, None] + torch.tensor([0.0, 100.0])[:, None, None]  # [9, 2, 1, 1]
+    packed = pack_frames(x, 4)[:, :, 0, 0]
+    assert packed[:4].T.tolist() == [[0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]]
+    assert torch.equal(packed[4:], packed[:4] + 100)
 
 
 # -- directories as diffusers writes them, through the generator -------------------------------------------------------
@@ -283,6 +336,8 @@ FUN = {  # height, width, frames, steps, guidance, shift, scheduler
     "alibaba-pai/Wan2.1-Fun-14B-Control": (832, 480, 49, 50, 6.0, 5.0, "euler"),
     "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control": (832, 480, 49, 50, 6.0, 5.0, "euler"),
     "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control": (832, 480, 49, 50, 6.0, 5.0, "euler"),
+    "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera": (480, 832, 81, 50, 6.0, 5.0, "euler"),
+    "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control-Camera": (480, 832, 81, 50, 6.0, 5.0, "euler"),
 }
 
 

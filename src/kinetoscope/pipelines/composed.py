@@ -44,7 +44,7 @@ class ComposedPipeline:
 
     required: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ()
-    """What it does: "t2v", "i2v", "flf2v", "v2v", "vc" (continues a video), "control" (follows a video), "t2i", ..."""
+    """What it does: "t2v", "i2v", "flf2v", "v2v", "vc" (continues a video), "control" (follows one), "camera", ..."""
     attention_roles: ClassVar[tuple[str, ...]] = ()
     extra_defaults: ClassVar[Mapping[str, Any]] = {}
     """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""

@@ -12,6 +12,7 @@ from kinetoscope.models.wan.config import WanConfig
 
 __all__ = [
     "CONVENTION",
+    "FUN_CAMERA",
     "FUN_CONTROL",
     "FUN_PRESETS",
     "KEY_MAP",
@@ -66,6 +67,7 @@ PRESETS: dict[str, SamplingParams] = {
 # 2026). The others are published as a transformer in its authors' names (see `original`) beside checkpoints of other
 # kinds: the transformer, in a directory with the other parts of a Wan 2.1 image-to-video model, runs with the settings
 # of aigc-apps/VideoX-Fun's examples/wan2.1_fun (sampler "Flow", whose shift is config/wan2.1/wan_civitai.yaml's).
+FUN_CAMERA = "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera"
 FUN_CONTROL = "IRMChen/Wan2.1-Fun-1.3B-Control-Diffusers"
 _FUN: dict[str, Any] = {"guidance_scale": 6.0, "flow_shift": 5.0, "scheduler": "euler"}
 _FUN_CONTROL = _preset((832, 480), num_frames=49, **_FUN)
@@ -75,6 +77,8 @@ FUN_PRESETS: dict[str, SamplingParams] = {
     "alibaba-pai/Wan2.1-Fun-14B-Control": _FUN_CONTROL,
     "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control": _FUN_CONTROL,
     "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control": _FUN_CONTROL,
+    FUN_CAMERA: _preset(_480P, **_FUN),
+    "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control-Camera": _preset(_480P, **_FUN),
 }
 
 
@@ -84,7 +88,7 @@ def nearest_preset(config: WanConfig, index: Mapping[str, Any]) -> str:
         return "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
     control = index.get("_class_name") in ("WanVideoToVideoPipeline", "WanFunControlPipeline")
     if control and config.in_channels > config.out_channels:
-        return FUN_CONTROL
+        return FUN_CAMERA if config.add_control_adapter else FUN_CONTROL
     image = index.get("_class_name") == "WanImageToVideoPipeline"
     if index.get("boundary_ratio") is not None:
         return f"Wan-AI/Wan2.2-{'I2V' if image else 'T2V'}-A14B-Diffusers"

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text, image, first and last image, or video to video; videos to follow."""
+"""Wan 2.1 and 2.2: text, image, first and last image, or video to video; videos to follow, cameras."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from kinetoscope.pipelines.stages import (
     VideoGeometry,
 )
 from kinetoscope.pipelines.stages.wan_control import (
+    CAMERA,
     REFERENCE,
+    CameraStage,
     ControlConditionStage,
     ControlFeatureStage,
     ReferenceStage,
@@ -143,7 +145,7 @@ class WanVideoToVideo(WanTextToVideo):
     def variant(cls, model: ModelDir) -> type[ComposedPipeline]:
         """Models with channels for a video follow it; others start from it."""
         config = original.read_config(model.config("transformer"))
-        return WanControl if config.in_channels > config.out_channels else cls
+        return WanControl.variant(model) if config.in_channels > config.out_channels else cls
 
     @property
     def inputs(self) -> Mapping[str, bool]:
@@ -160,6 +162,11 @@ class WanControl(WanTextToVideo):
     tasks: ClassVar[tuple[str, ...]] = ("control",)
     extra_defaults: ClassVar[Mapping[str, Any]] = {REFERENCE: None}
     follows: ClassVar[bool] = True
+
+    @classmethod
+    def variant(cls, model: ModelDir) -> type[ComposedPipeline]:
+        """Models with an adapter for it are told the camera; others follow a video."""
+        return WanCamera if original.read_config(model.config("transformer")).add_control_adapter else cls
 
     @property
     def inputs(self) -> Mapping[str, bool]:
@@ -188,6 +195,31 @@ class WanControl(WanTextToVideo):
     def denoising_stage(self) -> DenoisingStage:
         """Wan's, told of what is added to the tokens."""
         return DenoisingStage(self.lazy("transformer"), self.lazy("scheduler"), ControlStrategy, self.hooks)
+
+
+class WanCamera(WanControl):
+    """Prompt, first frame and a camera (`camera=`, see `media.camera`) -> video (Wan2.1-Fun Control-Camera)."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("camera",)
+    extra_defaults: ClassVar[Mapping[str, Any]] = {CAMERA: None, REFERENCE: None}
+    follows: ClassVar[bool] = False
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """A first frame if wanted."""
+        return {"image": False}
+
+    def add_condition_stages(self) -> None:
+        """Those of a model without a video to follow, and the camera."""
+        super().add_condition_stages()
+        config, geometry = self.config, self.geometry
+        told = (config.in_dim_control_adapter, config.downscale_factor_control_adapter)
+        if told != (6 * geometry.temporal, geometry.spatial):
+            raise ConfigError(
+                f"{self.model.path}: in_dim_control_adapter and downscale_factor_control_adapter are {told}; with this "
+                f"VAE they should be {(6 * geometry.temporal, geometry.spatial)}"
+            )
+        self.add_stage("camera", CameraStage(geometry.temporal), after="validation")
 
 
 def sampling_defaults(model: ModelDir) -> SamplingParams:

@@ -1,7 +1,9 @@
-"""What Wan's control models are shown: a video to follow, a first frame, a picture to be like."""
+"""What Wan's control models are shown: a video to follow, a camera, a first frame, a picture to be like."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.media.camera import MOVES, load_camera, pluecker_rays
 from kinetoscope.media.pictures import fit_picture, load_picture
 from kinetoscope.models.wan.strategy import WanControls
 from kinetoscope.pipelines.lazy import Lazy, resolve
@@ -16,6 +19,7 @@ from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.images import ImageFeatureStage, encode_video
 
 REFERENCE = "ref_image"
+CAMERA = "camera"
 
 
 def controls_of(batch: ForwardBatch) -> WanControls:
@@ -123,3 +127,40 @@ class ControlConditionStage(Stage):
 
     def _encode(self, video: Tensor, args: ExecutionArgs) -> Tensor:
         return encode_video(resolve(self._vae), video.to(args.device))
+
+
+class CameraStage(Stage):
+    """Reads where the camera is (`camera=`, see `media.camera`), the same in all videos of a batch.
+
+    Args:
+        temporal: frames of a latent frame; the first one's rays stand for all of the first latent frame.
+    """
+
+    def __init__(self, temporal: int) -> None:
+        self.temporal = temporal
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        """The batch with `family.camera` [B, 6 temporal, t, H, W]; what a file said is kept in the parameters.
+
+        Raises:
+            InputError: there is no camera, or see `media.camera.load_camera`.
+        """
+        params = batch.params
+        extra = dict(params.extra or {})
+        source: Any = extra.get(CAMERA)
+        if source is None:
+            raise InputError(f"this model needs {CAMERA}=: a move ({', '.join(MOVES)}), poses, or a file of them")
+        assert params.num_frames and params.height and params.width
+        path = load_camera(source, params.num_frames)
+        if not (source in list(MOVES) or (isinstance(source, Mapping) and "poses" not in source)):
+            batch.params = replace(params, extra={**extra, CAMERA: path.to_json()})
+        rays = torch.from_numpy(pluecker_rays(path, params.height, params.width))  # [T, 6, H, W]
+        camera = pack_frames(rays, self.temporal).unsqueeze(0)
+        controls_of(batch).camera = camera.expand(batch.size, -1, -1, -1, -1)
+        return batch
+
+
+def pack_frames(x: Tensor, step: int) -> Tensor:
+    """[1 + (t - 1) step, C, H, W] -> [C step, t, H, W]: channel c step + k is c of a latent frame's frame k."""
+    groups = torch.cat([x[:1].expand(step - 1, -1, -1, -1), x]).unflatten(0, (-1, step))  # [t, step, C, H, W]
+    return groups.permute(2, 1, 0, 3, 4).flatten(0, 1)
