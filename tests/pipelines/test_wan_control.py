@@ -21,10 +21,12 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.loading import resolve_model
 from kinetoscope.models.wan import original, spec
+from kinetoscope.models.wan.transformer import WanTransformer3DModel
 from kinetoscope.pipelines.catalogue import known_models
 from kinetoscope.pipelines.presets import build_pipeline
 from kinetoscope.pipelines.presets.wan import WanCamera, WanControl, WanVideoToVideo
 from kinetoscope.pipelines.stages.wan_control import pack_frames
+from kinetoscope.runtime.replay import replay
 from models.tiny_wan_fun import (
     CLIP,
     FEATURES,
@@ -42,6 +44,7 @@ from models.tiny_wan_fun import (
     authors_name,
     clip_features,
     clip_pixels,
+    fill,
     pose_lines,
     random,
     run_texts,
@@ -292,6 +295,29 @@ def test_a_batch_follows_one_video(generator: VideoGenerator) -> None:
     both = generator.generate_video([PROMPT, "a cat"], NEGATIVE, video=clip(5), **request)
     alone = generator.generate_video("a cat", NEGATIVE, video=clip(5), **{**request, "seed": 5})
     assert (both[1].latents - alone.latents).abs().max() <= 1e-4 * alone.latents.std()
+
+
+def test_a_camera_through_the_generator(tmp_path: Path) -> None:
+    """A file of poses to a written video, and the same frames from its record when the file is gone."""
+    path = make_tiny_wan(tmp_path / "model", kind="i2v", shift=SHIFT)
+    narrow = {"in_channels": 32, "add_control_adapter": True}
+    set_json(path / "transformer" / "config.json", **narrow)
+    model = WanTransformer3DModel(original.read_config(json.loads((path / "transformer" / "config.json").read_text())))
+    fill(model)
+    save_file(model.state_dict(), path / "transformer" / "diffusion_pytorch_model.safetensors")
+    set_json(path / "model_index.json", _class_name="WanFunControlPipeline")
+    poses = tmp_path / "poses.txt"
+    poses.write_text("\n".join(pose_lines(POSES)))
+    generator = VideoGenerator.from_pretrained(path, device="cpu", dtype="float32")
+    defaults = generator.defaults()
+    assert (defaults.height, defaults.num_frames) == (480, 81)
+    told: dict[str, Any] = {"camera": str(poses), **REQUEST}
+    result = generator.generate_video(PROMPT, NEGATIVE, output_path=tmp_path / "video.mp4", **told)
+    seen = generator.generate_video(PROMPT, NEGATIVE, image=clip(1)[0], **told)
+    still = generator.generate_video(PROMPT, NEGATIVE, **{**told, "camera": "still"})
+    assert not torch.equal(result.latents, seen.latents) and not torch.equal(result.latents, still.latents)
+    poses.unlink()
+    assert replay(tmp_path / "video.mp4").identical
 
 
 @pytest.mark.parametrize(
