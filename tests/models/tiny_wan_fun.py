@@ -73,11 +73,11 @@ def random(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def fill(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter a random value of a size that matters; matrices keep the size of what they read."""
+    """Give every parameter a random value of a size that matters."""
     for number, (name, parameter) in enumerate(sorted(module.named_parameters())):
         value = random(tuple(parameter.shape), 1000 * seed + number)
         matrix = parameter.ndim > 1 and not name.endswith("scale_shift_table")
-        value = value / math.sqrt(math.prod(parameter.shape[1:])) if matrix else 0.3 * value
+        value = 0.7 * value / math.sqrt(math.prod(parameter.shape[1:])) if matrix else 0.3 * value
         parameter.data = value + (1 if "norm" in name and name.endswith("weight") else 0)
 
 
