@@ -66,19 +66,24 @@ def input_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `generate_video` that `add_input_options` gave.
 
     Raises:
-        InputError: a --set that is not NAME=VALUE.
+        InputError: a --set that is not NAME=VALUE, or names what is no family's own.
     """
+    from kinetoscope.runtime.request import VideoRequest  # not at the top: --help needs no torch
+
+    common = {*VideoRequest.__dataclass_fields__, "on_event", "blocks"}
     names = ("image", "last_image", "video", "strength", "actions")
-    fields: dict[str, Any] = {n: v for n in names if (v := getattr(args, n)) is not None}
+    given: dict[str, Any] = {n: v for n in names if (v := getattr(args, n)) is not None}
     for text in args.extra:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise InputError(f"--set {text!r} is not of the form NAME=VALUE")
+        if name in common:
+            raise InputError(f"--set {text!r}: {name} is of every request; it has its own option or none (see --help)")
         try:
-            fields[name] = yaml.safe_load(value)
+            given[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"--set {text!r}: the value cannot be read") from error
-    return fields
+    return given
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
