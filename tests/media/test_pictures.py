@@ -38,6 +38,21 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert load_picture(path).mode == "RGB"
 
 
+def test_greys_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "deep.png"))[..., 0], np.arange(256).reshape(16, 16))
+
+
+def test_an_open_image_whose_file_is_damaged(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_picture(Image.open(tmp_path / "a.png"))
+
+
 def test_transparency_is_black() -> None:
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert load_picture(clear).getpixel((0, 0)) == (0, 0, 0)

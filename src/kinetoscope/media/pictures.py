@@ -46,7 +46,12 @@ def load_picture(source: Picture) -> Image.Image:
             raise InputError(f"image {source} cannot be read: {error}") from error
     else:
         raise InputError(f"image of type {type(source).__name__}; give a path, an address, a PIL image or an array")
-    turned = ImageOps.exif_transpose(image)
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:  # an image that was opened elsewhere is first read here
+        raise InputError(f"image {source} cannot be read: {error}") from error
+    if turned.mode.startswith("I;16"):  # Pillow's conversion would cut these off at 255
+        turned = Image.fromarray(((np.asarray(turned).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
         turned = turned.convert("RGBA")
         black = Image.new("RGBA", turned.size, (0, 0, 0, 255))
