@@ -167,6 +167,8 @@ def test_bfloat16_and_autocast_stay_near_float32(tiny: Path) -> None:
         ({"prompt": "   "}, InputError, "empty"),
         ({"prompt": "cat " * 10_000}, InputError, "512"),
         ({"prompt": []}, InputError, "empty"),
+        ({"prompt": "a \udcff"}, InputError, "Unicode"),
+        ({"negative_prompt": "a \ud800"}, InputError, "Unicode"),
         ({"height": 30}, InputError, r"nearest: 16 or 32"),
         ({"width": 0}, InputError, "width"),
         ({"height": 10**6}, InputError, "height"),

@@ -110,6 +110,8 @@ def check_text(prompt: object, seed: object, negative_prompt: object = "") -> No
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
             raise InputError(f"{name}={text!r} is not text")
+        if any("\ud800" <= c <= "\udfff" for c in text):  # what bytes of the command line become that are not UTF-8
+            raise InputError(f"{name}={text!r} is not valid Unicode text; write it in UTF-8")
     assert isinstance(prompt, str)
     if not prompt.strip():
         raise InputError("the prompt is empty; describe the video in a sentence")
