@@ -158,6 +158,12 @@ def test_a_stream_is_the_offline_video(plain: Path) -> None:
         (93, {}, "24 latent frames, more than the 21 .* at most 81 frames"),
         (21, {"num_inference_steps": 8}, "distilled for the 4 timesteps"),
         (21, {"video": "clip.mp4"}, "takes no video"),
+        (9, {"image": np.zeros((8, 8, 3), np.uint8)}, "no block to make after the image; ask for 13"),
+        (21, {"context_noise": "x"}, "context_noise='x'"),
+        (21, {"context_noise": 1001}, "context_noise=1001"),
+        (21, {"local_attn_size": "x"}, "local_attn_size='x'"),
+        (21, {"local_attn_size": 6.0}, "local_attn_size=6.0"),
+        (21, {"sink_size": [1]}, "sink_size="),
     ],
 )
 def test_refused_before_anything_loads(plain: Path, frames: int, fields: dict[str, Any], words: str) -> None:

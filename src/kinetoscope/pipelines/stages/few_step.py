@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ import torch
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.noise import NoiseSource
-from kinetoscope.engine.strategies.causal import WINDOW, LatentVideo, plan_blocks
+from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, SINK, WINDOW, LatentVideo, plan_blocks
 from kinetoscope.engine.strategies.dmd import STEPS, few_step_schedule
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
+
+MAX_CONTEXT_NOISE = 1000
+"""The largest timestep."""
 
 
 class FewStepTimestepStage(Stage):
@@ -56,17 +59,21 @@ class BlockValidationStage(Stage):
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
         """The same batch, or an `InputError`; a stream has no number of frames to refuse."""
+        _check_rollout(batch.params.extra or {})
         if batch.streaming:
             return batch
         frames = batch.params.num_frames
         assert frames
         count = (frames - 1) // self.geometry.temporal + 1
         try:
-            plan_blocks(count, self.config.num_frames_per_block, self.alone, given=int(batch.image is not None))
+            plan = plan_blocks(count, self.config.num_frames_per_block, self.alone, given=int(batch.image is not None))
         except InputError as error:
             raise InputError(
                 f"num_frames={frames} are {count} latent frames of {self.geometry.temporal}: {error}"
             ) from error
+        if batch.image is not None and len(plan) == 1:
+            least = 1 + self.config.num_frames_per_block * self.geometry.temporal
+            raise InputError(f"num_frames={frames} leave no block to make after the image; ask for {least} or more")
         window = (batch.params.extra or {}).get(WINDOW)
         window = self.config.local_attn_size if window is None else window
         limit = self.config.sliding_window_num_frames
@@ -77,6 +84,17 @@ class BlockValidationStage(Stage):
                 f"{(limit - 1) * self.geometry.temporal + 1} frames"
             )
         return batch
+
+
+def _check_rollout(extra: Mapping[str, Any]) -> None:
+    """Refuse parameters of the rollout of the wrong kind; None is the model's own."""
+    for name, low in ((WINDOW, -1), (SINK, 0)):
+        value = extra.get(name)
+        if value is not None and (type(value) is not int or value < low):
+            raise InputError(f"{name}={value!r} should be a whole number of latent frames, at least {low}")
+    noise = extra.get(CONTEXT_NOISE)
+    if noise is not None and (type(noise) not in (int, float) or not 0 <= noise <= MAX_CONTEXT_NOISE):
+        raise InputError(f"{CONTEXT_NOISE}={noise!r} should be a number in [0, {MAX_CONTEXT_NOISE}]")
 
 
 class BlockLatentStage(LatentPreparationStage):
