@@ -189,6 +189,20 @@ def test_an_image_is_needed(image_pair: tuple[Any, Any]) -> None:
         our_run(image_pair[0], (5, 32, 32))
 
 
+def test_a_prompt_with_the_mark_of_an_image(image_pair: tuple[Any, Any]) -> None:
+    params = SamplingParams(height=32, width=32, num_frames=5, num_inference_steps=1).over(image_pair[0].defaults())
+    with pytest.raises(InputError, match="stands for the image"):
+        image_pair[0].run(ForwardBatch(params, ["a <image> b"], [""], [0], image=torch.zeros(1, 3, 32, 32)))
+
+
+def test_a_video_of_the_image_alone(image_pair: tuple[Any, Any]) -> None:
+    """By "latent_concat" the image is left out of the video, so nothing would be left."""
+    ours = image_pair[0]
+    if ours.config.image_condition_type == "latent_concat":
+        with pytest.raises(InputError, match="ask for 5 or more"):
+            our_run(ours, (1, 32, 32), image=torch.zeros(2, 3, 32, 32))
+
+
 def test_presets() -> None:
     """Model cards and published scheduler configurations; see `spec.PRESETS`."""
     table = {

@@ -16,14 +16,26 @@ from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.encoded import PromptCache, pad_rows, to_picture
 from kinetoscope.pipelines.stages.scaled_vae import encode_images
-from kinetoscope.pipelines.stages.validation import MAX_GUIDANCE, InputValidationStage
+from kinetoscope.pipelines.stages.validation import MAX_GUIDANCE, InputValidationStage, VideoGeometry
 
 
 class HunyuanValidationStage(InputValidationStage):
-    """Checks the whole request."""
+    """Checks the whole request.
+
+    Args:
+        geometry: of the model.
+        skip: latent frames at the start that are no part of the video.
+    """
+
+    def __init__(self, geometry: VideoGeometry, skip: int = 0) -> None:
+        super().__init__(geometry)
+        self.skip = skip
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
         """The same batch, or an `InputError`."""
+        if self.skip and batch.params.num_frames == 1:
+            least = 1 + self.geometry.temporal * self.skip
+            raise InputError(f"num_frames=1: the first frame is the image and is left out; ask for {least} or more")
         value = (batch.params.extra or {}).get("true_cfg_scale", 1.0)
         if type(value) not in (int, float) or not 1.0 <= value <= MAX_GUIDANCE:
             raise InputError(
@@ -146,7 +158,10 @@ class HunyuanImageTextStage(HunyuanTextEncodingStage):
         config: Any = encoder.config
         ids = tokenizer(spec.IMAGE_TEMPLATE.format(prompt), return_tensors="pt").input_ids[0]
         check_length(len(ids) - spec.IMAGE_TEMPLATE_TOKENS)
-        start = int((ids == config.image_token_index).nonzero()[0])
+        places = (ids == config.image_token_index).nonzero()
+        if len(places) != 1:
+            raise InputError(f"prompt={prompt!r} holds the mark that stands for the image in the model's template")
+        start = int(places[0])
         grown = torch.cat([ids[:start], ids[start].repeat(spec.IMAGE_TOKENS), ids[start + 1 :]]).unsqueeze(0).to(device)
         pixels = resolve(self._image_processor)(to_picture(image), return_tensors="pt").pixel_values
         states = encoder(
