@@ -302,6 +302,7 @@ def test_two_runs_interleave(pairs: Any) -> None:
         (PREDICT_25, {"video": (3, HEIGHT, WIDTH)}, "the video has 3"),
         (PREDICT_25, {"video": (9, HEIGHT, WIDTH), "num_frames": 1}, "num_frames is 1"),
         (PREDICT_25, {"video": (9, HEIGHT, WIDTH), "extra": {"num_latent_conditional_frames": 3}}, "1 or 2"),
+        (PREDICT_25, {"video": (9, HEIGHT, WIDTH), "extra": {"num_latent_conditional_frames": 2.0}}, "1 or 2"),
         (IMAGE_2, {"num_frames": 9}, "one frame"),
     ],
 )

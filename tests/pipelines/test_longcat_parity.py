@@ -264,6 +264,8 @@ def test_defaults_of_the_published_model(pipeline: ComposedPipeline) -> None:
         ("refine", {"num_cond_frames": 5}, "image or a video"),
         ("refine", {"height": 32}, "multiple of 64"),
         ("refine_vc", {"num_cond_frames": 0}, "num_cond_frames"),
+        ("refine_vc", {"num_cond_frames": "5"}, "num_cond_frames='5' is not a whole number"),
+        ("t2v", {"scale_over_noise_frames": "yes"}, "neither true nor false"),
     ],
 )
 def test_bad_requests(pipeline: ComposedPipeline, name: str, changes: dict[str, Any], words: str) -> None:

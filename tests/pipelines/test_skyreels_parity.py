@@ -345,6 +345,8 @@ def test_bad_requests(pair: Callable[..., Pair]) -> None:
         our_run(ours, 9, 6.0, [1], video=video)
     with pytest.raises(InputError, match="fewer than overlap_history"):
         our_run(ours, 13, 6.0, [1], video=video, overlap_history=9)
+    with pytest.raises(InputError, match="the image alone; ask for 5"):
+        our_run(ours, 1, 6.0, [1], image=picture(0))
     with pytest.raises(InputError, match="image and video"):
         our_run(ours, 13, 6.0, [1], video=video, image=picture(0))
 

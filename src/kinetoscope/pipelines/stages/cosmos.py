@@ -243,7 +243,7 @@ class Predict25FramesStage(GivenFramesStage):
         if batch.video is None:
             return frames
         count = extra["num_latent_conditional_frames"]
-        if count not in (1, 2):
+        if type(count) is not int or count not in (1, 2):
             raise InputError(f"num_latent_conditional_frames={count!r} should be 1 or 2")
         needed = self.geometry.temporal * (count - 1) + 1
         for what, length in (("the video has", frames.shape[2]), ("num_frames is", batch.params.num_frames or 0)):

@@ -57,7 +57,8 @@ class LongCatRequestStage(Stage):
             InputError: parameters that contradict each other, or of the wrong kind.
         """
         extra = extra_of(batch)
-        for name in ("use_kv_cache", "offload_kv_cache", "enhance_hf", "use_distill", "spatial_refine_only"):
+        for name in ("use_kv_cache", "offload_kv_cache", "enhance_hf", "use_distill", "spatial_refine_only",
+                     "scale_over_noise_frames"):  # fmt: skip
             if extra[name] not in (True, False, None):
                 raise InputError(f"{name}={extra[name]!r} is neither true nor false")
         if batch.image is not None and batch.video is not None:
@@ -169,6 +170,8 @@ class LongCatLatentStage(LatentPreparationStage):
         given = None if batch.image is None else batch.image.unsqueeze(2)
         count = extra["num_cond_frames"] or (0 if given is None else 1)
         given = batch.video if given is None else given
+        if type(count) is not int:
+            raise InputError(f"num_cond_frames={count!r} is not a whole number")
         if count and given is None:
             raise InputError(f"num_cond_frames={count} needs an image or a video to take them from")
         if given is not None and not count:
