@@ -117,6 +117,27 @@ def test_bad_true_cfg_scale(pair: tuple[Any, Any], value: Any) -> None:
         our_run(pair[0], (1, 32, 32), extra={"true_cfg_scale": value})
 
 
+def test_damaged_text_parts_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from kinetoscope.core.errors import ModelLoadError
+
+    path = make_tiny_hunyuan(tmp_path)
+    file, key = path / "text_encoder_2" / "model.safetensors", "text_model.final_layer_norm.weight"
+    tensors = load_file(file)
+    key = next(k for k in tensors if key.endswith(k))
+    for value, words in (
+        (torch.ones(3), r"final_layer_norm.weight is \(3,\), needs"),
+        (tensors[key] / 0, "not finite"),
+    ):
+        save_file(tensors | {key: value}, file, {"format": "pt"})
+        with pytest.raises(ModelLoadError, match=words):
+            build_pipeline(resolve_model(str(path)), ExecutionArgs()).get_module("text_encoder_2")
+    (path / "tokenizer_2" / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelLoadError, match=r"no tokenizer_config\.json"):
+        build_pipeline(resolve_model(str(path)), ExecutionArgs()).get_module("tokenizer_2")
+
+
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -15,6 +15,7 @@ from kinetoscope.loading.directory import ModelDir
 from kinetoscope.loading.weights import KeyMap, load_weights, tensor_names, weight_files
 
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _LOADERS: dict[str, Loader] = {}
 
 
@@ -103,12 +104,19 @@ def _load_umt5(model: ModelDir, name: str, dtype: torch.dtype, device: torch.dev
     return load_weights(encoder, model.folder(name), dtype=policy, device=device)
 
 
-def _load_tokenizer(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_tokenizer(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tokenizer of transformers.
+
+    Raises:
+        ModelLoadError: its folder is empty, or does not say which tokenizer it holds.
+    """
     from transformers import AutoTokenizer
 
     folder = model.folder(name)
     if not any(folder.iterdir()):
         raise ModelLoadError(f"{folder} is empty; download the model again")
+    if not (folder / TOKENIZER_CONFIG).is_file():  # transformers would guess, and leave out special tokens
+        raise ModelLoadError(f"{folder} has no {TOKENIZER_CONFIG}; download the model again")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -124,6 +132,6 @@ def _load_scheduler(model: ModelDir, name: str, dtype: torch.dtype, device: torc
 register_component("AutoencoderKLWan", _load_vae)
 register_component("UMT5EncoderModel", _load_umt5)
 for _tokenizer in ("T5Tokenizer", "T5TokenizerFast", "AutoTokenizer"):
-    register_component(_tokenizer, _load_tokenizer)
+    register_component(_tokenizer, load_tokenizer)
 for _scheduler in SCHEDULERS.values():
     register_component(_scheduler, _load_scheduler)

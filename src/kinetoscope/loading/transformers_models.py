@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from kinetoscope.core.errors import ModelLoadError
-from kinetoscope.loading.components import register_component
+from kinetoscope.loading.components import load_tokenizer, register_component
 from kinetoscope.loading.directory import ModelDir
+from kinetoscope.loading.weights import SHOWN
 
 
 def register_transformers_model(class_name: str) -> None:
@@ -26,10 +27,15 @@ def register_transformers_model(class_name: str) -> None:
         folder = model.folder(name)
         model.config(name)  # refuses a directory of another class
         module, report = getattr(transformers, class_name).from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-            raise ModelLoadError(f"{folder} does not fit {class_name}: missing {', '.join(missing[:4])}")
+        # transformers would fill the first two with random numbers
+        if missing := sorted(report["missing_keys"]):
+            raise ModelLoadError(f"{folder} does not fit {class_name}: missing {', '.join(missing[:SHOWN])}")
+        if wrong := sorted(f"{key} is {tuple(a)}, needs {tuple(b)}" for key, a, b in report["mismatched_keys"]):
+            raise ModelLoadError(f"{folder} does not fit {class_name}: wrong shape: {', '.join(wrong[:SHOWN])}")
+        if broken := [n for n, p in module.named_parameters() if not torch.isfinite(p).all()]:
+            raise ModelLoadError(f"{folder} does not fit {class_name}: not finite: {', '.join(broken[:SHOWN])}")
         for parameter in module.parameters():
             parameter.data = parameter.data.clone()  # tensors mapped from a file are not 64-byte aligned
         return module.requires_grad_(False).eval().to(device)
@@ -39,16 +45,7 @@ def register_transformers_model(class_name: str) -> None:
 
 def register_tokenizer(class_name: str) -> None:
     """Say that components of `class_name` are tokenizers."""
-
-    def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
-        from transformers import AutoTokenizer
-
-        folder = model.folder(name)
-        if not any(folder.iterdir()):
-            raise ModelLoadError(f"{folder} is empty; download the model again")
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-    register_component(class_name, load)
+    register_component(class_name, load_tokenizer)
 
 
 def register_image_processor(class_name: str) -> None:
