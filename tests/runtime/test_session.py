@@ -94,6 +94,17 @@ def test_two_experts(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(chunks), gen.generate_video(RED, num_frames=17, **SIZE).frames)
 
 
+def test_a_played_world_takes_another_list_of_steps(world: VideoGenerator) -> None:
+    """The number of steps is the list's, as for other few-step models."""
+    made = world.generate_video("unread", image=picture(), num_frames=9, dmd_denoising_steps=[1000, 500], **SIZE)
+    assert made.params.num_inference_steps == 2
+
+
+def test_no_field_is_called_extra(world: VideoGenerator) -> None:
+    with pytest.raises(InputError, match="unknown parameter 'extra'"):
+        world.start_session(image=picture(), extra={}, **SIZE)
+
+
 def test_a_played_world_is_the_offline_video_of_its_script(world: VideoGenerator) -> None:
     """By the script; by what the script says, frame by frame; and by keys that are held."""
     common: dict[str, Any] = {"image": picture(), "seed": 4, **SIZE}

@@ -260,7 +260,7 @@ class VideoGenerator:
 
         The request is checked now. Closing the generator cancels, and an unfinished video leaves no file.
         """
-        own = {k: fields.pop(k) for k in [*fields] if k not in VideoRequest.__dataclass_fields__}
+        own = {k: fields.pop(k) for k in [*fields] if k not in VideoRequest.__dataclass_fields__ or k == "extra"}
         return self._run(VideoRequest(prompt, **fields, extra=own))
 
     def start_session(

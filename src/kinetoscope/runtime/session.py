@@ -55,7 +55,7 @@ def session_batch(
         raise InputError("this model reads no prompt; leave it out")
     if prompt is not None and not isinstance(prompt, str):
         raise InputError(f"prompt={prompt!r}: a stream is one video and has one prompt")
-    own = {k: v for k, v in fields.items() if k not in VideoRequest.__dataclass_fields__}
+    own = {k: v for k, v in fields.items() if k not in VideoRequest.__dataclass_fields__ or k == "extra"}
     common = {k: v for k, v in fields.items() if k not in own}
     request = VideoRequest(UNREAD if prompt is None else prompt, **common, extra=own)
     plan = request.plan(defaults, pipeline.geometry, pipeline.inputs, pipeline.extra_defaults)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
+from kinetoscope.engine.strategies.dmd import STEPS
 from kinetoscope.engine.strategies.matrix_game import Actions, MatrixGameStrategy
 from kinetoscope.loading import register_transformer
 from kinetoscope.loading.transformers_models import register_transformers_model
@@ -18,6 +19,7 @@ from kinetoscope.models.matrix_game.transformer import MatrixGameTransformer3DMo
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
+from kinetoscope.pipelines.stages.few_step import FewStepTimestepStage
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.matrix_game import (
     ACTIONS,
@@ -120,6 +122,7 @@ class MatrixGameWorld(MatrixGameVideo):
     def add_denoising(self) -> None:
         """Blocks, with the noise of each."""
         unused = SchedulerAdapter("FlowMatchEulerDiscreteScheduler")
+        self.add_stage("timesteps", FewStepTimestepStage((self.defaults().extra or {})[STEPS]), after="validation")
         self.add_stage("denoising", DenoisingStage(self.lazy("transformer"), unused, MatrixGameStrategy, self.hooks))
 
     def block_latents(self, batch: ForwardBatch, index: int) -> int:
