@@ -24,6 +24,7 @@ from kinetoscope.media import read_video, write_video
 from kinetoscope.models.longcat import spec
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
+from kinetoscope.runtime.replay import replay
 from models.tiny_longcat import (
     FIXTURES,
     MODEL,
@@ -299,6 +300,17 @@ def test_a_record_names_the_video_to_refine(pipeline: ComposedPipeline) -> None:
     params = json.loads(json.dumps(asdict(batch.params)))
     assert params["extra"]["stage1_video"].startswith("sha256:")
     assert params["num_frames"] == 2 * STAGE1[0] and params["guidance_scale"] == 1.0
+
+
+def test_a_refined_video_cannot_be_replayed(tmp_path: Path) -> None:
+    """And the file says why: it holds no more than the digest of what was refined."""
+    made = VideoGenerator.from_pretrained(MODEL, device="cpu", dtype="float32")
+    made.generate_video(
+        PROMPT, stage1_video=moving_picture(3, 32, 32), height=64, width=64, num_frames=5, num_inference_steps=2,
+        output_path=tmp_path / "a.mp4",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="made with stage1_video of the request"):
+        replay(tmp_path / "a.mp4")
 
 
 def test_refines_a_file(pipeline: ComposedPipeline, tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ def replay(
     record = read_metadata(path)
     if record.get("format") != FORMAT:
         raise InputError(f"{path}: its replay record has format {record.get('format')!r}; this version reads {FORMAT}")
-    if record["given"]:
-        names = ", ".join(record["given"])
+    digests = [n for n, v in record["params"].get("extra", {}).items() if str(v).lstrip("['").startswith("sha256:")]
+    if outside := [*record["given"], *digests]:
+        names = ", ".join(outside)
         raise InputError(f"{path} was made with {names} of the request, which the file does not hold")
     if record["interceptors"]:
         names = ", ".join(record["interceptors"])
