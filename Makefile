@@ -37,8 +37,9 @@ $(DEV): pyproject.toml constraints.txt | $(VENV)/bin/python
 demo: $(BASE)
 	$(BIN)/kinetoscope generate
 
+# One process a core, one thread each: two processes with two threads each make each other many times slower.
 test: $(DEV)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical -m "not slow and not gpu"
 
 slow: $(DEV)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

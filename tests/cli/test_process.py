@@ -17,6 +17,7 @@ def test_ctrl_c_in_the_middle_leaves_no_file(tmp_path: Path) -> None:
     argv = ["generate", "a cat", "--model", str(model), "--size", "64x64", "--frames", "17", "--steps", "1000"]
     interrupt = (  # Ctrl-C arrives in the middle of the denoising, at a known step
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "from kinetoscope.cli import main, progress\n"
         "def event(self, event, plain=progress.RunProgress.event):\n"
         "    plain(self, event)\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kinetoscope.core.errors import InputError, KinetoscopeError
@@ -34,7 +34,7 @@ FIELDS = (
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=4))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_request_is_accepted_or_refused_in_words(fields: dict[str, Any]) -> None:
     request: Any = VideoRequest(**({"prompt": "a cat"} | fields))
     try:

@@ -62,6 +62,7 @@ def test_stream_of_a_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_ctrl_c_leaves_no_file(causal: Path, tmp_path: Path) -> None:
     interrupt = (  # Ctrl-C arrives when enough blocks are encoded for the file to be there
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "from kinetoscope.cli import main\n"
         "from kinetoscope.runtime.session import Session\n"
         "def step(self, plain=Session.step):\n"

@@ -95,7 +95,11 @@ class AttentionTable(Mapping[str, Callable[..., Tensor]]):
 @cache
 def capabilities(device: str, dtype: torch.dtype) -> Capabilities:
     """What the backends registered so far can do on a device type in a dtype."""
-    refused = {name: why for name, refuse in _REFUSALS.items() if (why := refuse(device, dtype)) is not None}
+    refused: dict[str, str] = {}
+    for name, refuse in _REFUSALS.items():  # a plain loop: compiled regions trace it
+        why = refuse(device, dtype)
+        if why is not None:
+            refused[name] = why
     if device != "cpu":
         refused["chunked"] = f"it is made for the CPU, not for {device}"
         return Capabilities(device, dtype, refused, "sdpa", "torch picks a fused kernel of the device")

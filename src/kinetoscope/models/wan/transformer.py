@@ -17,7 +17,7 @@ from kinetoscope.attention import attention
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.nn.camera import CameraAdapter
-from kinetoscope.nn.embeddings import TextProjection, TimestepEmbedding, sinusoidal_embedding
+from kinetoscope.nn.embeddings import ConditionEmbedder
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
@@ -158,41 +158,6 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
 
 
-class ImageProjection(nn.Module):
-    """Image features to the width of the model: norm, two linear layers with an exact GELU, norm."""
-
-    def __init__(self, in_dim: int, dim: int, positions: int | None) -> None:
-        super().__init__()
-        self.norm1 = FP32LayerNorm(in_dim, 1e-5)
-        self.ff = FeedForward(in_dim, in_dim, out_dim=dim, approximate="none")
-        self.norm2 = FP32LayerNorm(dim, 1e-5)
-        self.pos_embed = None if positions is None else nn.Parameter(torch.zeros(1, positions, in_dim))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[R, I, in] -> [R, I, d]"""
-        if self.pos_embed is not None:
-            features = features + self.pos_embed
-        return self.norm2(self.ff(self.norm1(features)))
-
-
-class ConditionEmbedder(nn.Module):
-    """Embeddings of timestep, text and image."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.freq_dim = config.freq_dim
-        self.time_embedder = TimestepEmbedding(config.freq_dim, config.dim)
-        self.time_proj = Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TextProjection(config.text_dim, config.dim)
-        if config.image_dim is not None:
-            self.image_embedder = ImageProjection(config.image_dim, config.dim, config.pos_embed_seq_len)
-
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, F] -> embedding [R, F, d] and its six-way projection [R, F, 6, d]"""
-        emb = self.time_embedder(sinusoidal_embedding(timestep, self.freq_dim)).to(self.time_proj.weight.dtype)
-        return emb, self.time_proj(nn.functional.silu(emb)).unflatten(-1, (6, -1))
-
-
 def _add_controls(x: Tensor, controls: Controls) -> Tensor:
     """[R, d, T', H', W'] -> the same with a camera, one frame more with a reference"""
     if controls.camera is not None:
@@ -222,7 +187,9 @@ class WanTransformer3DModel(nn.Module):
         self.patch_embedding = nn.Conv3d(
             config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
-        self.condition_embedder = ConditionEmbedder(config)
+        self.condition_embedder = ConditionEmbedder(
+            config.freq_dim, config.dim, config.text_dim, config.image_dim, config.pos_embed_seq_len
+        )
         self.blocks = nn.ModuleList(WanTransformerBlock(config) for _ in range(config.num_layers))
         self.norm_out = ModulatedNorm(config.dim, config.eps)
         self.proj_out = Linear(config.dim, config.out_channels * math.prod(config.patch_size))
