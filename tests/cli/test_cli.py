@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from kinetoscope.cli import main
@@ -79,6 +80,7 @@ def test_info_and_models_and_doctor(tiny: Path, capsys: pytest.CaptureFixture[st
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert set(facts["attention"]["float32"]["roles"]) == {"self", "cross"}
+    assert ("bfloat16" in facts["slow_dtypes"]) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"cpu        {facts['cpu']}, {facts['threads']} threads")
     print(f"cuda       {', '.join(facts['cuda_devices']) or 'none'}")
     print(f"default    device {facts['device']}, dtype {facts['dtype']}")
+    for dtype, why in facts["slow_dtypes"].items():
+        print(f"slow       {dtype}: {why}")
     for dtype, table in facts["attention"].items():
         print(f"attention in {dtype} on {facts['device']}")
         for role, choice in table["roles"].items():

@@ -13,6 +13,14 @@ from kinetoscope.runtime.record import versions
 ROLES = ("self", "cross")
 
 
+def slow_dtypes(device: torch.device) -> dict[str, str]:
+    """Number formats that work on a device but should not be used there, and why."""
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cpu" and not fast:
+        return {"bfloat16": "this processor has no instructions for it; matrix products were 400 times slower (AVX2)"}
+    return {}
+
+
 def examine(device: str = "auto") -> dict[str, Any]:
     """Facts for `kinetoscope doctor`, fit for JSON.
 
@@ -39,5 +47,6 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(place),
         "dtype": dtype_name(resolve_dtype("auto", place)),
+        "slow_dtypes": slow_dtypes(place),
         "attention": tables,
     }
