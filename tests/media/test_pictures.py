@@ -70,6 +70,11 @@ def test_it_covers_and_cuts_evenly() -> None:
     assert tuple(wide[0, 0]) == (255, 0, 0) and tuple(wide[-1, -1]) == (255, 255, 255)
 
 
+def test_a_very_thin_picture_is_cut_before_it_is_scaled() -> None:
+    thin = Image.new("RGB", (1, 20_000), (9, 8, 7))
+    assert np.array_equal(fit_picture(thin, 64, 512), np.full((64, 512, 3), (9, 8, 7), np.uint8))
+
+
 def test_arrays_of_bytes_and_floats() -> None:
     bytes_ = np.asarray(quarters())
     assert np.array_equal(np.asarray(load_picture(bytes_)), bytes_)

@@ -35,7 +35,11 @@ PUBLISHED = {  # transformer/config.json of the published text-to-video models; 
     "FLF2V-14B": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514},
     "2.2-I2V-A14B": {"in_channels": 36},
     "2.2-TI2V-5B": {
-        "in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30,
+        "in_channels": 48,
+        "out_channels": 48,
+        "num_attention_heads": 24,
+        "ffn_dim": 14336,
+        "num_layers": 30,
     },
 }
 

@@ -60,13 +60,12 @@ def load_picture(source: Picture) -> Image.Image:
 
 
 def fit_picture(image: Image.Image, height: int, width: int) -> Array:
-    """uint8 [height, width, 3]: scaled (Lanczos) until it covers the size, then cut evenly on both sides."""
+    """uint8 [height, width, 3]: cut evenly to the proportions of the size, then scaled (Lanczos)."""
     scale = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    across, down = width / scale, height / scale
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    box = (max(left, 0.0), max(top, 0.0), min(left + across, image.width), min(top + down, image.height))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def load_clip(source: Clip, limit: int | None = None) -> list[Image.Image]:

@@ -354,7 +354,7 @@ class VideoGenerator:
     def _batch_size(self, params: SamplingParams) -> int:
         assert params.num_frames and params.height and params.width
         tokens = self.pipeline.geometry.tokens(params.num_frames, params.height, params.width)
-        return max(1, BATCH_TOKENS // (tokens * (2 if params.guided else 1)))
+        return max(1, BATCH_TOKENS // (tokens * self.pipeline.rows(params)))
 
 
 def _finish(batch: ForwardBatch, index: int, path: Path | None, record: dict[str, Any]) -> GenerationResult:
