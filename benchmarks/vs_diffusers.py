@@ -29,6 +29,7 @@ from kinetoscope.diffusion.scheduler import SchedulerAdapter
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
 from kinetoscope.pipelines.stages import DenoisingStage
+from kinetoscope.runtime.doctor import slow_dtypes
 
 MID = {
     "num_attention_heads": 12,
@@ -222,6 +223,10 @@ def main() -> None:
         parts["embedded_float32"] = lambda: embedded(options.model, "float32", options.pairs)
         parts["embedded_bfloat16"] = lambda: embedded(options.model, "bfloat16", options.pairs)
     for name, run in parts.items():
+        slow = slow_dtypes(torch.device("cpu")).get(name.partition("_")[2])
+        if slow:
+            sys.stderr.write(f"{name} left out: {slow}\n")
+            continue
         sys.stderr.write(f"{name} ...\n")
         result[name] = run()
     report(result, "vs_diffusers", options.json_out)
