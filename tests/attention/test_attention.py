@@ -90,16 +90,21 @@ def test_auto_gives_a_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "expected"),
+    ("processor", "device", "dtype", "expected"),
     [
-        ("cpu", torch.float32, "chunked"),
-        ("cpu", torch.bfloat16, "chunked"),
-        ("cpu", torch.float16, "sdpa"),
-        ("cuda", torch.bfloat16, "sdpa"),
+        ("AVX512", "cpu", torch.float32, "chunked"),
+        ("AVX512", "cpu", torch.bfloat16, "chunked"),
+        ("AVX512", "cpu", torch.float16, "sdpa"),
+        ("AVX2", "cpu", torch.float32, "sdpa"),
+        ("AVX2", "cuda", torch.bfloat16, "sdpa"),
     ],
 )
-def test_preferred(device: str, dtype: torch.dtype, expected: str) -> None:
-    assert resolve_attention("auto", capabilities(device, dtype), ["self"]).choices["self"].backend == expected
+def test_preferred(
+    monkeypatch: pytest.MonkeyPatch, processor: str, device: str, dtype: torch.dtype, expected: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    found = capabilities.__wrapped__(device, dtype)  # the answer is kept for the process
+    assert resolve_attention("auto", found, ["self"]).choices["self"].backend == expected
 
 
 def test_named_backends() -> None:
