@@ -18,6 +18,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "math": math_attention,
 }
 BUILT_IN = frozenset(BACKENDS)
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # asked here, since a compiled region cannot ask
 Refuse = Callable[[str, torch.dtype], str | None]
 _REFUSALS: dict[str, Refuse] = {}
 
@@ -103,7 +104,7 @@ def capabilities(device: str, dtype: torch.dtype) -> Capabilities:
     if device != "cpu":
         refused["chunked"] = f"it is made for the CPU, not for {device}"
         return Capabilities(device, dtype, refused, "sdpa", "torch picks a fused kernel of the device")
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if not AVX512:
         return Capabilities(device, dtype, refused, "sdpa", "without AVX512 it was 1.5 times as fast as chunked")
     if dtype in (torch.bfloat16, torch.float32):
         return Capabilities(device, dtype, refused, "chunked", "its matmuls use faster CPU kernels than sdpa's own")
