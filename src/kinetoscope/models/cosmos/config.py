@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.published import read_published, require_positive
-
-_WHAT = "Cosmos transformer"
+from kinetoscope.core.published import HeadedConfig, read_published
 
 
 @dataclass(frozen=True, slots=True)
-class CosmosConfig:
+class CosmosConfig(HeadedConfig):
     """Sizes of a Cosmos transformer, named as in the published file (defaults are the published class's).
 
     Attributes:
@@ -36,6 +33,7 @@ class CosmosConfig:
         img_context_num_tokens, img_context_dim_out: of Cosmos Transfer; not read.
     """
 
+    what: ClassVar[str] = "Cosmos transformer"
     in_channels: int = 16
     out_channels: int = 16
     num_attention_heads: int = 32
@@ -58,11 +56,6 @@ class CosmosConfig:
     img_context_dim_out: int = 2048
 
     @property
-    def dim(self) -> int:
-        """Width d of the residual stream."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
     def max_tokens(self) -> tuple[int, int, int]:
         """Largest number of tokens along (T, H, W)."""
         t, h, w = (size // patch for size, patch in zip(self.max_size, self.patch_size, strict=True))
@@ -81,7 +74,7 @@ class CosmosConfig:
             ConfigError: unknown field, value of the wrong kind, or a variant this class does not build.
         """
         rest = {name: value for name, value in config.items() if name != "rope_scale"}
-        result = read_published(cls, rest, _WHAT)
+        result = read_published(cls, rest, cls.what)
         if "rope_scale" in config:
             result = replace(result, rope_scale=_scales(config["rope_scale"]))
         result.check()
@@ -89,31 +82,24 @@ class CosmosConfig:
 
     def check(self) -> None:
         """Raise ConfigError where the values do not describe a model that `CosmosTransformer3DModel` builds."""
-        require_positive(self, _WHAT)
-        if self.attention_head_dim % 2 or self.attention_head_dim < 12:
-            raise ConfigError(
-                f"{_WHAT} config: attention_head_dim={self.attention_head_dim} should be even and at least 12 "
-                "(three rotary axes of two pairs or more)"
-            )
+        HeadedConfig.check(self)
+        self.check_rope_pairs(12)
         if self.extra_pos_embed_type not in (None, "learnable"):
-            raise ConfigError(
-                f"{_WHAT} config: extra_pos_embed_type={self.extra_pos_embed_type!r}; known are None and 'learnable'"
-            )
+            raise self.error(f"extra_pos_embed_type={self.extra_pos_embed_type!r}; known are None and 'learnable'")
         if self.use_crossattn_projection and self.encoder_hidden_states_channels != self.text_embed_dim:
-            raise ConfigError(
-                f"{_WHAT} config: encoder_hidden_states_channels={self.encoder_hidden_states_channels} should equal "
+            raise self.error(
+                f"encoder_hidden_states_channels={self.encoder_hidden_states_channels} should equal "
                 f"text_embed_dim={self.text_embed_dim}, which cross-attention reads"
             )
         for name in ("controlnet_block_every_n", "img_context_dim_in"):
             if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"{_WHAT} config: {name}={getattr(self, name)} describes Cosmos Transfer; "
-                    "only Cosmos Predict is supported"
+                raise self.error(
+                    f"{name}={getattr(self, name)} describes Cosmos Transfer; only Cosmos Predict is supported"
                 )
 
 
 def _scales(value: Any) -> tuple[float, float, float]:
     values: list[Any] = list(value) if isinstance(value, (list, tuple)) else []
     if len(values) != 3 or not all(type(v) in (int, float) and v > 0 for v in values):
-        raise ConfigError(f"{_WHAT} config: rope_scale={value!r} should be three positive numbers")
+        raise CosmosConfig.error(f"rope_scale={value!r} should be three positive numbers")
     return float(values[0]), float(values[1]), float(values[2])

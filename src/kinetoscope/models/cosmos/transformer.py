@@ -23,6 +23,7 @@ from kinetoscope.nn.norm import ModulatedNorm, RMSNorm
 from kinetoscope.nn.patches import LearnedPositions, LinearPatchEmbedding
 from kinetoscope.nn.rope import split_rope_dims
 from kinetoscope.nn.rope_halves import apply_rope_halves, halves_rope_table
+from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.text_padding import fold_padding
 
 NORM_EPS = 1e-6
@@ -334,8 +335,12 @@ class CosmosTransformer3DModel(nn.Module):
         if positions is not None:
             positions = positions.to(x.dtype).unflatten(0, (groups, -1))  # [F, M, d]
         tables = modulation.blocks.unbind(2)
-        for block, keys, values, table in zip(self.transformer_blocks, text.keys, text.values, tables, strict=True):
-            x = block(x, keys, values, text.key_bias, table, rope, positions)  # [R, F, M, d]
+        calls = [
+            BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "modulation": table},
+                      {"rope": rope, "positions": positions})
+            for block, k, v, table in zip(self.transformer_blocks, text.keys, text.values, tables, strict=True)
+        ]  # fmt: skip
+        x = run_blocks(x, calls)  # [R, F, M, d]
         shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, ph pw pt C]
         return self._unpatchify(x, grid).to(latents.dtype)

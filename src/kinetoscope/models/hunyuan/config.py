@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.published import read_published, require_positive
+from kinetoscope.core.published import HeadedConfig
 
-WHAT = "HunyuanVideo transformer"
 IMAGE_CONDITIONS = ("latent_concat", "token_replace")
 
 
 @dataclass(frozen=True, slots=True)
-class HunyuanVideoConfig:
+class HunyuanVideoConfig(HeadedConfig):
     """Sizes of a HunyuanVideo transformer, named as in the published file (defaults are those of text-to-video).
 
     Attributes:
@@ -33,6 +30,7 @@ class HunyuanVideoConfig:
             "token_replace" (its latents are the first frame, modulated as clean), or None (text-to-video).
     """
 
+    what: ClassVar[str] = "HunyuanVideo transformer"
     in_channels: int = 16
     out_channels: int | None = 16
     num_attention_heads: int = 24
@@ -52,11 +50,6 @@ class HunyuanVideoConfig:
     image_condition_type: str | None = None
 
     @property
-    def dim(self) -> int:
-        """Width d of the residual stream."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
     def patch(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a token."""
         return (self.patch_size_t, self.patch_size, self.patch_size)
@@ -66,29 +59,11 @@ class HunyuanVideoConfig:
         """Channels of the sample itself: `in_channels` without an added condition and its mask."""
         return (self.in_channels - 1) // 2 if self.image_condition_type == "latent_concat" else self.in_channels
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> HunyuanVideoConfig:
-        """Read a parsed `config.json`.
-
-        Raises:
-            ConfigError: unknown field, value of the wrong kind, or a variant this class does not build.
-        """
-        result = read_published(cls, config, WHAT)
-        result.check()
-        return result
-
     def check(self) -> None:
         """Raise ConfigError where the values do not describe a model that `HunyuanVideoTransformer3DModel` builds."""
-        require_positive(self, WHAT)
-        if self.qk_norm != "rms_norm":
-            raise ConfigError(f"{WHAT} config: qk_norm={self.qk_norm!r}; only 'rms_norm' exists")
-        if sum(self.rope_axes_dim) != self.attention_head_dim or any(d % 2 for d in self.rope_axes_dim):
-            raise ConfigError(
-                f"{WHAT} config: rope_axes_dim={self.rope_axes_dim} should be even and add up to "
-                f"attention_head_dim={self.attention_head_dim}"
-            )
+        HeadedConfig.check(self)
+        self.require(qk_norm="rms_norm")
+        self.check_rope_axes(self.rope_axes_dim)
         if self.image_condition_type not in (None, *IMAGE_CONDITIONS):
-            raise ConfigError(
-                f"{WHAT} config: image_condition_type={self.image_condition_type!r}; "
-                f"known are null, {', '.join(IMAGE_CONDITIONS)}"
-            )
+            known = f"known are null, {', '.join(IMAGE_CONDITIONS)}"
+            raise self.error(f"image_condition_type={self.image_condition_type!r}; {known}")

@@ -21,22 +21,18 @@ __all__ = [
     "IMAGE_TEMPLATE",
     "IMAGE_TEMPLATE_TOKENS",
     "IMAGE_TOKENS",
-    "KEY_MAP",
     "NEGATIVE_IMAGE_STRIDE",
     "NOISE_SHARE",
     "PRESETS",
     "TEMPLATE",
     "TEMPLATE_TOKENS",
     "TEXT_LENGTH",
-    "TEXT_MODE",
     "HunyuanVideoConfig",
     "forward_flops",
 ]
 
-KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=7.0)
-TEXT_MODE = "true_length"  # text is masked for real
-TEXT_LENGTH = 256
+TEXT_LENGTH = 256  # text is masked for real
 CLIP_LENGTH = 77
 HIDDEN_STATE = -3  # of the language model: the last but two
 

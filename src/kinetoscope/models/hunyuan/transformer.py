@@ -35,6 +35,7 @@ from kinetoscope.nn.embeddings import TimestepEmbedding, sinusoidal_embedding
 from kinetoscope.nn.linear import Linear, linear_gelu
 from kinetoscope.nn.norm import ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope, rope_table
+from kinetoscope.nn.stack import BlockCall, join_tokens, run_blocks
 
 
 class HunyuanText(NamedTuple):
@@ -227,12 +228,14 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         x, grid = self.x_embedder(latents)  # [R, N, d]
         first = grid[1] * grid[2]
         key_bias = join_biases([None, text.words.key_bias], [x.shape[1], words.shape[1]])  # [R, N + L]
-        for block in self.transformer_blocks:
-            x, words = block(x, words, emb, rope, key_bias, first)
         unrotated = torch.ones(words.shape[1], rope.shape[1], dtype=rope.dtype, device=rope.device)
-        joined, table = torch.cat([x, words], dim=1), torch.cat([rope, unrotated])  # [R, N + L, d], [N + L, D/2]
-        for block in self.single_transformer_blocks:
-            joined = block(joined, emb, table, key_bias, first)
+        table = torch.cat([rope, unrotated])  # [N + L, D/2]
+        rows = {"emb": emb, "key_bias": key_bias}
+        joined = run_blocks((x, words), [  # [R, N + L, d]
+            *(BlockCall(block, rows, {"rope": rope, "first": first}) for block in self.transformer_blocks),
+            BlockCall(join_tokens),
+            *(BlockCall(block, rows, {"rope": table, "first": first}) for block in self.single_transformer_blocks),
+        ])  # fmt: skip
         x = self.norm_out(joined[:, : x.shape[1]], emb[:, -1:])
         return self.x_embedder.undo(self.proj_out(x), grid).to(latents.dtype)
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.published import read_published, require_positive
-
-WHAT = "HunyuanVideo 1.5 transformer"
+from kinetoscope.core.published import HeadedConfig
 
 
 @dataclass(frozen=True, slots=True)
-class HunyuanVideo15Config:
+class HunyuanVideo15Config(HeadedConfig):
     """Sizes of a HunyuanVideo 1.5 transformer, named as in the published file (defaults are the published class's).
 
     Attributes:
@@ -32,6 +28,7 @@ class HunyuanVideo15Config:
         use_meanflow: whether the next timestep is embedded too (the step-distilled models).
     """
 
+    what: ClassVar[str] = "HunyuanVideo 1.5 transformer"
     in_channels: int = 65
     out_channels: int | None = 32
     num_attention_heads: int = 16
@@ -52,11 +49,6 @@ class HunyuanVideo15Config:
     use_meanflow: bool = False
 
     @property
-    def dim(self) -> int:
-        """Width d of the residual stream."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
     def patch(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a token."""
         return (self.patch_size_t, self.patch_size, self.patch_size)
@@ -66,24 +58,8 @@ class HunyuanVideo15Config:
         """Channels of the sample itself."""
         return self.out_channels or self.in_channels
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> HunyuanVideo15Config:
-        """Read a parsed `config.json`.
-
-        Raises:
-            ConfigError: unknown field, value of the wrong kind, or a variant this class does not build.
-        """
-        result = read_published(cls, config, WHAT)
-        result.check()
-        return result
-
     def check(self) -> None:
         """Raise ConfigError where the values do not describe a model that `HunyuanVideo15Transformer3DModel` builds."""
-        require_positive(self, WHAT)
-        if self.qk_norm != "rms_norm":
-            raise ConfigError(f"{WHAT} config: qk_norm={self.qk_norm!r}; only 'rms_norm' exists")
-        if sum(self.rope_axes_dim) != self.attention_head_dim or any(d % 2 for d in self.rope_axes_dim):
-            raise ConfigError(
-                f"{WHAT} config: rope_axes_dim={self.rope_axes_dim} should be even and add up to "
-                f"attention_head_dim={self.attention_head_dim}"
-            )
+        HeadedConfig.check(self)
+        self.require(qk_norm="rms_norm")
+        self.check_rope_axes(self.rope_axes_dim)

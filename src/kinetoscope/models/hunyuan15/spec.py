@@ -13,20 +13,16 @@ __all__ = [
     "CONVENTION",
     "GLYPH_LENGTH",
     "HIDDEN_STATE",
-    "KEY_MAP",
     "PRESETS",
     "SYSTEM_MESSAGE",
     "TEMPLATE_TOKENS",
     "TEXT_LENGTH",
-    "TEXT_MODE",
     "HunyuanVideo15Config",
     "forward_flops",
 ]
 
-KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=5.0)
-TEXT_MODE = "true_length"  # text is masked for real
-TEXT_LENGTH = 1000
+TEXT_LENGTH = 1000  # text is masked for real
 GLYPH_LENGTH = 256
 HIDDEN_STATE = -3  # of the language model: the last but two
 

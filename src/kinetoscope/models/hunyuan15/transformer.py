@@ -32,6 +32,7 @@ from kinetoscope.nn.embeddings import TimestepEmbedding, sinusoidal_embedding
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm
 from kinetoscope.nn.rope import rope_table
+from kinetoscope.nn.stack import BlockCall, run_blocks
 
 GLYPH_HIDDEN = 2048
 WORDS, GLYPHS, IMAGE = range(3)  # rows of the table of token kinds
@@ -234,8 +235,8 @@ class HunyuanVideo15Transformer3DModel(nn.Module):
         key_bias = join_biases([None, text.others_bias, text.words.key_bias], counts)  # [R, N + L]
         context = torch.cat([text.others, words], dim=1)  # [R, L, d]
         emb = F.silu(time.vector).unsqueeze(1)  # [R or 1, 1, d]
-        for block in self.transformer_blocks:
-            x, context = block(x, context, emb, rope, key_bias)
+        rows = {"emb": emb, "key_bias": key_bias}
+        x, _ = run_blocks((x, context), [BlockCall(block, rows, {"rope": rope}) for block in self.transformer_blocks])
         return self.x_embedder.undo(self.proj_out(self.norm_out(x, emb)), grid).to(latents.dtype)
 
     def _time(self, timestep: Tensor, timestep_r: Tensor | None) -> Hunyuan15Time:

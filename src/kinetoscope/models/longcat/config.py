@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.published import read_published, require_positive
+from kinetoscope.core.published import PublishedConfig, read_published
 
-WHAT = "LongCat transformer"
 EXECUTION = ("enable_flashattn2", "enable_flashattn3", "enable_xformers", "enable_bsa", "bsa_params", "cp_split_hw")
 """Fields of the published file that say how to compute, not what: here that is asked of `ExecutionArgs`."""
 
 
 @dataclass(frozen=True, slots=True)
-class LongCatConfig:
+class LongCatConfig(PublishedConfig):
     """Sizes of a LongCat-Video transformer, named as in the published file (defaults: the 13.6B model).
 
     Attributes:
@@ -31,6 +29,7 @@ class LongCatConfig:
         text_tokens_zero_pad: text tokens beyond the true length are zeros that attention sees; False: they are masked.
     """
 
+    what: ClassVar[str] = "LongCat transformer"
     in_channels: int = 16
     out_channels: int = 16
     hidden_size: int = 4096
@@ -63,21 +62,19 @@ class LongCatConfig:
             ConfigError: unknown field, value of the wrong kind, or sizes that do not fit together.
         """
         known = {k: v for k, v in config.items() if k not in EXECUTION}
-        result = read_published(cls, {"text_tokens_zero_pad": False, **known}, WHAT)
+        result = read_published(cls, {"text_tokens_zero_pad": False, **known}, cls.what)
         result.check()
         return result
 
     def check(self) -> None:
         """Raise ConfigError where the values describe no model."""
-        require_positive(self, WHAT)
+        PublishedConfig.check(self)
         if self.hidden_size % self.num_heads or self.head_dim % 8:
-            raise ConfigError(
-                f"{WHAT} config: hidden_size={self.hidden_size} should be num_heads={self.num_heads} times "
+            raise self.error(
+                f"hidden_size={self.hidden_size} should be num_heads={self.num_heads} times "
                 "a multiple of 8 (three rotary axes)"
             )
         if self.frequency_embedding_size % 2:
-            raise ConfigError(f"{WHAT} config: frequency_embedding_size should be even")
+            raise self.error("frequency_embedding_size should be even")
         if self.patch_size[0] != 1:
-            raise ConfigError(
-                f"{WHAT} config: patch_size={self.patch_size} should start with 1 (a timestep a latent frame)"
-            )
+            raise self.error(f"patch_size={self.patch_size} should start with 1 (a timestep a latent frame)")

@@ -10,19 +10,15 @@ from kinetoscope.models.longcat.config import LongCatConfig
 
 __all__ = [
     "CONVENTION",
-    "KEY_MAP",
     "NEGATIVE_PROMPT",
     "PRESETS",
     "TEXT_LENGTH",
-    "TEXT_MODE",
     "LongCatConfig",
     "forward_flops",
 ]
 
-KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
 CONVENTION = Convention(prediction="flow", sign=-1, interpolant="linear", timestep_scale=1000.0)
-TEXT_MODE = "padded"  # zeros after the caption projection, up to TEXT_LENGTH, are part of what the model learned
-TEXT_LENGTH = 512
+TEXT_LENGTH = 512  # zeros after the caption projection,, are part of what the model learned
 NEGATIVE_PROMPT = (  # published with the model (its demonstration scripts)
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
     "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, "

@@ -21,6 +21,7 @@ from kinetoscope.nn.embeddings import sinusoidal_embedding
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.swiglu import SwiGLU
 from kinetoscope.nn.text_padding import fold_padding
 
@@ -329,8 +330,12 @@ class LongCatVideoTransformer3DModel(nn.Module):
             timestep = timestep.unsqueeze(1).expand(-1, frames)
         time = self.t_embedder(timestep.to(x.dtype).float())  # [R, T, a]; published: timesteps in the compute dtype
         caches = kv_cache if kv_cache is not None else [None] * len(self.blocks)
-        for block, k, v, cache in zip(self.blocks, text.keys, text.values, caches, strict=True):
-            x = block(x, time, (k, v, text.key_bias), rope, num_cond_latents, cache)  # [R, T, M, d]
+        calls = [
+            BlockCall(block, {"time": time, "text": (k, v, text.key_bias)},
+                      {"rope": rope, "condition": num_cond_latents, "cache": cache})
+            for block, k, v, cache in zip(self.blocks, text.keys, text.values, caches, strict=True)
+        ]  # fmt: skip
+        x = run_blocks(x, calls)  # [R, T, M, d]
         return self._unpatchify(self.final_layer(x, time), height, width)
 
     def _blocks(self) -> list[LongCatSingleStreamBlock]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.published import read_published, require_positive
+from kinetoscope.core.published import HeadedConfig
 
 
 @dataclass(frozen=True, slots=True)
-class LTXConfig:
+class LTXConfig(HeadedConfig):
     """Sizes of an LTX-Video transformer, named as in the published file (defaults are those of the 2B model).
 
     Attributes:
@@ -28,6 +26,7 @@ class LTXConfig:
         attention_bias, attention_out_bias: whether the projections of attention have biases.
     """
 
+    what: ClassVar[str] = "LTX transformer"
     in_channels: int = 128
     out_channels: int | None = 128
     patch_size: int = 1
@@ -44,38 +43,19 @@ class LTXConfig:
     attention_bias: bool = True
     attention_out_bias: bool = True
 
-    @property
-    def dim(self) -> int:
-        """Width d of the residual stream."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> LTXConfig:
-        """Read a parsed `config.json`.
-
-        Raises:
-            ConfigError: unknown field, value of the wrong kind, or a variant this class does not build.
-        """
-        result = read_published(cls, config, "LTX transformer")
-        result.check()
-        return result
-
     def check(self) -> None:
         """Raise ConfigError where the values do not describe a model that `LTXVideoTransformer3DModel` builds."""
-        require_positive(self, "LTX transformer")
-        only: dict[str, Any] = {
-            "patch_size": 1,
-            "patch_size_t": 1,
-            "activation_fn": "gelu-approximate",
-            "qk_norm": "rms_norm_across_heads",
-            "norm_elementwise_affine": False,
-            "cross_attention_dim": self.dim,
-        }
-        for name, value in only.items():
-            if getattr(self, name) != value:
-                raise ConfigError(f"LTX transformer config: {name}={getattr(self, name)!r}; only {value!r} exists")
+        HeadedConfig.check(self)
+        self.require(
+            patch_size=1,
+            patch_size_t=1,
+            activation_fn="gelu-approximate",
+            qk_norm="rms_norm_across_heads",
+            norm_elementwise_affine=False,
+            cross_attention_dim=self.dim,
+        )
         if self.attention_head_dim % 2 or self.dim < 6:
-            raise ConfigError(
-                f"LTX transformer config: attention_head_dim={self.attention_head_dim} should be even and the width "
-                f"{self.dim} at least 6 (three rotary axes of whole pairs)"
+            raise self.error(
+                f"attention_head_dim={self.attention_head_dim} should be even and the width {self.dim} at least 6 "
+                "(three rotary axes of whole pairs)"
             )

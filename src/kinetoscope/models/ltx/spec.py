@@ -11,20 +11,16 @@ from kinetoscope.models.ltx.config import LTXConfig
 __all__ = [
     "CONVENTION",
     "EXTRA_DEFAULTS",
-    "KEY_MAP",
     "NEGATIVE_PROMPT",
     "PRESETS",
     "PUBLISHED",
     "TEXT_LENGTH",
-    "TEXT_MODE",
     "LTXConfig",
     "forward_flops",
 ]
 
-KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=1.0)
-TEXT_MODE = "true_length"  # padding is masked out of the cross-attention
-TEXT_LENGTH = 128
+TEXT_LENGTH = 128  # padding is masked out of the cross-attention
 NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"  # model card
 
 EXTRA_DEFAULTS: dict[str, Any] = {

@@ -21,6 +21,7 @@ from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope
+from kinetoscope.nn.stack import BlockCall, run_blocks
 
 BASE_SIZE = (20.0, 2048.0, 2048.0)
 """Time in seconds, height and width in pixels that the rotary positions 0 to 1 span."""
@@ -249,8 +250,12 @@ class LTXVideoTransformer3DModel(nn.Module):
 
         grid = latents.shape[2:]
         x = self.proj_in(latents.flatten(2).transpose(1, 2).to(self.proj_in.weight.dtype))  # [R, N, d]
-        for block, keys, values in zip(self.blocks, text.keys, text.values, strict=True):
-            x = block(x, keys, values, text.key_bias, modulation.projected, rope)  # [R, N, d]
+        calls = [
+            BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "projected": modulation.projected},
+                      {"rope": rope})
+            for block, k, v in zip(self.blocks, text.keys, text.values, strict=True)
+        ]  # fmt: skip
+        x = run_blocks(x, calls)  # [R, N, d]
         table = self.scale_shift_table.float() + modulation.embedded.float().unsqueeze(2)  # [R, F, 2, d]
         shift, scale = table.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.norm_out(x.unflatten(1, (table.shape[1], -1)), shift, 1 + scale)  # [R, F, M, d]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.published import read_published, require_positive
+from kinetoscope.core.published import HeadedConfig, read_published, require_positive
 from kinetoscope.nn.action import ActionConfig
 
 ORIGINAL_NAMES = {"in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads"}
@@ -22,11 +21,10 @@ WITHOUT_EFFECT = (  # of models with text, or of training
     "text_dim",
     "text_len",
 )
-WHAT = "Matrix-Game transformer"
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixGameConfig:
+class MatrixGameConfig(HeadedConfig):
     """Sizes of a Matrix-Game 2 transformer (defaults are those of the published models).
 
     Attributes:
@@ -47,6 +45,7 @@ class MatrixGameConfig:
         action: the action modules.
     """
 
+    what: ClassVar[str] = "Matrix-Game transformer"
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 12
     attention_head_dim: int = 128
@@ -66,17 +65,12 @@ class MatrixGameConfig:
     action: ActionConfig = ActionConfig()  # noqa: RUF009 - frozen
 
     @property
-    def dim(self) -> int:
-        """Width d of the residual stream."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
     def condition_channels(self) -> int:
         """Channels of mask and condition latents."""
         return self.in_channels - self.out_channels
 
-    @staticmethod
-    def from_dict(config: Mapping[str, Any]) -> MatrixGameConfig:
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> MatrixGameConfig:
         """Read a parsed `config.json`, in the original repository's words or in those of converted directories.
 
         Raises:
@@ -85,45 +79,41 @@ class MatrixGameConfig:
         given = {ORIGINAL_NAMES.get(k, k): v for k, v in config.items() if k[:1] != "_" and k not in WITHOUT_EFFECT}
         action = given.pop("action_config", None)
         if not isinstance(action, Mapping) or not action:
-            raise ConfigError(f"{WHAT} config: action_config={action!r} should be an object with the action modules")
+            raise cls.error(f"action_config={action!r} should be an object with the action modules")
         if (width := given.pop("dim", None)) is not None:
             heads = given.get("num_attention_heads")
             if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
-                raise ConfigError(f"{WHAT} config: dim={width!r} should be a multiple of num_heads={heads!r}")
+                raise cls.error(f"dim={width!r} should be a multiple of num_heads={heads!r}")
             given["attention_head_dim"] = width // heads
         if given.get("qk_norm") is True:
             del given["qk_norm"]
         if "action" in given:
-            raise ConfigError(f"{WHAT} config has unknown fields ['action']")
-        result = replace(read_published(MatrixGameConfig, given, WHAT), action=ActionConfig.from_dict(action))
+            raise cls.error("unknown fields ['action']")
+        result = replace(read_published(cls, given, cls.what), action=ActionConfig.from_dict(action))
         result.check()
         return result
 
     def check(self) -> None:
         """Raise ConfigError where the values do not describe a model that `MatrixGameTransformer3DModel` builds."""
-        require_positive(replace(self, local_attn_size=1, sink_size=1), WHAT)
+        require_positive(replace(self, local_attn_size=1, sink_size=1), self.what)
         if self.qk_norm != "rms_norm_across_heads" or not self.cross_attn_norm:
-            raise ConfigError(f"{WHAT} config: only qk_norm='rms_norm_across_heads' with cross_attn_norm=true exists")
-        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
-            raise ConfigError(
-                f"{WHAT} config: attention_head_dim={self.attention_head_dim} should be even and at least 6 "
-                "(three rotary axes of whole pairs)"
-            )
+            raise self.error("only qk_norm='rms_norm_across_heads' with cross_attn_norm=true exists")
+        self.check_rope_pairs(6)
         if self.freq_dim % 2 or self.patch_size[0] != 1:
-            raise ConfigError(f"{WHAT} config: freq_dim should be even and a token should cover one latent frame")
+            raise self.error("freq_dim should be even and a token should cover one latent frame")
         if self.condition_channels <= self.out_channels:
-            raise ConfigError(
-                f"{WHAT} config: in_channels={self.in_channels} should hold {self.out_channels} noisy channels, "
+            raise self.error(
+                f"in_channels={self.in_channels} should hold {self.out_channels} noisy channels, "
                 "as many condition latents and a mask"
             )
         room = self.sink_size + self.num_frames_per_block
         if self.sink_size < 0 or (self.local_attn_size != -1 and self.local_attn_size < room):
-            raise ConfigError(
-                f"{WHAT} config: local_attn_size={self.local_attn_size} should be -1, or have room for "
+            raise self.error(
+                f"local_attn_size={self.local_attn_size} should be -1, or have room for "
                 f"sink_size={self.sink_size} and a block of {self.num_frames_per_block}"
             )
         if self.action.img_hidden_size != self.dim or any(b >= self.num_layers for b in self.action.blocks):
-            raise ConfigError(
-                f"{WHAT} config: action_config has img_hidden_size={self.action.img_hidden_size} and blocks up to "
+            raise self.error(
+                f"action_config has img_hidden_size={self.action.img_hidden_size} and blocks up to "
                 f"{max(self.action.blocks, default=None)}; this transformer is {self.dim} wide with {self.num_layers}"
             )

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.matrix_game.config import MatrixGameConfig
+from kinetoscope.nn.original_names import VIDEO_TRANSFORMER, renamer
 
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=5.0)
 IMAGE_TOKENS = 257  # CLIP ViT-H/14 at 224 pixels: a class token and 16 x 16 patches
 IMAGE_SIZE = 224
 
-KEY_MAP: tuple[tuple[str, str], ...] = (  # names of the original repository -> ours; both are read
-    (r"model\.", ""),
-    (r"patch_embedding\.proj\.", "patch_embedding."),
-    (r"time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"time_projection\.1\.", "condition_embedder.time_proj."),
-    (r"img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
-    (r"img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
-    (r"img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
-    (r"img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
-    (r"head\.modulation$", "scale_shift_table"),
-    (r"head\.head\.", "proj_out."),
-    (r"(blocks\.\d+)\.self_attn\.o\.", r"\1.attn1.to_out.0."),
-    (r"(blocks\.\d+)\.self_attn\.([qkv])\.", r"\1.attn1.to_\2."),
-    (r"(blocks\.\d+)\.self_attn\.", r"\1.attn1."),
-    (r"(blocks\.\d+)\.cross_attn\.o\.", r"\1.attn2.to_out.0."),
-    (r"(blocks\.\d+)\.cross_attn\.([qkv])\.", r"\1.attn2.to_\2."),
-    (r"(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
-    (r"(blocks\.\d+)\.norm3\.", r"\1.norm2."),
-    (r"(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
-    (r"(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2."),
-    (r"(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
-)
-
-
-def rename(key: str) -> str:
-    """Our name of a stored tensor, in the original repository's layout or in that of a converted directory."""
-    for pattern, name in KEY_MAP:
-        key = re.sub(rf"^{pattern}", name, key)
-    return key
-
+rename = renamer([(r"^model\.", ""), (r"^patch_embedding\.proj\.", "patch_embedding."), *VIDEO_TRANSFORMER])
+"""Our name of a stored tensor, in the original repository's layout or in that of a converted directory."""
 
 EXTRA_DEFAULTS: dict[str, object] = {
     "dmd_denoising_steps": (1000, 666, 333),

@@ -26,6 +26,7 @@ from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
 from kinetoscope.nn.ring_cache import RingCache
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+from kinetoscope.nn.stack import BlockCall, run_blocks
 
 UNBOUNDED_WINDOW = 15
 """Latent frames that are remembered where `local_attn_size` is -1, as published."""
@@ -312,8 +313,12 @@ class MatrixGameTransformer3DModel(nn.Module):
         grid = x.shape[2:]  # [R, d, F, H', W']
         x = x.flatten(3).permute(0, 2, 3, 1).contiguous()  # [R, F, M, d]
         tables = modulation.blocks.unbind(2)
-        for block, keys, values, table in zip(self.blocks, image.keys, image.values, tables, strict=True):
-            x = block(x, (keys, values), keyboard, mouse, table, rope, memory, start_frame)  # [R, F, M, d]
+        calls = [
+            BlockCall(block, {"image": (k, v), "keyboard": keyboard, "mouse": mouse, "modulation": table},
+                      {"rope": rope, "memory": memory, "start": start_frame})
+            for block, k, v, table in zip(self.blocks, image.keys, image.values, tables, strict=True)
+        ]  # fmt: skip
+        x = run_blocks(x, calls)  # [R, F, M, d]
         shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, pt ph pw C]
         return self._unpatchify(x, grid).to(latents.dtype)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.published import read_published, require_positive
-
-WHAT = "SkyReels-V2 transformer"
+from kinetoscope.core.published import HeadedConfig
 
 
 @dataclass(frozen=True, slots=True)
-class SkyReelsConfig:
+class SkyReelsConfig(HeadedConfig):
     """Sizes of a SkyReels-V2 transformer, named as in the published file (defaults are the published class's).
 
     Attributes:
@@ -33,6 +29,7 @@ class SkyReelsConfig:
         num_frame_per_block: latent frames of a block of causal attention; 1 attends to everything.
     """
 
+    what: ClassVar[str] = "SkyReels-V2 transformer"
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 16
     attention_head_dim: int = 128
@@ -52,40 +49,17 @@ class SkyReelsConfig:
     inject_sample_info: bool = False
     num_frame_per_block: int = 1
 
-    @property
-    def dim(self) -> int:
-        """Width d of the residual stream."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> SkyReelsConfig:
-        """Read a parsed `config.json`.
-
-        Raises:
-            ConfigError: unknown field, value of the wrong kind, or a variant this class does not build.
-        """
-        result = read_published(cls, config, WHAT)
-        result.check()
-        return result
-
     def check(self) -> None:
         """Raise ConfigError where the values do not describe a model that `SkyReelsV2Transformer3DModel` builds."""
-        require_positive(self, WHAT)
-        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
-            raise ConfigError(
-                f"{WHAT} config: attention_head_dim={self.attention_head_dim} should be even and at least 6 "
-                "(three rotary axes of whole pairs)"
-            )
+        HeadedConfig.check(self)
+        self.check_rope_pairs(6)
+        self.require(qk_norm="rms_norm_across_heads")
         if self.freq_dim % 2:
-            raise ConfigError(f"{WHAT} config: freq_dim={self.freq_dim} should be even")
-        if self.qk_norm != "rms_norm_across_heads":
-            raise ConfigError(f"{WHAT} config: qk_norm={self.qk_norm!r}; only 'rms_norm_across_heads' exists")
+            raise self.error(f"freq_dim={self.freq_dim} should be even")
         if (self.image_dim is None) != (self.added_kv_proj_dim is None):
-            raise ConfigError(
-                f"{WHAT} config: image_dim={self.image_dim} and added_kv_proj_dim={self.added_kv_proj_dim} "
+            raise self.error(
+                f"image_dim={self.image_dim} and added_kv_proj_dim={self.added_kv_proj_dim} "
                 "should both be given or both be null"
             )
         if self.added_kv_proj_dim not in (None, self.dim):
-            raise ConfigError(
-                f"{WHAT} config: added_kv_proj_dim={self.added_kv_proj_dim} should be the width {self.dim}"
-            )
+            raise self.error(f"added_kv_proj_dim={self.added_kv_proj_dim} should be the width {self.dim}")

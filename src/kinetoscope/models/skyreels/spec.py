@@ -14,20 +14,16 @@ __all__ = [
     "FORCING_EXTRA",
     "FORCING_IMAGE",
     "FORCING_VIDEO",
-    "KEY_MAP",
     "NEGATIVE_PROMPT",
     "PRESETS",
     "PUBLISHED",
     "TEXT_LENGTH",
-    "TEXT_MODE",
     "SkyReelsConfig",
     "forward_flops",
 ]
 
-KEY_MAP: dict[str, str] = {}  # our parameter names are the published ones
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=8.0)
-TEXT_MODE = "padded"  # zeros up to TEXT_LENGTH are part of what the model learned
-TEXT_LENGTH = 512
+TEXT_LENGTH = 512  # zeros are part of what the model learned
 NEGATIVE_PROMPT = (  # SkyReels-V2 repository, generate_video.py and generate_video_df.py
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
     "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "

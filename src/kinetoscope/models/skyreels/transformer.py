@@ -22,6 +22,7 @@ from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.text_padding import fold_padding
 
 SLOW_FPS = 16
@@ -350,8 +351,11 @@ class SkyReelsV2Transformer3DModel(nn.Module):
         groups = modulation.embedded.shape[1]
         x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
         images = text.image or [None] * len(self.blocks)
-        for block, pair, image in zip(self.blocks, text.text, images, strict=True):
-            x = block(x, pair, text.key_bias, image, modulation.projected, rope, block_tokens)  # [R, F, M, d]
+        own = {"key_bias": text.key_bias, "projected": modulation.projected}
+        x = run_blocks(x, [
+            BlockCall(block, {"text": pair, "image": image, **own}, {"rope": rope, "block_tokens": block_tokens})
+            for block, pair, image in zip(self.blocks, text.text, images, strict=True)
+        ])  # [R, F, M, d]  # fmt: skip
         table = self.scale_shift_table.float() + modulation.embedded.float().unsqueeze(2)  # [R, F, 2, d]
         shift, scale = table.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, 1 + scale))  # [R, F, M, pt ph pw C]

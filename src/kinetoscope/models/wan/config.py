@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from kinetoscope.core.errors import ConfigError
-
-Config = TypeVar("Config", bound="WanConfig")
+from kinetoscope.core.published import HeadedConfig
 
 
 @dataclass(frozen=True, slots=True)
-class WanConfig:
+class WanConfig(HeadedConfig):
     """Sizes of a Wan transformer, named as in the published file (defaults are the published class's, the 14B model).
 
     Attributes:
@@ -40,6 +37,7 @@ class WanConfig:
         in_dim_ref_conv: latent channels of that picture.
     """
 
+    what: ClassVar[str] = "Wan transformer"
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
     attention_head_dim: int = 128
@@ -63,63 +61,15 @@ class WanConfig:
     add_ref_conv: bool = False
     in_dim_ref_conv: int = 16
 
-    @property
-    def dim(self) -> int:
-        """Width d of the residual stream."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls: type[Config], config: Mapping[str, Any]) -> Config:
-        """Read a parsed `config.json`; fields that begin with an underscore are diffusers' bookkeeping and are skipped.
-
-        Raises:
-            ConfigError: unknown field, value of the wrong kind, or a variant this class does not build.
-        """
-        known = {f.name: f for f in fields(cls)}
-        given = {name: value for name, value in config.items() if not name.startswith("_")}
-        if unknown := sorted(given.keys() - known.keys()):
-            raise ConfigError(f"Wan transformer config has unknown fields {unknown}; known are {sorted(known)}")
-        for name, value in given.items():
-            if name == "patch_size":
-                given[name] = _patch_size(value)
-            elif not _fits(str(known[name].type), value):
-                raise ConfigError(f"Wan transformer config: {name}={value!r} should be of type {known[name].type}")
-        result = cls(**given)
-        result.check()
-        return result
-
     def check(self) -> None:
         """Raise ConfigError where the values do not describe a model that `WanTransformer3DModel` builds."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(value) in (int, float) and value <= 0:
-                raise ConfigError(f"Wan transformer config: {f.name}={value} should be positive")
-        if self.attention_head_dim % 2 or self.attention_head_dim < 6:
-            raise ConfigError(
-                f"Wan transformer config: attention_head_dim={self.attention_head_dim} should be even and at least 6 "
-                "(three rotary axes of whole pairs)"
-            )
+        HeadedConfig.check(self)
+        self.check_rope_pairs(6)
+        self.require(qk_norm="rms_norm_across_heads")
         if self.freq_dim % 2:
-            raise ConfigError(f"Wan transformer config: freq_dim={self.freq_dim} should be even")
-        if self.qk_norm != "rms_norm_across_heads":
-            raise ConfigError(f"Wan transformer config: qk_norm={self.qk_norm!r}; only 'rms_norm_across_heads' exists")
+            raise self.error(f"freq_dim={self.freq_dim} should be even")
         if (self.image_dim is None) != (self.added_kv_proj_dim is None):
-            raise ConfigError(
-                f"Wan transformer config: image_dim={self.image_dim} and added_kv_proj_dim={self.added_kv_proj_dim} "
-                "go together: both are set in image-to-video models that read image features, neither in others"
+            raise self.error(
+                f"image_dim={self.image_dim} and added_kv_proj_dim={self.added_kv_proj_dim} go together: both are set "
+                "in image-to-video models that read image features, neither in others"
             )
-
-
-def _patch_size(value: Any) -> tuple[int, int, int]:
-    if not isinstance(value, list | tuple) or [type(v) for v in value] != [int] * 3 or min(value) < 1:
-        raise ConfigError(f"Wan transformer config: patch_size={value!r} should be three positive integers")
-    return (value[0], value[1], value[2])
-
-
-def _fits(annotation: str, value: Any) -> bool:
-    if value is None:
-        return "None" in annotation
-    kind = annotation.removesuffix(" | None")
-    if kind == "float":
-        return type(value) in (int, float)
-    return type(value).__name__ == kind

@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.models.wan.config import WanConfig
+from kinetoscope.nn.original_names import VIDEO_TRANSFORMER, renamer
 
 IMAGE_DIM = 1280
 """Width of the image encoder's features, a literal in the published module."""
@@ -21,37 +21,8 @@ SAME = (
 )  # fmt: skip
 UNREAD = ("text_len", "in_channels", "hidden_size", "cross_attn_type", "model_type")
 
-_PARTS = (  # published -> diffusers' and ours, applied one after the other
-    (r"^patch_embedding\.", "patch_embedding."),
-    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
-    (r"^img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
-    (r"^img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
-    (r"^img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
-    (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"^head\.head\.", "proj_out."),
-    (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
-    (r"^(blocks\.\d+)\.norm3\.", r"\1.norm2."),  # diffusers counts the norms in the order of use
-    (r"^(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
-    (r"^(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2."),
-    (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn1."),
-    (r"^(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
-    (r"^(blocks\.\d+\.attn\d)\.norm_k_img\.", r"\1.norm_added_k."),
-    (r"^(blocks\.\d+\.attn\d)\.([kv])_img\.", r"\1.add_\2_proj."),
-    (r"^(blocks\.\d+\.attn\d)\.([qkv])\.", r"\1.to_\2."),
-    (r"^(blocks\.\d+\.attn\d)\.o\.", r"\1.to_out.0."),
-)
-
-
-def rename(key: str) -> str:
-    """Our name of a published tensor; diffusers' names stay."""
-    for pattern, ours in _PARTS:
-        key = re.sub(pattern, ours, key)
-    return key
+rename = renamer(VIDEO_TRANSFORMER)
+"""Our name of a published tensor; diffusers' names stay."""
 
 
 def read_config(config: Mapping[str, Any]) -> WanConfig:

@@ -22,9 +22,8 @@ from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
-
-TEXT_MULTIPLE = 32
-"""Text tokens kept when padding is folded come in this multiple; softmax over fewer is 8 times slower on a CPU."""
+from kinetoscope.nn.stack import BlockCall, run_blocks
+from kinetoscope.nn.text_padding import fold_padding
 
 
 class TextContext(NamedTuple):
@@ -232,9 +231,8 @@ class WanTransformer3DModel(nn.Module):
     ) -> dict[str, Any]:
         """Keys and values of text and image for all blocks, and the tokens of control models, once a run.
 
-        Wan attends to its zero padding: the tokens beyond the true length are part of what it learned. They are equal,
-        so are their keys and values, so attention to n of them is attention to one with log n added to its logit. With
-        `text_lengths` only the tokens of the longest text and some padding are kept; the last one stands for the rest.
+        Wan attends to its zero padding: the tokens beyond the true length are part of what it learned. With
+        `text_lengths` they are not computed one by one (`nn.text_padding.fold_padding`).
 
         Args:
             encoder_hidden_states: [R, L, text_dim].
@@ -248,17 +246,9 @@ class WanTransformer3DModel(nn.Module):
             InputError: a length is not in [0, L]; image features are given to a model without them, or the reverse;
                 so with a camera or a reference.
         """
-        total = encoder_hidden_states.shape[1]
         key_bias = None
         if text_lengths is not None:
-            longest = int(text_lengths.max())
-            if int(text_lengths.min()) < 0 or longest > total:
-                raise InputError(f"text_lengths must be in [0, {total}], the text given; got {text_lengths.tolist()}")
-            kept = -(-(longest + 1) // TEXT_MULTIPLE) * TEXT_MULTIPLE
-            if kept < total:
-                encoder_hidden_states = encoder_hidden_states[:, :kept]
-                key_bias = encoder_hidden_states.new_zeros(encoder_hidden_states.shape[:2], dtype=torch.float32)
-                key_bias[:, -1] = math.log(1 + total - kept)
+            encoder_hidden_states, key_bias = fold_padding(encoder_hidden_states, text_lengths)
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))  # [R, L', d]
         pairs = [block.attn2.project(text) for block in self._blocks()]
@@ -359,8 +349,12 @@ class WanTransformer3DModel(nn.Module):
         x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
         tables = modulation.blocks.unbind(2)
         images = text.image or [None] * len(self.blocks)
-        for block, keys, values, image, table in zip(self.blocks, text.keys, text.values, images, tables, strict=True):
-            x = block(x, keys, values, text.key_bias, table, rope, image)  # [R, F, M, d]
+        calls = [
+            BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "modulation": table, "image": image},
+                      {"rope": rope})
+            for block, k, v, image, table in zip(self.blocks, text.keys, text.values, images, tables, strict=True)
+        ]  # fmt: skip
+        x = run_blocks(x, calls)  # [R, F, M, d]
         shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, pt ph pw C]
         return self._unpatchify(x, grid)[:, :, -latents.shape[2] :].to(latents.dtype)
