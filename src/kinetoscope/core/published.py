@@ -4,11 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from kinetoscope.core.errors import ConfigError
 
 T = TypeVar("T")
+C = TypeVar("C", bound="PublishedConfig")
+
+
+class PublishedConfig:
+    """Base of the dataclasses that published configuration files are read into.
+
+    Attributes:
+        what: whose configuration it is, for messages.
+    """
+
+    __slots__ = ()
+    what: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls: type[C], config: Mapping[str, Any]) -> C:
+        """Read a parsed `config.json`; fields that begin with an underscore are diffusers' bookkeeping and are skipped.
+
+        Raises:
+            ConfigError: unknown field, value of the wrong kind, or a variant that is not built.
+        """
+        result = read_published(cls, config, cls.what)
+        result.check()
+        return result
+
+    def check(self) -> None:
+        """Raise ConfigError where the values do not describe a model that the family's transformer builds."""
+        require_positive(self, self.what)
+
+    def require(self, **only: Any) -> None:
+        """Raise ConfigError where a field has another than the one value that exists."""
+        for name, value in only.items():
+            if getattr(self, name) != value:
+                raise self.error(f"{name}={getattr(self, name)!r}; only {value!r} exists")
+
+    @classmethod
+    def error(cls, problem: str) -> ConfigError:
+        """An error that says whose configuration has the problem."""
+        return ConfigError(f"{cls.what} config: {problem}")
+
+
+class HeadedConfig(PublishedConfig):
+    """A configuration that gives its width as heads of so many channels."""
+
+    __slots__ = ()
+    num_attention_heads: int
+    attention_head_dim: int
+
+    @property
+    def dim(self) -> int:
+        """Width d of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def check_rope_pairs(self, least: int) -> None:
+        """Raise ConfigError unless a head is split into three rotary axes of whole pairs, `least` channels in all."""
+        if self.attention_head_dim % 2 or self.attention_head_dim < least:
+            raise self.error(
+                f"attention_head_dim={self.attention_head_dim} should be even and at least {least} "
+                f"(three rotary axes of {least // 6} or more pairs)"
+            )
+
+    def check_rope_axes(self, axes: tuple[int, ...]) -> None:
+        """Raise ConfigError unless the rotary axes are whole pairs and fill a head."""
+        if sum(axes) != self.attention_head_dim or any(d % 2 for d in axes):
+            raise self.error(
+                f"rope_axes_dim={axes} should be even and add up to attention_head_dim={self.attention_head_dim}"
+            )
 
 
 def read_published(cls: type[T], config: Mapping[str, Any], what: str) -> T:

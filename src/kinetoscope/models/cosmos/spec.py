@@ -25,7 +25,7 @@ __all__ = [
 CONVENTION_1 = Convention(prediction="edm", interpolant="additive", preconditioning=Preconditioning(0.5))
 CONVENTION_2 = Convention(prediction="edm", interpolant="additive", preconditioning=Preconditioning(1.0, flow=True))
 CONVENTION_25 = Convention(prediction="flow", interpolant="linear", timestep_scale=1.0)
-TEXT_LENGTH = 512  # zeros (2.5: padding tokens) are part of what the models learned
+TEXT_LENGTH = 512  # padded with zeros (2.5: padding tokens), which are part of what the models learned
 # Predict 2's noise levels are fixed by its published pipelines, whatever the directory's scheduler says.
 SCHEDULE_2: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "final_sigmas_type": "sigma_min"}
 SYSTEM_PROMPT_25 = "You are a helpful assistant who will provide prompts to an image generator."  # of the text encoder

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 CONVENTION = Convention(prediction="flow", sign=-1, interpolant="linear", timestep_scale=1000.0)
-TEXT_LENGTH = 512  # zeros after the caption projection,, are part of what the model learned
+TEXT_LENGTH = 512  # the zeros after the caption projection are part of what the model learned
 NEGATIVE_PROMPT = (  # published with the model (its demonstration scripts)
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
     "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, "

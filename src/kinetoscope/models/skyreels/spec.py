@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=8.0)
-TEXT_LENGTH = 512  # zeros are part of what the model learned
+TEXT_LENGTH = 512  # padded with zeros, which are part of what the model learned
 NEGATIVE_PROMPT = (  # SkyReels-V2 repository, generate_video.py and generate_video_df.py
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
     "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=3.0)
-TEXT_LENGTH = 512  # zeros are part of what the model learned
+TEXT_LENGTH = 512  # padded with zeros, which are part of what the model learned
 NEGATIVE_PROMPT = (  # published with the model (Wan2.1 repository, shared configuration)
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
