@@ -1,4 +1,4 @@
-"""Norms whose statistics are float32 whatever the dtype of the stream."""
+"""Norms whose statistics are float32 whatever the dtype of the stream, and the gated residual that goes with them."""
 
 from __future__ import annotations
 
@@ -43,3 +43,8 @@ class ModulatedNorm(nn.Module):
             return F.layer_norm(x, (self.dim,), scale.view(self.dim), shift.view(self.dim), self.eps)
         normed = F.layer_norm(x.float(), (self.dim,), None, None, self.eps)
         return torch.addcmul(shift, normed, scale).to(x.dtype)
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y gate in float32, `gate` broadcastable to x and y; result in the dtype of x."""
+    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)

@@ -1,12 +1,14 @@
-"""Patches of a video as tokens: their embedding and learned positions, named as in the published checkpoints."""
+"""Patches of a video as tokens, and back: how many, their embedding and learned positions (published names)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from kinetoscope.core.errors import InputError
 from kinetoscope.nn.linear import Linear
 
 
@@ -41,3 +43,32 @@ class LearnedPositions(nn.Module):
         t, h, w = (p[:n].float() for p, n in zip((self.pos_emb_t, self.pos_emb_h, self.pos_emb_w), grid, strict=True))
         x = (t[:, None, None] + h[:, None] + w).flatten(0, 2)  # [N, d]
         return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + self.eps)
+
+
+def token_grid(
+    latent_shape: Sequence[int], patch: Sequence[int], limits: Sequence[int | None] = (None, None, None)
+) -> tuple[int, int, int]:
+    """Tokens (T', H', W') of latents [..., T, H, W].
+
+    Args:
+        latent_shape: of the latents.
+        patch: latent frames, rows and columns a token covers.
+        limits: most tokens along each axis; None: any number.
+
+    Raises:
+        InputError: a size is not a multiple of the patch, or has more tokens than the limit.
+    """
+    grid: list[int] = []
+    for axis, size, side, limit in zip("THW", latent_shape[-3:], patch, limits, strict=True):
+        if size % side or size < 1 or (limit is not None and size // side > limit):
+            most = "" if limit is None else f", at most {limit * side}"
+            raise InputError(f"latent {axis}={size} must be a positive multiple of the patch size {side}{most}")
+        grid.append(size // side)
+    return grid[0], grid[1], grid[2]
+
+
+def unpatchify(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """[R, ..., pt ph pw C], whose middle axes hold the tokens of `grid` (T', H', W') in order -> [R, C, T, H, W]"""
+    x = x.reshape(x.shape[0], *grid, *patch, -1)
+    x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [R, C, T', pt, H', ph, W', pw]
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -19,8 +19,8 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.models.cosmos.config import CosmosConfig
 from kinetoscope.nn.embeddings import sinusoidal_embedding
 from kinetoscope.nn.linear import Linear
-from kinetoscope.nn.norm import ModulatedNorm, RMSNorm
-from kinetoscope.nn.patches import LearnedPositions, LinearPatchEmbedding
+from kinetoscope.nn.norm import ModulatedNorm, RMSNorm, gated_add
+from kinetoscope.nn.patches import LearnedPositions, LinearPatchEmbedding, token_grid
 from kinetoscope.nn.rope import split_rope_dims
 from kinetoscope.nn.rope_halves import apply_rope_halves, halves_rope_table
 from kinetoscope.nn.stack import BlockCall, run_blocks
@@ -165,11 +165,6 @@ class CosmosTransformerBlock(nn.Module):
         x = gated_add(x, self.attn1(self.norm1(x, shift_s, scale_s), rope), gate_s)
         x = gated_add(x, self.attn2(self.norm2(x, shift_c, scale_c), keys, values, key_bias), gate_c)
         return gated_add(x, self.ff(self.norm3(x, shift_f, scale_f)), gate_f)
-
-
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y gate in float32, result in the dtype of x."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
 
 
 class TimestepProjection(nn.Module):
@@ -373,15 +368,7 @@ class CosmosTransformer3DModel(nn.Module):
 
     def _grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """[..., T, H, W] -> tokens (T', H', W')"""
-        grid: list[int] = []
-        limits = self.config.max_tokens
-        for axis, size, patch, limit in zip("THW", latent_shape[-3:], self.config.patch_size, limits, strict=True):
-            if size % patch or not 1 <= size // patch <= limit:
-                raise InputError(
-                    f"latent {axis}={size} must be a multiple of the patch size {patch}, at most {limit * patch}"
-                )
-            grid.append(size // patch)
-        return grid[0], grid[1], grid[2]
+        return token_grid(latent_shape, self.config.patch_size, self.config.max_tokens)
 
     def _rope(self, grid: tuple[int, int, int], fps: float | None) -> Tensor:
         """(T', H', W') -> complex64 [N, D/2]"""

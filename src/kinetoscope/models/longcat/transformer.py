@@ -19,7 +19,8 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.models.longcat.config import LongCatConfig
 from kinetoscope.nn.embeddings import sinusoidal_embedding
 from kinetoscope.nn.linear import Linear
-from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
+from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
+from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.swiglu import SwiGLU
@@ -144,11 +145,6 @@ class LongCatSingleStreamBlock(nn.Module):
         x = gated_add(x, self.attn.proj(out.reshape(x.shape)), gate_a)
         x = gated_add(x, self.ffn(self.mod_norm_ffn(x, shift_f, 1 + scale_f)), gate_f)
         return x, KeyValue(k, v)
-
-
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y gate in float32, result in the dtype of x."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -336,22 +332,14 @@ class LongCatVideoTransformer3DModel(nn.Module):
             for block, k, v, cache in zip(self.blocks, text.keys, text.values, caches, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, T, M, d]
-        return self._unpatchify(self.final_layer(x, time), height, width)
+        grid = token_grid((frames, height, width), self.config.patch_size)
+        return unpatchify(self.final_layer(x, time), grid, self.config.patch_size)
 
     def _blocks(self) -> list[LongCatSingleStreamBlock]:
         return [block for block in self.blocks if isinstance(block, LongCatSingleStreamBlock)]
 
     def _rope(self, latent_shape: Sequence[int]) -> Tensor:
         """[..., T, H, W] -> complex64 [N, D/2]"""
-        positions: list[Tensor] = []
-        for axis, size, patch in zip("THW", latent_shape[-3:], self.config.patch_size, strict=True):
-            if size % patch or size < 1:
-                raise InputError(f"latent {axis}={size} must be a positive multiple of the patch size {patch}")
-            positions.append(torch.arange(size // patch, device=self.x_embedder.proj.weight.device))
+        grid = token_grid(latent_shape, self.config.patch_size)
+        positions = [torch.arange(n, device=self.x_embedder.proj.weight.device) for n in grid]
         return rope_table(positions, split_rope_dims(self.config.head_dim))
-
-    def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
-        """[R, T, M, ph pw C] -> [R, C, T, H, W]"""
-        _, ph, pw = self.config.patch_size
-        x = x.unflatten(-1, (ph, pw, -1)).unflatten(2, (height // ph, width // pw))  # [R, T, H', W', ph, pw, C]
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

@@ -20,10 +20,11 @@ from kinetoscope.attention import attention
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.matrix_game.config import MatrixGameConfig
 from kinetoscope.nn.action import ActionMemory, ActionModule, action_rope, action_windows, pad_actions
-from kinetoscope.nn.embeddings import TimestepEmbedding
+from kinetoscope.nn.embeddings import ImageProjection, TimestepEmbedding
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
-from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
+from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
+from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.ring_cache import RingCache
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.stack import BlockCall, run_blocks
@@ -147,25 +148,6 @@ class MatrixGameBlock(nn.Module):
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
 
 
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y gate in float32, result in the dtype of x."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
-
-
-class ImageEmbedding(nn.Module):
-    """Image features to the width of the model: norm, two linear layers with an exact GELU, norm."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm1 = FP32LayerNorm(in_dim, 1e-5)
-        self.ff = FeedForward(in_dim, in_dim, out_dim=dim, approximate="none")
-        self.norm2 = FP32LayerNorm(dim, 1e-5)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[R, I, in] -> [R, I, d]"""
-        return self.norm2(self.ff(self.norm1(features)))
-
-
 class ConditionEmbedder(nn.Module):
     """Embeddings of timestep and image."""
 
@@ -174,7 +156,7 @@ class ConditionEmbedder(nn.Module):
         self.freq_dim = config.freq_dim
         self.time_embedder = TimestepEmbedding(config.freq_dim, config.dim)
         self.time_proj = Linear(config.dim, 6 * config.dim)
-        self.image_embedder = ImageEmbedding(config.image_dim, config.dim)
+        self.image_embedder = ImageProjection(config.image_dim, config.dim, positions=None)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """[R, F] -> embedding [R, F, d] and its six-way projection [R, F, 6, d]"""
@@ -321,7 +303,7 @@ class MatrixGameTransformer3DModel(nn.Module):
         x = run_blocks(x, calls)  # [R, F, M, d]
         shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, pt ph pw C]
-        return self._unpatchify(x, grid).to(latents.dtype)
+        return unpatchify(x, grid, self.config.patch_size).to(latents.dtype)
 
     def _blocks(self) -> list[MatrixGameBlock]:
         return [block for block in self.blocks if isinstance(block, MatrixGameBlock)]
@@ -357,13 +339,8 @@ class MatrixGameTransformer3DModel(nn.Module):
 
     def _grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """[..., T, H, W] -> tokens along each axis"""
-        sizes = [int(n) for n in latent_shape[-3:]]
-        limits = (None, self.config.rope_max_seq_len, self.config.rope_max_seq_len)
-        for axis, size, patch, limit in zip("THW", sizes, self.config.patch_size, limits, strict=True):
-            if size % patch or size < 1 or (limit is not None and size // patch > limit):
-                raise InputError(f"latent {axis}={size} must be a multiple of the patch size {patch}, at most {limit}")
-        t, h, w = (n // p for n, p in zip(sizes, self.config.patch_size, strict=True))
-        return t, h, w
+        limit = self.config.rope_max_seq_len
+        return token_grid(latent_shape, self.config.patch_size, (None, limit, limit))
 
     def _rope(self, latent_shape: Sequence[int], start: int) -> Rope:
         device = self.proj_out.weight.device
@@ -371,10 +348,3 @@ class MatrixGameTransformer3DModel(nn.Module):
         positions = [torch.arange(a, a + n, device=device) for a, n in ((start, t), (0, h), (0, w))]
         tokens = rope_table(positions, split_rope_dims(self.config.attention_head_dim))
         return Rope(tokens, action_rope(self.config.action, start, t, device))
-
-    def _unpatchify(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """[R, F, M, pt ph pw C] -> [R, C, T, H, W]"""
-        pt, ph, pw = self.config.patch_size
-        x = x.reshape(x.shape[0], *grid, pt, ph, pw, -1)
-        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [R, C, T', pt, H', ph, W', pw]
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from kinetoscope.attention import attention
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.skyreels.config import SkyReelsConfig
-from kinetoscope.nn.embeddings import TextProjection, TimestepEmbedding
+from kinetoscope.nn.embeddings import ImageProjection, TextProjection, TimestepEmbedding
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
-from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
+from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
+from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.text_padding import fold_padding
@@ -142,28 +143,6 @@ class SkyReelsV2TransformerBlock(nn.Module):
         x = gated_add(x, y.view_as(x), gate_a)
         x = x + self.attn2(self.norm2(x).flatten(1, 2), text, key_bias, image).view_as(x)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, 1 + scale_f)), gate_f)
-
-
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y gate in float32, result in the dtype of x."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
-
-
-class ImageProjection(nn.Module):
-    """Image features to the width of the model: norm, two linear layers with an exact GELU, norm."""
-
-    def __init__(self, in_dim: int, dim: int, positions: int | None) -> None:
-        super().__init__()
-        self.norm1 = FP32LayerNorm(in_dim, 1e-5)
-        self.ff = FeedForward(in_dim, in_dim, out_dim=dim, approximate="none")
-        self.norm2 = FP32LayerNorm(dim, 1e-5)
-        self.pos_embed = None if positions is None else nn.Parameter(torch.zeros(1, positions, in_dim))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[R, I, in] -> [R, I, d]"""
-        if self.pos_embed is not None:
-            features = features + self.pos_embed
-        return self.norm2(self.ff(self.norm1(features)))
 
 
 class ConditionEmbedder(nn.Module):
@@ -359,7 +338,7 @@ class SkyReelsV2Transformer3DModel(nn.Module):
         table = self.scale_shift_table.float() + modulation.embedded.float().unsqueeze(2)  # [R, F, 2, d]
         shift, scale = table.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, 1 + scale))  # [R, F, M, pt ph pw C]
-        return self._unpatchify(x, grid).to(latents.dtype)
+        return unpatchify(x, grid, self.config.patch_size).to(latents.dtype)
 
     def _blocks(self) -> list[SkyReelsV2TransformerBlock]:
         return [block for block in self.blocks if isinstance(block, SkyReelsV2TransformerBlock)]
@@ -374,19 +353,6 @@ class SkyReelsV2Transformer3DModel(nn.Module):
 
     def _rope(self, latent_shape: Sequence[int]) -> Tensor:
         """[..., T, H, W] -> complex64 [N, D/2]"""
-        positions: list[Tensor] = []
-        for axis, size, patch in zip("THW", latent_shape[-3:], self.config.patch_size, strict=True):
-            if size % patch or size < 1 or size // patch > self.config.rope_max_seq_len:
-                raise InputError(
-                    f"latent {axis}={size} must be a multiple of the patch size {patch}, "
-                    f"at most {self.config.rope_max_seq_len * patch}"
-                )
-            positions.append(torch.arange(size // patch, device=self.proj_out.weight.device))
+        grid = token_grid(latent_shape, self.config.patch_size, (self.config.rope_max_seq_len,) * 3)
+        positions = [torch.arange(n, device=self.proj_out.weight.device) for n in grid]
         return rope_table(positions, split_rope_dims(self.config.attention_head_dim))
-
-    def _unpatchify(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """[R, F, M, pt ph pw C] -> [R, C, T, H, W]"""
-        pt, ph, pw = self.config.patch_size
-        x = x.reshape(x.shape[0], *grid, pt, ph, pw, -1)
-        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [R, C, T', pt, H', ph, W', pw]
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

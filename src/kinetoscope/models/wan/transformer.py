@@ -20,7 +20,8 @@ from kinetoscope.nn.camera import CameraAdapter
 from kinetoscope.nn.embeddings import ConditionEmbedder
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
-from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm
+from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
+from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.text_padding import fold_padding
@@ -150,11 +151,6 @@ class WanTransformerBlock(nn.Module):
         x = gated_add(x, self.attn1(self.norm1(x, shift_a, scale_a), rope), gate_a)
         x = x + self.attn2(self.norm2(x), keys, values, key_bias, image)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
-
-
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y gate in float32, result in the dtype of x."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
 
 
 def _add_controls(x: Tensor, controls: Controls) -> Tensor:
@@ -357,7 +353,7 @@ class WanTransformer3DModel(nn.Module):
         x = run_blocks(x, calls)  # [R, F, M, d]
         shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, pt ph pw C]
-        return self._unpatchify(x, grid)[:, :, -latents.shape[2] :].to(latents.dtype)
+        return unpatchify(x, grid, self.config.patch_size)[:, :, -latents.shape[2] :].to(latents.dtype)
 
     def _blocks(self) -> list[WanTransformerBlock]:
         return [block for block in self.blocks if isinstance(block, WanTransformerBlock)]
@@ -373,20 +369,7 @@ class WanTransformer3DModel(nn.Module):
 
     def _rope(self, latent_shape: Sequence[int], start_frame: int = 0) -> Tensor:
         """[..., T, H, W] of frames from `start_frame` on -> complex64 [N, D/2]"""
-        positions: list[Tensor] = []
-        for axis, size, patch in zip("THW", latent_shape[-3:], self.config.patch_size, strict=True):
-            if size % patch or size < 1 or size // patch > self.config.rope_max_seq_len:
-                raise InputError(
-                    f"latent {axis}={size} must be a multiple of the patch size {patch}, "
-                    f"at most {self.config.rope_max_seq_len * patch}"
-                )
-            positions.append(torch.arange(size // patch, device=self.proj_out.weight.device))
+        grid = token_grid(latent_shape, self.config.patch_size, (self.config.rope_max_seq_len,) * 3)
+        positions = [torch.arange(n, device=self.proj_out.weight.device) for n in grid]
         positions[0] = positions[0] + start_frame
         return rope_table(positions, split_rope_dims(self.config.attention_head_dim))
-
-    def _unpatchify(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """[R, F, M, pt ph pw C] -> [R, C, T, H, W]"""
-        pt, ph, pw = self.config.patch_size
-        x = x.reshape(x.shape[0], *grid, pt, ph, pw, -1)
-        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [R, C, T', pt, H', ph, W', pw]
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
