@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import torch
 
 from kinetoscope.core.errors import ConfigError, ModelLoadError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
@@ -26,6 +29,26 @@ class StageEvent:
     seconds: float | None = None
 
 
+class ComponentCare(Protocol):
+    """What is done to components between loading and use: quantized, placed, compiled (`runtime.care`)."""
+
+    def home(self, name: str) -> torch.device:
+        """Where a component's weights are read to."""
+        ...
+
+    def loaded(self, name: str, module: Any) -> None:
+        """Called after each load, before first use."""
+        ...
+
+    def need(self, name: str) -> None:
+        """Called each time a stage asks for a component."""
+        ...
+
+    def stage_ended(self) -> None:
+        """Called when a stage of a run is done."""
+        ...
+
+
 class ComposedPipeline:
     """Stages in order over lazily loaded components.
 
@@ -36,7 +59,7 @@ class ComposedPipeline:
         args: how to compute.
         hooks: engine hooks of every run.
         modules: components given ready-made, for instance shared with another pipeline.
-        on_load: called with (component name, module) after each load, before first use.
+        care: what is done to components; None: they are loaded to the device of `args` and used as they are.
 
     Raises:
         ModelLoadError: a required component is neither in the directory nor given.
@@ -61,19 +84,21 @@ class ComposedPipeline:
         *,
         hooks: Sequence[Hook] = (),
         modules: Mapping[str, Any] | None = None,
-        on_load: Callable[[str, Any], None] | None = None,
+        care: ComponentCare | None = None,
     ) -> None:
         self.model = model
         self.args = args
         self.hooks = tuple(hooks)
-        self._on_load = on_load
+        self._care = care
         given = dict(modules or {})
         missing = [n for n in self.required if n not in given and n not in model.components()]
         if missing:
             raise ModelLoadError(
                 f"{model.path}: {type(self).__name__} needs {', '.join(missing)}, which model_index.json does not list"
             )
-        self._modules = {n: Lazy(self._loader(n)) for n in {*model.components(), *given}}
+        self._modules = {
+            n: Lazy(self._loader(n), partial(care.need, n) if care else None) for n in {*model.components(), *given}
+        }
         for name, module in given.items():
             self._modules[name] = Lazy(lambda module=module: module)
         self.stages: dict[str, Stage] = {}
@@ -156,13 +181,15 @@ class ComposedPipeline:
 
     def loaded_modules(self) -> dict[str, Any]:
         """The components loaded so far; pass them as `modules=` to share them with another pipeline."""
-        return {n: m.get() for n, m in self._modules.items() if m.loaded}
+        return {n: m.peek() for n, m in self._modules.items() if m.loaded}
 
     def _loader(self, name: str) -> Callable[[], Any]:
         def load() -> Any:
-            module = load_component(self.model, name, dtype=self.args.dtype, device=self.args.device)
-            if self._on_load:
-                self._on_load(name, module)
+            care = self._care
+            home = care.home(name) if care else self.args.device
+            module = load_component(self.model, name, dtype=self.args.dtype, device=home)
+            if care:
+                care.loaded(name, module)
             return module
 
         return load
@@ -202,6 +229,8 @@ class ComposedPipeline:
             yield StageEvent("stage_start", name)
             start = time.perf_counter()
             batch = yield from stage.iterate(batch, self.args)
+            if self._care:
+                self._care.stage_ended()
             batch.timings[name] = time.perf_counter() - start
             yield StageEvent("stage_end", name, batch.timings[name])
         return batch

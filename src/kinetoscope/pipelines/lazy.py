@@ -13,10 +13,12 @@ class Lazy(Generic[T]):
 
     Args:
         make: makes the value; called at most once unless it raises.
+        before_use: called each time somebody asks for the value, after it was made (it may be away and has to come).
     """
 
-    def __init__(self, make: Callable[[], T]) -> None:
+    def __init__(self, make: Callable[[], T], before_use: Callable[[], None] | None = None) -> None:
         self._make = make
+        self._before_use = before_use
         self._value: T | None = None
 
     @property
@@ -25,7 +27,14 @@ class Lazy(Generic[T]):
         return self._value is not None
 
     def get(self) -> T:
-        """The value."""
+        """The value, ready for use."""
+        value = self.peek()
+        if self._before_use:
+            self._before_use()
+        return value
+
+    def peek(self) -> T:
+        """The value, wherever it is."""
         if self._value is None:
             self._value = self._make()
         return self._value

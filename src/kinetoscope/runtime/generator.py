@@ -24,6 +24,7 @@ from kinetoscope.media import Clip, Picture, write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
 from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
 from kinetoscope.pipelines.stages.validation import check_params
+from kinetoscope.runtime.care import Care
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
 from kinetoscope.runtime.record import make_record
 from kinetoscope.runtime.request import VideoPlan, VideoRequest
@@ -83,7 +84,8 @@ class VideoGenerator:
         scheduler: str | None = None,
         attention: str | Mapping[str, str] = "auto",
         cfg: str = "auto",
-        compile: bool = False,
+        compile: bool | str = False,
+        quantize: str | None = None,
         autocast: bool = False,
         hooks: Sequence[Hook] = (),
         perf_logging: bool | None = None,
@@ -100,8 +102,11 @@ class VideoGenerator:
             scheduler: "unipc", "euler" or "dpm++" instead of the directory's own.
             attention: a backend for all roles, or role -> backend; "auto" chooses and `kinetoscope doctor` says why.
             cfg: "sequential", "batched" or "auto": how the branches of guidance are executed.
-            compile: compile the transformer's blocks with `torch.compile`; needs a C++ compiler, and the first step
-                takes seconds to minutes.
+            compile: compile the transformer's blocks with `torch.compile`: True, or a mode ("default",
+                "reduce-overhead", "max-autotune"); needs a C++ compiler or Triton, and the first step takes seconds to
+                minutes.
+            quantize: store the weights of the transformer's blocks in 8 bits: "int8", "int8-dynamic", "fp8" or
+                "fp8-dynamic"; needs torchao, and changes the video a little.
             autocast: keep weights in float32 and compute under `torch.autocast(dtype)`.
             hooks: engine hooks of every run.
             perf_logging: log step times; None reads `KINETOSCOPE_DENOISING_PERF_LOGGING`.
@@ -125,12 +130,13 @@ class VideoGenerator:
         roles = pipeline_class(directory).attention_roles
         table = resolve_attention(attention, capabilities(place.type, number), roles)
         watch = settings().denoising_perf_logging if perf_logging is None else perf_logging
+        args = ExecutionArgs(place, number, autocast=autocast, cfg=cfg, attention=table)
         pipeline = build_pipeline(
             directory,
-            ExecutionArgs(place, number, autocast=autocast, cfg=cfg, attention=table),
+            args,
             hooks=[*hooks, *([PerfLoggingHook()] if watch else [])],
             modules=modules,
-            on_load=_compile_blocks if compile else None,
+            care=Care(args, compile=compile, quantize=quantize, modules=modules),
         )
         generator = cls(
             pipeline,
@@ -139,6 +145,7 @@ class VideoGenerator:
                 "attention": attention if isinstance(attention, str) else dict(attention),
                 "cfg": cfg,
                 "compile": compile,
+                "quantize": quantize,
                 "autocast": autocast,
             },
         )
@@ -376,10 +383,3 @@ def _finish(batch: ForwardBatch, index: int, path: Path | None, record: dict[str
         logging_info=batch.logging_info,
         record=record,
     )
-
-
-def _compile_blocks(name: str, module: Any) -> None:
-    """Compile each block of a transformer where it stands: one graph serves all blocks of the same shape."""
-    if name.startswith("transformer"):
-        for block in module.blocks:
-            block.compile()

@@ -1,0 +1,129 @@
+"""Weights of a transformer's blocks in 8 bits, by torchao.
+
+Only the linear layers inside the blocks are quantized: they are nearly all of the weights. Embeddings, modulation, norms,
+the output projection and whatever the family keeps in float32 stay as they are, since they are small and errors in them
+reach every token.
+
+Every kind is lossy; `docs/memory-and-speed.md` says by how much.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kinetoscope.core.errors import CompositionError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationKind:
+    """How weights, and with "dynamic" the inputs of each layer, are stored in 8 bits.
+
+    Attributes:
+        weight_bits: of a stored weight.
+        dynamic: inputs are quantized too, one scale a token, and multiplied in 8 bits.
+        says: for help and documents.
+    """
+
+    weight_bits: int
+    dynamic: bool
+    says: str
+
+
+QUANTIZATIONS: dict[str, QuantizationKind] = {
+    "int8": QuantizationKind(8, False, "weights in int8, one scale an output channel; computed in the model's dtype"),
+    "int8-dynamic": QuantizationKind(8, True, "weights and inputs in int8, one scale a channel and a token"),
+    "fp8": QuantizationKind(8, False, "weights in float8 (e4m3), one scale an output channel"),
+    "fp8-dynamic": QuantizationKind(8, True, "weights and inputs in float8; CUDA with bfloat16"),
+}
+SMALLEST = 16
+"""Layers narrower than this stay as they are: 8-bit products want multiples of it, and there is nothing to save."""
+FP8_CAPABILITY = (8, 9)
+
+
+def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what cannot work here, before anything is loaded.
+
+    Raises:
+        ConfigError: an unknown kind, or torchao is not installed.
+        CompositionError: the kind does not work on the device or in the dtype.
+    """
+    if kind not in QUANTIZATIONS:
+        raise ConfigError(f"unknown quantization {kind!r}; known: {', '.join(QUANTIZATIONS)}")
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(f"quantize={kind!r} needs torchao; install it with: pip install 'kinetoscope[quant]'")
+    if kind == "fp8-dynamic":
+        if device.type != "cuda":
+            raise CompositionError(
+                f"quantize='fp8-dynamic' does not work on device {device.type!r}: torch multiplies float8 on CUDA "
+                "only; use fp8 or int8-dynamic"
+            )
+        if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            raise CompositionError(
+                "quantize='fp8-dynamic' needs a GPU of compute capability 8.9 or more (Ada, Hopper); "
+                f"{torch.cuda.get_device_name(device)} has less; use fp8 or int8-dynamic"
+            )
+        if dtype != torch.bfloat16:
+            raise CompositionError(f"quantize='fp8-dynamic' computes in bfloat16, not in dtype {dtype}; use fp8")
+
+
+def quantized_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of the linear layers that quantization stores in 8 bits."""
+    kept = set(getattr(transformer, "keep_in_float32", ()))
+    inside = {id(m) for block in _blocks(transformer) for m in block.modules()}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, nn.Linear) and id(layer) in inside and _may_be_coarse(name, layer, kept):
+            yield name, layer
+
+
+def quantize_blocks(transformer: nn.Module, kind: str, device: torch.device | None = None) -> int:
+    """Quantize the linear layers of the blocks where they stand; returns how many there were.
+
+    Args:
+        transformer: loaded, in inference.
+        kind: of `QUANTIZATIONS`, checked.
+        device: where to do the arithmetic, layer by layer; each layer goes back to where it was. None: where it is.
+    """
+    quantize_, config = _torchao(kind)
+    count = 0
+    for _, layer in quantized_layers(transformer):
+        home = layer.weight.device
+        quantize_(layer, config, device=device)
+        layer.to(home)
+        layer.requires_grad_(False)
+        count += 1
+    return count
+
+
+def _torchao(kind: str) -> tuple[Callable[..., Any], Any]:
+    """torchao's function, and its configuration for a kind."""
+    logger = logging.getLogger("torchao")
+    level, _ = logger.level, logger.setLevel(logging.CRITICAL)  # it tells of kernels that were not built for here
+    try:
+        from torchao import quantization as ao
+    finally:
+        logger.setLevel(level)
+    configs: dict[str, Callable[[], Any]] = {
+        "int8": ao.Int8WeightOnlyConfig,
+        "int8-dynamic": ao.Int8DynamicActivationInt8WeightConfig,
+        "fp8": ao.Float8WeightOnlyConfig,
+        "fp8-dynamic": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
+    }
+    return ao.quantize_, configs[kind]()
+
+
+def _blocks(transformer: nn.Module) -> Sequence[nn.Module]:
+    return getattr(transformer, "blocks", ())
+
+
+def _may_be_coarse(name: str, layer: nn.Linear, kept: set[str]) -> bool:
+    """Whether a layer of a block is one of the large products over all tokens: no modulation, nothing kept exact."""
+    parts = name.split(".")
+    modulation = any(p.startswith("norm") or "modulation" in p.lower() for p in parts)
+    return not modulation and not kept & set(parts) and min(layer.in_features, layer.out_features) >= SMALLEST
