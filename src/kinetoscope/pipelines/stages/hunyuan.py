@@ -14,7 +14,13 @@ from kinetoscope.models.hunyuan import spec
 from kinetoscope.models.hunyuan.strategy import HunyuanInputs, true_cfg_scale
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
-from kinetoscope.pipelines.stages.encoded import PromptCache, pad_rows, to_picture
+from kinetoscope.pipelines.stages.encoded import (
+    TwoTextStage,
+    check_length,
+    first_frame_condition,
+    pad_rows,
+    to_picture,
+)
 from kinetoscope.pipelines.stages.scaled_vae import encode_images
 from kinetoscope.pipelines.stages.validation import MAX_GUIDANCE, InputValidationStage, VideoGeometry
 
@@ -45,26 +51,13 @@ class HunyuanValidationStage(InputValidationStage):
         return super().forward(batch, args)
 
 
-class HunyuanTextEncodingStage(Stage):
+class HunyuanTextEncodingStage(TwoTextStage):
     """Fills text embeddings and true lengths, and `family` with the pooled text.
 
     Args:
         tokenizer, text_encoder: of a Llama-like language model, or lazy.
         tokenizer_2, text_encoder_2: of CLIP, or lazy.
     """
-
-    def __init__(
-        self,
-        tokenizer: Any | Lazy[Any],
-        text_encoder: nn.Module | Lazy[nn.Module],
-        tokenizer_2: Any | Lazy[Any],
-        text_encoder_2: nn.Module | Lazy[nn.Module],
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._text_encoder = text_encoder
-        self._tokenizer_2 = tokenizer_2
-        self._text_encoder_2 = text_encoder_2
-        self._cache = PromptCache[tuple[Tensor, Tensor]]()
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
@@ -87,14 +80,10 @@ class HunyuanTextEncodingStage(Stage):
         return [words for words, _ in pairs], torch.stack([pooled for _, pooled in pairs])
 
     def _words(self, prompt: str, device: torch.device) -> Tensor:
-        """[n, D]; the language model is causal, so padding behind the prompt would change nothing and is left out."""
+        """[n, D]"""
         ids = resolve(self._tokenizer)(spec.TEMPLATE.format(prompt), return_tensors="pt").input_ids
-        check_length(ids.shape[1] - spec.TEMPLATE_TOKENS)
-        ids = ids.to(device)
-        states = resolve(self._text_encoder)(
-            input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
-        ).hidden_states
-        return states[spec.HIDDEN_STATE][0, spec.TEMPLATE_TOKENS :]
+        check_length(ids.shape[1] - spec.TEMPLATE_TOKENS, spec.TEXT_LENGTH)
+        return self.hidden_state(ids.to(device), spec.HIDDEN_STATE)[spec.TEMPLATE_TOKENS :]
 
     def pool(self, prompt: str, device: torch.device) -> Tensor:
         """[P]; CLIP reads the first `CLIP_LENGTH` tokens, the rest of a long prompt reaches the language model only."""
@@ -157,19 +146,14 @@ class HunyuanImageTextStage(HunyuanTextEncodingStage):
         tokenizer, encoder = resolve(self._tokenizer), resolve(self._text_encoder)
         config: Any = encoder.config
         ids = tokenizer(spec.IMAGE_TEMPLATE.format(prompt), return_tensors="pt").input_ids[0]
-        check_length(len(ids) - spec.IMAGE_TEMPLATE_TOKENS)
+        check_length(len(ids) - spec.IMAGE_TEMPLATE_TOKENS, spec.TEXT_LENGTH)
         places = (ids == config.image_token_index).nonzero()
         if len(places) != 1:
             raise InputError(f"prompt={prompt!r} holds the mark that stands for the image in the model's template")
         start = int(places[0])
         grown = torch.cat([ids[:start], ids[start].repeat(spec.IMAGE_TOKENS), ids[start + 1 :]]).unsqueeze(0).to(device)
         pixels = resolve(self._image_processor)(to_picture(image), return_tensors="pt").pixel_values
-        states = encoder(
-            input_ids=grown,
-            attention_mask=torch.ones_like(grown),
-            pixel_values=pixels.to(next(encoder.parameters())),
-            output_hidden_states=True,
-        ).hidden_states[spec.HIDDEN_STATE][0]
+        states = self.hidden_state(grown, spec.HIDDEN_STATE, pixel_values=pixels.to(next(encoder.parameters())))
         more = spec.IMAGE_TOKENS - 1  # tokens after the image stand that much further on
         header = int((ids == tokenizer.convert_tokens_to_ids(spec.HEADER_END)).nonzero()[-1]) + 1
         prompt_states = states[spec.IMAGE_TEMPLATE_TOKENS + more : header + more - spec.ANSWER_HEADER]
@@ -197,16 +181,5 @@ class HunyuanImageLatentStage(Stage):
         batch.latents = batch.latents * share + z * (1 - share)
         batch.condition = z
         if self.kind == "latent_concat":
-            first = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
-            batch.condition = nn.functional.pad(first, (0, 0, 0, 0, 0, batch.latents.shape[2] - 1))
+            batch.condition = first_frame_condition(z, batch.latents.shape[2])
         return batch
-
-
-def check_length(count: int) -> None:
-    """Refuse a prompt of more tokens than the model reads.
-
-    Raises:
-        InputError: it has more.
-    """
-    if count > spec.TEXT_LENGTH:
-        raise InputError(f"the prompt has {count} tokens and the model reads at most {spec.TEXT_LENGTH}; shorten it")

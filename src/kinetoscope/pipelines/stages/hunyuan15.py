@@ -14,7 +14,13 @@ from kinetoscope.models.hunyuan15 import spec
 from kinetoscope.models.hunyuan15.strategy import Hunyuan15Inputs
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
-from kinetoscope.pipelines.stages.encoded import PromptCache, pad_rows, to_picture
+from kinetoscope.pipelines.stages.encoded import (
+    TwoTextStage,
+    check_length,
+    first_frame_condition,
+    pad_rows,
+    to_picture,
+)
 from kinetoscope.pipelines.stages.scaled_vae import encode_images
 
 QUOTED = re.compile(r'"(.*?)"|“(.*?)”')
@@ -26,26 +32,13 @@ def quoted_text(prompt: str) -> str | None:
     return "".join(f'Text "{text}". ' for text in found) or None
 
 
-class Hunyuan15TextEncodingStage(Stage):
+class Hunyuan15TextEncodingStage(TwoTextStage):
     """Fills text embeddings and true lengths, and `family` with the quoted text.
 
     Args:
         tokenizer, text_encoder: of a Qwen2.5-VL language model, or lazy.
         tokenizer_2, text_encoder_2: of ByT5, or lazy.
     """
-
-    def __init__(
-        self,
-        tokenizer: Any | Lazy[Any],
-        text_encoder: nn.Module | Lazy[nn.Module],
-        tokenizer_2: Any | Lazy[Any],
-        text_encoder_2: nn.Module | Lazy[nn.Module],
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._text_encoder = text_encoder
-        self._tokenizer_2 = tokenizer_2
-        self._text_encoder_2 = text_encoder_2
-        self._cache = PromptCache[tuple[Tensor, Tensor]]()
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
@@ -68,21 +61,13 @@ class Hunyuan15TextEncodingStage(Stage):
         return pad_rows(words, spec.TEXT_LENGTH), pad_rows(glyphs, spec.GLYPH_LENGTH)
 
     def _words(self, prompt: str, device: torch.device) -> Tensor:
-        """[n, D]; the language model is causal, so padding behind the prompt would change nothing and is left out."""
+        """[n, D]"""
         chat = [{"role": "system", "content": spec.SYSTEM_MESSAGE}, {"role": "user", "content": prompt or " "}]
         ids = resolve(self._tokenizer).apply_chat_template(
             [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )["input_ids"]
-        count = ids.shape[1] - spec.TEMPLATE_TOKENS
-        if count > spec.TEXT_LENGTH:
-            raise InputError(
-                f"the prompt has {count} tokens and the model reads at most {spec.TEXT_LENGTH}; shorten it"
-            )
-        ids = ids.to(device)
-        states = resolve(self._text_encoder)(
-            input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
-        ).hidden_states
-        return states[spec.HIDDEN_STATE][0, spec.TEMPLATE_TOKENS :]
+        check_length(ids.shape[1] - spec.TEMPLATE_TOKENS, spec.TEXT_LENGTH)
+        return self.hidden_state(ids.to(device), spec.HIDDEN_STATE)[spec.TEMPLATE_TOKENS :]
 
     def _glyphs(self, prompt: str, device: torch.device) -> Tensor:
         """[g, D], g = 0 for a prompt that quotes nothing; of long quotes the first `GLYPH_LENGTH` tokens are read."""
@@ -129,6 +114,5 @@ class Hunyuan15ImageStage(Stage):
         )["pixel_values"]
         batch.image_embeds = encoder(pixels.to(next(encoder.parameters()))).last_hidden_state
         z = encode_images(resolve(self._vae), batch.image)  # [B, C, 1, h, w]
-        first = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
-        batch.condition = nn.functional.pad(first, (0, 0, 0, 0, 0, batch.latents.shape[2] - 1))
+        batch.condition = first_frame_condition(z, batch.latents.shape[2])
         return batch
