@@ -7,7 +7,7 @@ a view of the buffer, and memory and work of a block do not grow with the stream
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -91,6 +91,33 @@ class RingCache(NamedTuple):
             _write(self.keys[layer], keys, runs, filled),
             _write(self.values[layer], values, runs, filled),
         )
+
+
+class Layer(Protocol):
+    """A module that owns one layer of a cache."""
+
+    layer: int
+
+
+class CachePlace(Protocol):
+    """Which cache, and the first frame that is new."""
+
+    @property
+    def cache(self) -> RingCache | None: ...
+
+    @property
+    def start(self) -> int: ...
+
+
+@torch.compiler.disable
+def remember(owner: Layer, place: CachePlace, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`RingCache.update` for a block that may be compiled.
+
+    Which layer, and where in the ring, are Python numbers that differ from block to block and from layer to layer; a
+    graph that saw them would be compiled again for each. So they are read outside of it.
+    """
+    assert place.cache is not None
+    return place.cache.update(owner.layer, keys, values, place.start)
 
 
 def _write(buffer: Tensor, new: Tensor, runs: list[tuple[int, int, int]], filled: int) -> Tensor:

@@ -17,7 +17,7 @@ from kinetoscope.attention import attention
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import SelfAttention, WanTransformer3DModel
-from kinetoscope.nn.ring_cache import RingCache
+from kinetoscope.nn.ring_cache import RingCache, remember
 
 Span = tuple[int, int]
 """Consecutive frames or tokens [start, stop)."""
@@ -140,7 +140,7 @@ class CausalSelfAttention(SelfAttention):
         q, k, v = self.project(x, place.table)  # [R, N, H, D] each
         if place.cache is not None:
             frames = (-1, place.cache.tokens)
-            k, v = place.cache.update(self.layer, k.unflatten(1, frames), v.unflatten(1, frames), place.start)
+            k, v = remember(self, place, k.unflatten(1, frames), v.unflatten(1, frames))
             k, v = k.flatten(1, 2), v.flatten(1, 2)  # [R, N', H, D]
         if place.rows is None:
             out = attention(q, k, v, role="self")
