@@ -1,0 +1,119 @@
+"""Settings of a generator and its requests as text: "cfg=batched,num_inference_steps=20".
+
+What there is comes from the signature of `VideoGenerator.from_pretrained`, the fields of `VideoRequest` and the model's
+own parameters; there is no list here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.runtime.generator import VideoGenerator
+from kinetoscope.runtime.request import VideoRequest
+
+NOT_TEXT = {"hooks", "modules", "latents", "extra"}
+"""Values of a program."""
+PER_VIDEO = {"prompt", "seed", "output_path", "batch_size", "trace"}
+"""What the caller of a comparison sets for each video."""
+SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A way to open a model and to ask it.
+
+    Attributes:
+        text: as written; "" is the defaults.
+        options: of `VideoGenerator.from_pretrained`.
+        fields: of `VideoGenerator.generate_video`.
+    """
+
+    text: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def known_options() -> dict[str, str]:
+    """Option of `from_pretrained` that has a meaning as text -> its annotation."""
+    parameters = inspect.signature(VideoGenerator.from_pretrained).parameters
+    return {name: str(p.annotation) for name, p in parameters.items() if name not in NOT_TEXT}
+
+
+def known_fields() -> dict[str, str]:
+    """Field of a request that has a meaning as text -> its annotation."""
+    return {f.name: str(f.type) for f in fields(VideoRequest) if f.name not in NOT_TEXT | PER_VIDEO}
+
+
+def parse_configuration(text: str, extra: Mapping[str, Any] | None = None) -> Configuration:
+    """The settings of "name=value,name=value"; a comma that no name and "=" follow belongs to the value.
+
+    Args:
+        extra: the model's own parameters (`ComposedPipeline.extra_defaults`); their values are read as YAML.
+
+    Raises:
+        ConfigError: an unknown name (the message has the nearest), a value of the wrong kind, a name twice.
+    """
+    options, asked = known_options(), known_fields()
+    found: dict[str, dict[str, Any]] = {"options": {}, "fields": {}}
+    given: set[str] = set()
+    for part in filter(None, (p.strip() for p in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text))):
+        name, equals, value = (p.strip() for p in part.partition("="))
+        if not equals:
+            raise ConfigError(f"setting {part!r} is not of the form NAME=VALUE")
+        if name in given:
+            raise ConfigError(f"setting {name!r} is given twice in {text!r}")
+        given.add(name)
+        if name in options:
+            found["options"][name] = read_value(name, value, options[name])
+        elif name in asked:
+            found["fields"][name] = read_value(name, value, asked[name])
+        elif name in (extra or {}):
+            found["fields"][name] = _read_yaml(name, value)
+        else:
+            raise ConfigError(_unknown(name, [*options, *asked, *(extra or {})]))
+    return Configuration(text.strip(), found["options"], found["fields"])
+
+
+def read_value(name: str, value: str, annotation: str) -> Any:
+    """A value in the first kind of its annotation that can read it: None, a switch, a number, else text.
+
+    Raises:
+        ConfigError: none can.
+    """
+    kinds = {k.strip() for k in annotation.split("|")}
+    if "None" in kinds and value.lower() in ("none", "null"):
+        return None
+    if "bool" in kinds and value.lower() in SWITCHES:
+        return SWITCHES[value.lower()]
+    for kind, read in (("int", int), ("float", float)):
+        if kind in kinds:
+            try:
+                return read(value)
+            except ValueError:
+                continue
+    if kinds <= {"bool", "int", "float", "None"}:
+        raise ConfigError(f"setting {name}={value!r} is not of the kind {annotation}")
+    return value
+
+
+def _read_yaml(name: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"setting {name}={value!r} cannot be read") from error
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    if name in PER_VIDEO | NOT_TEXT:
+        return f"setting {name!r} cannot differ between the two; prompts and seeds are common to both"
+    near = [k for k in known if name in k.split("_")] or difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown setting {name!r}; {hint}Known: {', '.join(sorted({*known}))}"
