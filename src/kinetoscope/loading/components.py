@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from kinetoscope.core.errors import KinetoscopeError, ModelLoadError
 from kinetoscope.core.onednn import speed_up_convolutions
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 from kinetoscope.loading.directory import ModelDir
-from kinetoscope.loading.weights import KeyMap, load_weights, tensor_names, weight_files
+from kinetoscope.loading.lora import Target
+from kinetoscope.loading.weights import KeyMap, load_weights, rename_key, tensor_names, tensor_shapes, weight_files
 
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _LOADERS: dict[str, Loader] = {}
+_KEY_MAPS: dict[str, KeyMap] = {}
+"""Class of a transformer -> how its weights are also named, where they are."""
 
 
 def register_component(class_name: str, loader: Loader) -> None:
@@ -56,6 +60,21 @@ def register_transformer(
         return load_weights(module, model.folder(name), dtype=policy, device=device, key_map=key_map)
 
     register_component(class_name, load)
+    _KEY_MAPS[class_name] = key_map or {}
+
+
+def lora_target(model: ModelDir, name: str, module: nn.Module | None = None) -> Target:
+    """What a LoRA can change of a transformer, from the headers of its files, or of a module that was given instead.
+
+    Raises:
+        ModelLoadError: the files are missing or damaged.
+    """
+    class_name = model.components().get(name) or type(module).__name__
+    rename = partial(rename_key, key_map=_KEY_MAPS.get(class_name, {}))
+    if module is not None:
+        return Target({key: tuple(value.shape) for key, value in module.named_parameters()}, rename)
+    stored = tensor_shapes(weight_files(model.folder(name)))
+    return Target({rename(key): shape for key, shape in stored.items()}, rename)
 
 
 def load_component(model: ModelDir, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:

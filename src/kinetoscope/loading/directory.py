@@ -162,7 +162,7 @@ class ModelDir:
         for component in self.components():
             files += [f for f in self.folder(component).rglob("*") if f.is_file()]
         for file in sorted(files):
-            total.update(f"{file.relative_to(self.path).as_posix()}\0{_file_digest(file)}\n".encode())
+            total.update(f"{file.relative_to(self.path).as_posix()}\0{file_digest(file)}\n".encode())
         return total.hexdigest()
 
 
@@ -185,7 +185,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return dict(value)
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 (hex) of a file's contents; computed once while its size and time stay."""
     blob = file.resolve()
     if file.is_symlink() and len(blob.name) == 64 and set(blob.name) <= set("0123456789abcdef"):
         return blob.name  # the hub's cache names large files by their SHA-256

@@ -63,6 +63,24 @@ def tensor_names(files: list[Path]) -> list[str]:
     return names
 
 
+def tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of all files, from their headers alone.
+
+    Raises:
+        ModelLoadError: a file is truncated or is not safetensors.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt", device="cpu") as content:
+                shapes |= {k: tuple(content.get_slice(k).get_shape()) for k in content.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(
+                f"{file} is truncated or not a safetensors file ({error}); download it again"
+            ) from error
+    return shapes
+
+
 def read_tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
     """(file, key, tensor) of all files, one tensor at a time.
 
@@ -107,7 +125,7 @@ def load_weights(
     found: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {"unexpected": [], "wrong shape": [], "not finite": []}
     for file, key, tensor in read_tensors(weight_files(folder)):
-        name = _rename(key, key_map or {})
+        name = rename_key(key, key_map or {})
         if name not in wanted:
             problems["unexpected"].append(f"{key} in {file.name}")
         elif tuple(tensor.shape) != wanted[name]:
@@ -129,7 +147,8 @@ def load_weights(
     return module.requires_grad_(False).eval()
 
 
-def _rename(key: str, key_map: KeyMap) -> str:
+def rename_key(key: str, key_map: KeyMap) -> str:
+    """Our name of a stored tensor."""
     if not isinstance(key_map, Mapping):
         return key_map(key)
     for old, new in key_map.items():

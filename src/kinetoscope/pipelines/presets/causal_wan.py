@@ -10,7 +10,7 @@ from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, SINK, WINDOW, CausalStrategy, block_sizes
 from kinetoscope.engine.strategies.dmd import STEPS, WARP
 from kinetoscope.loading import register_transformer
-from kinetoscope.models.wan import spec
+from kinetoscope.models.wan import original, spec
 from kinetoscope.models.wan.causal import CausalWanConfig, CausalWanTransformer3DModel
 from kinetoscope.models.wan.distilled import CAUSAL_PRESETS, DEFAULT_BOUNDARY
 from kinetoscope.pipelines.composed import ComposedPipeline
@@ -122,4 +122,6 @@ class CausalWan(ComposedPipeline):
         return self.config.dim, self.config.ffn_dim
 
 
-register_transformer("CausalWanTransformer3DModel", CausalWanTransformer3DModel, CausalWanConfig.from_dict)
+register_transformer(
+    "CausalWanTransformer3DModel", CausalWanTransformer3DModel, CausalWanConfig.from_dict, key_map=original.rename
+)

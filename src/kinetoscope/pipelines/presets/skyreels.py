@@ -12,6 +12,7 @@ from kinetoscope.loading.transformers_models import register_image_processor, re
 from kinetoscope.models.skyreels import spec
 from kinetoscope.models.skyreels.strategy import ForcingStrategy
 from kinetoscope.models.skyreels.transformer import SkyReelsV2Transformer3DModel
+from kinetoscope.models.wan import original
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages import (
     DecodingStage,
@@ -150,7 +151,12 @@ class SkyReelsForcingContinuation(SkyReelsForcing):
         return SamplingParams(**self.model.defaults).over(spec.FORCING_VIDEO).over(super().defaults())
 
 
-register_transformer("SkyReelsV2Transformer3DModel", SkyReelsV2Transformer3DModel, spec.SkyReelsConfig.from_dict)
+register_transformer(
+    "SkyReelsV2Transformer3DModel",
+    SkyReelsV2Transformer3DModel,
+    spec.SkyReelsConfig.from_dict,
+    key_map=original.rename,  # published under the names of Wan's authors too
+)
 register_transformers_model("CLIPVisionModelWithProjection")
 for _processor in ("CLIPImageProcessor", "CLIPImageProcessorPil"):
     register_image_processor(_processor)
