@@ -7,7 +7,7 @@ so do hooks and step caches, which stand between blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -83,38 +83,42 @@ def compile_blocks(transformer: nn.Module, mode: str, backend: str = "inductor")
         options["mode"] = mode
     for block in blocks:
         # Not `block.compile()`: that would trace hooks of the block too, which load its weights when they are away.
-        block.forward = _lengths_may_change(torch.compile(block.forward, **options))
+        joined = bool(getattr(block, "joins_text", False))
+        block.forward = _lengths_may_change(torch.compile(block.forward, **options), joined)
     if mode in CUDA_GRAPHS:
         transformer.register_forward_pre_hook(_new_replay)
     return len(blocks)
 
 
-def _lengths_may_change(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` which is told that axis 1 of all but its first argument may have another size next time.
+def _lengths_may_change(forward: Callable[..., Any], joined: bool) -> Callable[..., Any]:
+    """`forward` which is told that axis 1 of its arguments may have another size next time.
 
     That is the axis of text tokens, and prompts differ in length: torch would compile once for the first and again
-    for the second. Where the axis is something else, the block's own arithmetic fixes its size again.
+    for the second. Where the axis is something else, the block's own arithmetic fixes its size again. The first
+    argument is the video, whose size is worth a graph of its own. Where text is `joined` to it, it changes too, and so
+    do the tables that go with it, whose axis 0 it is.
     """
 
     @wraps(forward)
     def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            _mark(value)
+        for value in (*([x] if joined else []), *args, *kwargs.values()):
+            _mark(value, range(0 if joined else 1, 2))
         return forward(x, *args, **kwargs)
 
     return call
 
 
-def _mark(value: Any) -> None:
+def _mark(value: Any, axes: Iterable[int]) -> None:
     if isinstance(value, Tensor):
-        if value.ndim > 1 and value.shape[1] > 1:
-            torch._dynamo.maybe_mark_dynamic(value, 1)
+        for axis in axes:
+            if value.ndim > axis and value.shape[axis] > 1:
+                torch._dynamo.maybe_mark_dynamic(value, axis)
     elif isinstance(value, Mapping):
         for part in value.values():
-            _mark(part)
+            _mark(part, axes)
     elif isinstance(value, tuple | list):
         for part in value:
-            _mark(part)
+            _mark(part, axes)
 
 
 def _new_replay(module: nn.Module, args: Any) -> None:

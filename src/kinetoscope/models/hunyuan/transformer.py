@@ -78,6 +78,8 @@ class SingleAttention(nn.Module):
 class HunyuanVideoSingleTransformerBlock(nn.Module):
     """Attention and feed-forward side by side over video and text joined, one gated residual."""
 
+    joins_text = True  # so the number of its tokens changes with the prompt
+
     def __init__(self, config: HunyuanVideoConfig) -> None:
         super().__init__()
         dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
