@@ -9,11 +9,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from kinetoscope.cli import ab, doctor, evaluate, generate, info, models, replay, stream, train
+from kinetoscope.cli import ab, doctor, evaluate, explain, generate, info, models, replay, stream, train
 from kinetoscope.core.errors import KinetoscopeError, RunCancelled
 from kinetoscope.core.version import __version__
 
-COMMANDS = (generate, stream, models, info, replay, doctor, ab, train, evaluate)
+COMMANDS = (generate, stream, models, info, replay, doctor, ab, explain, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -34,14 +34,16 @@ ul.failures { color: var(--fail); margin: 10px 0 0; padding-left: 20px; }
 .tile b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; } td, th { padding: 5px 10px; text-align: right;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
-tr:last-child td { border-bottom: 0; } td:first-child, th:first-child { text-align: left; }
-th { font-weight: 600; color: var(--soft); } .a { color: var(--a); } .b { color: var(--b); }
+tr:last-child td { border-bottom: 0; } td + td, th { white-space: nowrap; } td.bad { white-space: normal; }
+td:first-child, th:first-child { text-align: left; }
+th { font-weight: 600; color: var(--soft); } .facts-table td + td { white-space: normal; word-break: break-word; }
+.a { color: var(--a); } .b { color: var(--b); }
 .total td { font-weight: 600; }
 .strip { display: grid; grid-template-columns: 26px repeat(var(--n), minmax(0, 1fr)); gap: 5px; align-items: center;
   margin-top: 12px; }
 .strip img { width: 100%; display: block; border-radius: 4px; } .pixel { image-rendering: pixelated; }
 .strip span { text-align: center; font-size: 12px; color: var(--soft); }
-.strip .side { font-weight: 700; font-size: 14px; }
+.strip .side { font-weight: 700; font-size: 14px; } .strip .a { color: var(--a); } .strip .b { color: var(--b); }
 .scale { height: 8px; width: 120px; border-radius: 4px; display: inline-block; vertical-align: 0; margin: 0 6px; }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 2px; }
 .bad { color: var(--fail); } details { margin-top: 10px; } summary { cursor: pointer; color: var(--soft); }
@@ -115,11 +117,12 @@ def _tiles(comparison: Comparison, thresholds: Thresholds) -> str:
         mean = "" if name == "largest_difference" else f"mean {number(name, values['mean'])}"
         asked = "" if limit is None else f"limit {limit:g}"
         below = " · ".join(part for part in (mean, asked) if part)
-        tiles.append(_tile(f"{NAMES[name]}, worst", number(name, values["worst"]), below))
+        label = NAMES[name][0].upper() + NAMES[name][1:]
+        tiles.append(_tile(f"{label}, worst", number(name, values["worst"]), below))
     if time := comparison.time():
         ratio = time["total"]["ratio"]
         word = f"{1 / ratio:.2f}x as fast" if 0 < ratio < 1 else f"{ratio:.2f}x as long"
-        tiles.append(_tile("B takes", word, "median over alternating pairs"))
+        tiles.append(_tile("Time, B / A", f"{ratio:.3f}", f"{word}; median of pairs run in turns"))
     if memory := comparison.memory():
         tiles.append(_tile("Peak memory, B / A", f"{memory['ratio']:.3f}", f"A {memory['a'] / 2**20:,.0f} MiB"))
     if following := comparison.following():
@@ -244,7 +247,9 @@ def _facts(comparison: Comparison) -> str:
     rows = "".join(
         f"<tr><td>{_e(k.replace('_', ' '))}</td><td>{_e(_flat(v))}</td></tr>" for k, v in comparison.facts.items()
     )
-    return f"<h2>Where this was measured</h2><section><table>{rows}</table></section>" if rows else ""
+    return (
+        f"<h2>Where this was measured</h2><section><table class='facts-table'>{rows}</table></section>" if rows else ""
+    )
 
 
 def _flat(value: Any) -> str:
