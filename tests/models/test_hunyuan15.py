@@ -9,13 +9,10 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel as Oracle
 from torch import Tensor, nn
 
-from kinetoscope.attention import capabilities, resolve_attention
-from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.hunyuan15.config import HunyuanVideo15Config
 from kinetoscope.models.hunyuan15.transformer import HunyuanVideo15Transformer3DModel
 from models.family_contract import FORWARD_TOLERANCE, FamilyContract
-from tiny import perturb
 
 TINY: dict[str, Any] = {
     "in_channels": 9,
@@ -40,14 +37,10 @@ WORDS, GLYPHS, IMAGE = 12, 6, 5
 class TestHunyuan15(FamilyContract):
     """Text-to-video: no image, and a row without quoted text."""
 
+    MODEL, CONFIG, ORACLE, PUBLISHED = HunyuanVideo15Transformer3DModel, HunyuanVideo15Config, Oracle, PUBLISHED
+    TINY: ClassVar[dict[str, Any]] = TINY
     SHAPES = ((2, 9, 2, 4, 4), (1, 9, 1, 3, 5), (3, 9, 4, 2, 3))
-    CONFIG: ClassVar[dict[str, Any]] = TINY
-
-    def make_oracle(self) -> nn.Module:
-        return Oracle(**self.CONFIG)
-
-    def make_ours(self, oracle: Any) -> nn.Module:
-        return HunyuanVideo15Transformer3DModel(HunyuanVideo15Config.from_dict(oracle.config))
+    ROLES = ("refiner",) + ("joint",) * 2
 
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
         rows = shape[0]
@@ -80,6 +73,8 @@ class TestHunyuan15(FamilyContract):
 class TestHunyuan15Image(TestHunyuan15):
     """Image-to-video: tokens of an image encoder."""
 
+    COMPILED = True
+
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
         image = torch.randn(shape[0], IMAGE, 12, generator=generator)
         return super().inputs(shape, generator) | {"image_embeds": image}
@@ -89,40 +84,29 @@ class TestHunyuan15Image(TestHunyuan15):
 
 
 class TestHunyuan15MeanFlow(TestHunyuan15Image):
-    """The timestep to step to is embedded too."""
+    """The timestep to step to is embedded too; in a run it is that of the following step."""
 
-    CONFIG: ClassVar[dict[str, Any]] = {**TINY, "use_meanflow": True}
+    COMPILED = True
+    KEPT = ("timestep_r",)
+
+    TINY: ClassVar[dict[str, Any]] = {**TINY, "use_meanflow": True}
 
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
         given = super().inputs(shape, generator)
         return given | {"timestep_r": given["timestep"] * 0.8}
+
+    def at_step(self, inputs: dict[str, Any], timesteps: Tensor, index: int) -> dict[str, Any]:
+        following = torch.cat([timesteps, torch.zeros(1)])[index + 1 : index + 2]
+        return super().at_step(inputs, timesteps, index) | {"timestep_r": following}
 
     def call_oracle(self, oracle: nn.Module, inputs: dict[str, Any]) -> Tensor:
         dtype = next(oracle.parameters()).dtype
         return super().call_oracle(oracle, inputs | {"timestep_r": inputs["timestep_r"].to(dtype)})
 
 
-@pytest.fixture(scope="module", params=[False, True])
-def model(request: pytest.FixtureRequest) -> HunyuanVideo15Transformer3DModel:
-    oracle = Oracle(**TINY, use_meanflow=request.param)
-    perturb(oracle, seed=1, scale=0.1)
-    made = HunyuanVideo15Transformer3DModel(HunyuanVideo15Config.from_dict(oracle.config))
-    made.load_state_dict(oracle.state_dict())
-    return made
-
-
-def test_prepared_parts_change_nothing(model: HunyuanVideo15Transformer3DModel) -> None:
-    inputs = TestHunyuan15Image().inputs((1, 9, 2, 4, 4), torch.Generator().manual_seed(1))
-    latents, timesteps = inputs.pop("latents"), torch.tensor([999.0, 700.5, 12.0])
-    del inputs["timestep"]
-    with torch.no_grad():
-        run = model.prepare_conditioning(**inputs) | model.prepare_shared(latents.shape)
-        times = model.prepare_timesteps(timesteps)["time"]
-        for index, timestep in enumerate(timesteps):
-            step = type(times)(*(table[index : index + 1] for table in times))
-            following = torch.tensor([700.5, 12.0, 0.0])[index].view(1)
-            prepared = model(latents, timestep.view(1), **run, time=step)
-            assert torch.equal(prepared, model(latents, timestep.view(1), timestep_r=following, **inputs))
+@pytest.fixture(scope="module", params=[TestHunyuan15, TestHunyuan15MeanFlow])
+def model(request: pytest.FixtureRequest) -> Any:
+    return request.param().make_model()
 
 
 def test_no_quoted_text_at_all(model: HunyuanVideo15Transformer3DModel) -> None:
@@ -132,17 +116,6 @@ def test_no_quoted_text_at_all(model: HunyuanVideo15Transformer3DModel) -> None:
         expected = model(**without)
         got = model(**inputs | {"text_lengths_2": torch.tensor([0, 0])})
     torch.testing.assert_close(got, expected, rtol=0, atol=FORWARD_TOLERANCE)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_names_and_shapes(name: str) -> None:
-    with torch.device("meta"):
-        ours = HunyuanVideo15Transformer3DModel(HunyuanVideo15Config.from_dict(PUBLISHED[name]))
-        oracle = Oracle(**PUBLISHED[name])
-    expected = {key: tuple(value.shape) for key, value in oracle.state_dict().items()}
-    assert {key: tuple(value.shape) for key, value in ours.state_dict().items()} == expected
-    assert all(parameter.is_meta for parameter in ours.parameters())
-    assert not list(ours.buffers())
 
 
 @pytest.mark.parametrize(
@@ -172,32 +145,3 @@ def test_missing_inputs(model: HunyuanVideo15Transformer3DModel) -> None:
         model(torch.zeros(1, 9, 1, 2, 2), torch.zeros(1))
     with pytest.raises(InputError, match="patch size"):
         model.prepare_shared((1, 9, 0, 5, 4))
-
-
-def test_layers_ask_for_their_role(model: HunyuanVideo15Transformer3DModel) -> None:
-    asked: list[str] = []
-
-    def backend(role: str) -> Any:
-        def call(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
-            asked.append(role)
-            return torch.zeros_like(q)
-
-        return call
-
-    inputs = TestHunyuan15Image().inputs((2, 9, 2, 4, 4), torch.Generator().manual_seed(3))
-    roles = {role: backend(role) for role in ("joint", "refiner")}
-    with torch.no_grad(), forward_context(ForwardContext(roles)):
-        model(**inputs)
-    assert asked == ["refiner"] + ["joint"] * 2
-
-
-def test_blocks_compile_without_a_break(model: HunyuanVideo15Transformer3DModel) -> None:
-    """One graph a block, with attention read from the context; compiled inference equals eager inference."""
-    inputs = TestHunyuan15Image().inputs((2, 9, 2, 4, 4), torch.Generator().manual_seed(4))
-    compiled = HunyuanVideo15Transformer3DModel(model.config)
-    compiled.load_state_dict(model.state_dict())
-    for block in compiled.blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
-    table = resolve_attention("auto", capabilities("cpu", torch.float32), ("joint", "refiner"))
-    with torch.no_grad(), forward_context(ForwardContext(table)):
-        torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=0, atol=FORWARD_TOLERANCE)

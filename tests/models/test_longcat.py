@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinetoscope.attention.backends import sdpa_attention
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.longcat import spec
 from kinetoscope.models.longcat.transformer import LongCatVideoTransformer3DModel, TextContext
-from models.family_contract import FORWARD_TOLERANCE
+from models.family_contract import FORWARD_TOLERANCE, TransformerContract
 from models.tiny_longcat import DIT, FIXTURES, MODEL
 
 
@@ -44,6 +44,40 @@ def text(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=FORWARD_TOLERANCE)
+
+
+class TestLongCat(TransformerContract):
+    SHAPES = ((2, 4, 5, 4, 6),)
+    ROLES = ("self", "cross") * DIT["depth"]
+    KEPT = ("num_cond_latents",)
+    MORE: ClassVar[dict[str, Any]] = {}
+
+    def make_model(self) -> nn.Module:
+        return build()
+
+    def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+        return (
+            self.MORE
+            | {
+                "latents": torch.randn(shape, generator=generator),
+                "timestep": torch.tensor([320.0, 900.0, 61.0])[: shape[0]],  # whole in bfloat16
+                "encoder_hidden_states": torch.randn(shape[0], 40, 32, generator=generator),
+                "text_lengths": torch.tensor([6, 24, 1])[: shape[0]],
+            }
+        )
+
+
+class TestLongCatContinuation(TestLongCat):
+    """The first two latent frames are given, at timestep 0."""
+
+    COMPILED = True
+    ROLES = ("self", "self", "cross") * DIT["depth"]
+    MORE: ClassVar[dict[str, Any]] = {"num_cond_latents": 2}
+
+    def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+        timestep = torch.randint(1, 200, (shape[0], shape[2]), generator=generator).float()
+        timestep[:, :2] = 0
+        return super().inputs(shape, generator) | {"timestep": timestep}
 
 
 @torch.no_grad()
@@ -120,29 +154,7 @@ def test_folding_of_the_padding(model: LongCatVideoTransformer3DModel, lengths: 
 
 
 @torch.no_grad()
-def test_rows_are_independent(model: LongCatVideoTransformer3DModel, recorded: dict[str, Tensor]) -> None:
-    batched = model(recorded["latents"], recorded["per_frame"], **text(recorded))
-    alone = [
-        model(
-            recorded["latents"][i : i + 1],
-            recorded["per_frame"][i : i + 1],
-            recorded["text"][i : i + 1],
-            text_lengths=recorded["lengths"][i : i + 1],
-        )
-        for i in range(2)
-    ]
-    close(batched, torch.cat(alone))
-
-
-@torch.no_grad()
-def test_prepared_is_bit_equal(model: LongCatVideoTransformer3DModel, recorded: dict[str, Tensor]) -> None:
-    ahead = model.prepare_conditioning(**text(recorded)) | model.prepare_shared(recorded["latents"].shape)
-    one = model(recorded["latents"], recorded["per_row"], **ahead)
-    assert torch.equal(one, model(recorded["latents"], recorded["per_row"], **text(recorded)))
-
-
-@torch.no_grad()
-def test_bfloat16_drift(model: LongCatVideoTransformer3DModel, recorded: dict[str, Tensor]) -> None:
+def test_bfloat16_with_a_cache(model: LongCatVideoTransformer3DModel, recorded: dict[str, Tensor]) -> None:
     """Timesteps are read in the compute dtype, as published; modulation and the last layer stay float32."""
     low = build()
     for name, parameter in low.named_parameters():
@@ -160,33 +172,14 @@ def test_bfloat16_drift(model: LongCatVideoTransformer3DModel, recorded: dict[st
 
 
 @torch.no_grad()
-def test_blocks_are_one_graph(recorded: dict[str, Tensor]) -> None:
+def test_blocks_with_a_cache_are_one_graph(recorded: dict[str, Tensor]) -> None:
     compiled = build()
     for block in compiled.blocks:
         block.compile(backend="eager", fullgraph=True)
     latents, timestep = recorded["latents"][:, :, 2:], recorded["per_frame"][:, 2:]
     with forward_context(ForwardContext({"self": sdpa_attention, "cross": sdpa_attention})):
-        close(compiled(recorded["latents"], recorded["per_row"], **text(recorded)), recorded["plain"])
         cache = compiled.cache_condition(recorded["latents"][:1, :, :2])
         close(compiled(latents, timestep, **text(recorded), num_cond_latents=2, kv_cache=cache), recorded["cached"])
-
-
-def test_every_parameter_has_a_gradient(recorded: dict[str, Tensor]) -> None:
-    model = build()
-    model(recorded["latents"], recorded["per_frame"], **text(recorded), num_cond_latents=2).square().mean().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-
-
-def test_layers_ask_for_their_role(model: LongCatVideoTransformer3DModel, recorded: dict[str, Tensor]) -> None:
-    asked: list[str] = []
-
-    def backend(role: str) -> Any:
-        return lambda q, k, v, **_: (asked.append(role), torch.zeros_like(q))[1]
-
-    with torch.no_grad(), forward_context(ForwardContext({r: backend(r) for r in ("self", "cross")})):
-        model(recorded["latents"], recorded["per_row"], **text(recorded))
-    assert asked == ["self", "cross"] * DIT["depth"]
 
 
 def test_published_names_and_shapes() -> None:

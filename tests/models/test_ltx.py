@@ -9,13 +9,10 @@ import torch
 from diffusers import LTXVideoTransformer3DModel as Oracle
 from torch import Tensor, nn
 
-from kinetoscope.attention import capabilities, resolve_attention
-from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.ltx import spec
 from kinetoscope.models.ltx.transformer import LTXVideoTransformer3DModel
 from models.family_contract import FORWARD_TOLERANCE, FamilyContract
-from tiny import perturb
 
 TINY = {
     "in_channels": 8,
@@ -31,13 +28,11 @@ TEXT = 40
 
 
 class TestLTX(FamilyContract):
+    MODEL, CONFIG, ORACLE, TINY = LTXVideoTransformer3DModel, spec.LTXConfig, Oracle, TINY
+    PUBLISHED = spec.PUBLISHED
     SHAPES = ((2, 8, 3, 4, 6), (1, 8, 1, 2, 2), (1, 8, 5, 3, 4))
-
-    def make_oracle(self) -> nn.Module:
-        return Oracle(**TINY)
-
-    def make_ours(self, oracle: Any) -> nn.Module:
-        return LTXVideoTransformer3DModel(spec.LTXConfig.from_dict(oracle.config))
+    ROLES = ("self", "cross") * TINY["num_layers"]
+    SHARED = ("rope_interpolation_scale",)
 
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
         rows = shape[0]
@@ -72,6 +67,8 @@ class TestLTX(FamilyContract):
 class TestLTXTimestepPerFrame(TestLTX):
     """The first frame clean and the others not, as in image-to-video; the oracle takes a timestep a token."""
 
+    COMPILED = True
+
     def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
         timestep = 1000 * torch.rand(shape[0], shape[2], generator=generator)
         timestep[:, 0] = 0
@@ -80,27 +77,7 @@ class TestLTXTimestepPerFrame(TestLTX):
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    family = TestLTX()
-    oracle = family.make_oracle()
-    perturb(oracle, seed=1, scale=0.1)
-    ours = family.make_ours(oracle)
-    ours.load_state_dict(oracle.state_dict())
-    return ours
-
-
-@pytest.mark.parametrize("steps", [[999.0, 700.5, 12.0], [[0.0, 999.0, 999.0], [0.0, 40.0, 41.0]]])
-def test_prepared_is_bit_equal(model: nn.Module, steps: Any) -> None:
-    timesteps = torch.tensor(steps)
-    inputs = TestLTX().inputs((1, 8, 3, 4, 6), torch.Generator().manual_seed(2))
-    latents, text, lengths = inputs["latents"], inputs["encoder_hidden_states"], inputs["text_lengths"]
-    with torch.no_grad():
-        run = model.prepare_conditioning(encoder_hidden_states=text, text_lengths=lengths)
-        run |= model.prepare_shared(latents.shape, rope_interpolation_scale=SCALE)
-        prepared = model.prepare_timesteps(timesteps)["modulation"]
-        for index, timestep in enumerate(timesteps):
-            step = type(prepared)(*(table[index : index + 1] for table in prepared))
-            given = inputs | {"timestep": timestep.unsqueeze(0)}
-            assert torch.equal(model(latents, timestep.unsqueeze(0), **run, modulation=step), model(**given))
+    return TestLTX().make_model()
 
 
 def test_text_beyond_its_length_is_not_read(model: nn.Module) -> None:
@@ -111,28 +88,6 @@ def test_text_beyond_its_length_is_not_read(model: nn.Module) -> None:
         assert torch.equal(model(**inputs), model(**inputs | {"encoder_hidden_states": changed}))
         cut = inputs | {"encoder_hidden_states": changed[:, :7], "text_lengths": None}
         torch.testing.assert_close(model(**cut), model(**inputs), rtol=0, atol=FORWARD_TOLERANCE)
-
-
-def test_blocks_compile_without_a_break(model: nn.Module) -> None:
-    """One graph a block, with attention read from the context; compiled inference equals eager inference."""
-    inputs = TestLTXTimestepPerFrame().inputs((1, 8, 3, 2, 4), torch.Generator().manual_seed(6))
-    compiled = LTXVideoTransformer3DModel(model.config)
-    compiled.load_state_dict(model.state_dict())
-    for block in compiled.blocks:
-        block.compile(backend="aot_eager", fullgraph=True)
-    table = resolve_attention("auto", capabilities("cpu", torch.float32), ("self", "cross"))
-    with torch.no_grad(), forward_context(ForwardContext(table)):
-        torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=0, atol=FORWARD_TOLERANCE)
-
-
-@pytest.mark.parametrize("name", spec.PUBLISHED)
-def test_published_names_and_shapes(name: str) -> None:
-    with torch.device("meta"):
-        ours = LTXVideoTransformer3DModel(spec.LTXConfig.from_dict(spec.PUBLISHED[name]))
-        oracle = Oracle(**spec.PUBLISHED[name])
-    expected = {key: tuple(value.shape) for key, value in oracle.state_dict().items()}
-    assert {key: tuple(value.shape) for key, value in ours.state_dict().items()} == expected
-    assert not list(ours.buffers())
 
 
 @pytest.mark.parametrize(

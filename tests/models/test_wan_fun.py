@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.wan import original
 from kinetoscope.models.wan.causal import CausalWanConfig
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from models.family_contract import TransformerContract
 from models.tiny_wan_fun import FIXTURES, KINDS, SHAPE, authors_name, forward_inputs, random, tiny_fun
 
 RECORDED = load_file(FIXTURES / "fixtures.safetensors")
@@ -47,29 +48,35 @@ def test_forward_without_a_camera() -> None:
         torch.testing.assert_close(model(**inputs), RECORDED["forward.camera.off"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_parts_computed_ahead_change_no_bit(kind: str) -> None:
-    model, inputs = tiny_fun(kind), forward_inputs(kind)
-    with torch.no_grad():
-        whole = model(**inputs)
-        latents, timestep = inputs.pop("latents"), inputs.pop("timestep")
-        ahead: dict[str, Any] = {**model.prepare_conditioning(**inputs), **model.prepare_shared(latents.shape)}
-        assert torch.equal(model(latents, timestep, **ahead), whole)
+class TestControl(TransformerContract):
+    """A video to follow on channels, and image features."""
+
+    KIND = "control"
+    SHAPES = (SHAPE,)
+    ROLES = ("self", "cross", "cross") * 2
+
+    def make_model(self) -> nn.Module:
+        return tiny_fun(self.KIND)
+
+    def inputs(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+        """Of as many rows as `shape` has: its channels are those of the sample alone."""
+        drawn = {
+            name: torch.randn(shape[0], *value.shape[1:], generator=generator)
+            for name, value in forward_inputs(self.KIND).items()
+        }
+        return drawn | {"timestep": torch.tensor([713.0, 120.0, 6.5])[: shape[0]]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_independent(kind: str) -> None:
-    model, inputs = tiny_fun(kind), forward_inputs(kind)
-    with torch.no_grad():
-        rows = [model(**{name: value[i : i + 1] for name, value in inputs.items()}) for i in range(SHAPE[0])]
-        torch.testing.assert_close(torch.cat(rows), model(**inputs), rtol=0, atol=1e-5)
+class TestReference(TestControl):
+    """A picture read as a frame before the first."""
+
+    KIND = "reference"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_has_a_gradient(kind: str) -> None:
-    model = tiny_fun(kind)
-    model(**forward_inputs(kind)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+class TestCamera(TestControl):
+    """Rays added to the tokens."""
+
+    KIND = "camera"
 
 
 @pytest.mark.parametrize("name", CHANNELS)

@@ -231,8 +231,8 @@ class MatrixGameTransformer3DModel(nn.Module):
         return {"image": ImageContext([k for k, _ in pairs], [v for _, v in pairs])}
 
     def prepare_timesteps(self, timesteps: Tensor) -> dict[str, Modulation]:
-        """Modulation of each of S timesteps, once a run: [S] -> tensors with leading dimension S."""
-        steps = [self._modulation(t.view(1, 1)) for t in timesteps]
+        """Modulation of each of S timesteps, or S sets of one a latent frame: [S] or [S, F] -> leading dimension S."""
+        steps = [self._modulation(t.view(1, -1)) for t in timesteps]
         return {"modulation": Modulation(torch.cat([s.blocks for s in steps]), torch.cat([s.out for s in steps]))}
 
     def prepare_shared(self, latent_shape: Sequence[int], start_frame: int = 0) -> dict[str, Rope]:

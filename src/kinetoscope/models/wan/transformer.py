@@ -152,6 +152,15 @@ class WanTransformerBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), keys, values, key_bias, image)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
 
+    def time_signal(self, modulation: Tensor, **rows: Any) -> Tensor:
+        """The projected time embedding in this block's `modulation`, without its table: [R or 1, F, 6, d]."""
+        return modulation - self.scale_shift_table.to(modulation) - _ones(modulation)
+
+
+def _ones(modulation: Tensor) -> Tensor:
+    """The 1 of both scales of a modulation [..., 6, d], as [6, 1]."""
+    return modulation.new_tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).unsqueeze(-1)
+
 
 def _add_controls(x: Tensor, controls: Controls) -> Tensor:
     """[R, d, T', H', W'] -> the same with a camera, one frame more with a reference"""
@@ -279,11 +288,11 @@ class WanTransformer3DModel(nn.Module):
         return [block.attn2.project_image(features) for block in self._blocks()]
 
     def prepare_timesteps(self, timesteps: Tensor) -> dict[str, Modulation]:
-        """Modulation of each of S timesteps, once a run: [S] -> tensors with leading dimension S.
+        """Modulation of each of S timesteps, or of S sets of one a latent frame: [S] or [S, F] -> leading dimension S.
 
         Each is computed alone, so a step has the same bits as a forward of one row that was given its timestep.
         """
-        steps = [self._modulation(t.view(1, 1)) for t in timesteps]
+        steps = [self._modulation(t.view(1, -1)) for t in timesteps]
         return {"modulation": Modulation(torch.cat([s.blocks for s in steps]), torch.cat([s.out for s in steps]))}
 
     def prepare_shared(self, latent_shape: Sequence[int]) -> dict[str, Tensor]:
@@ -364,8 +373,7 @@ class WanTransformer3DModel(nn.Module):
         tables = torch.cat([block.scale_shift_table for block in self._blocks()])  # [layers, 6, d]
         blocks = tables.float() + projected.float().unsqueeze(2)  # [R, F, layers, 6, d]
         out = self.scale_shift_table.float() + embedding.float().unsqueeze(2)  # [R, F, 2, d]
-        one_b = blocks.new_tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).unsqueeze(-1)
-        return Modulation(blocks + one_b, out + out.new_tensor([0.0, 1.0]).unsqueeze(-1))
+        return Modulation(blocks + _ones(blocks), out + out.new_tensor([0.0, 1.0]).unsqueeze(-1))
 
     def _rope(self, latent_shape: Sequence[int], start_frame: int = 0) -> Tensor:
         """[..., T, H, W] of frames from `start_frame` on -> complex64 [N, D/2]"""
