@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
-from kinetoscope.core.errors import CompositionError
+from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.core.types import ExecutionArgs
+from kinetoscope.loading.offload import OFFLOADS, Mover, Offload
 from kinetoscope.loading.quantize import check_quantization, quantize_blocks
-from kinetoscope.runtime.compile import check_compile, compile_blocks, compile_mode
+from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.stages.decoding import VAE_MODES, DecodingStage
+from kinetoscope.runtime.compile import CUDA_GRAPHS, check_compile, compile_blocks, compile_mode
+
+CPU = torch.device("cpu")
+VAE = "vae"
 
 
 class Care:
@@ -21,7 +28,10 @@ class Care:
         args: device and dtype.
         compile: False, True or a mode of `runtime.compile.MODES`.
         quantize: a kind of `loading.quantize.QUANTIZATIONS`, or None.
+        offload: a kind of `loading.offload.OFFLOADS`, or None.
+        vae: of `pipelines.stages.decoding.VAE_MODES`.
         modules: components that are given ready-made, which nothing is done to.
+        mover: how offloaded weights move; None: between the host and the device.
 
     Raises:
         ConfigError: an unknown value, or something that is not installed.
@@ -34,7 +44,10 @@ class Care:
         *,
         compile: bool | str = False,
         quantize: str | None = None,
+        offload: str | None = None,
+        vae: str = "whole",
         modules: Mapping[str, Any] | None = None,
+        mover: Mover | None = None,
     ) -> None:
         self.args = args
         self.mode = compile_mode(compile)
@@ -43,35 +56,91 @@ class Care:
             check_compile(self.mode, args.device)
         if quantize is not None:
             check_quantization(quantize, args.device, args.dtype)
-            if args.autocast:
-                raise CompositionError(
-                    f"quantize={quantize!r} and autocast cannot be used together: autocast keeps weights in float32"
-                )
-            if given := [n for n in modules or {} if is_transformer(n)]:
-                raise CompositionError(
-                    f"quantize={quantize!r} and modules= cannot be used together for {', '.join(given)}: what is given "
-                    "is used as it is"
-                )
+        if offload is not None and offload not in OFFLOADS:
+            raise ConfigError(f"unknown offload {offload!r}; known: {', '.join(OFFLOADS)}")
+        if vae not in VAE_MODES:
+            raise ConfigError(f"unknown vae mode {vae!r}; known: {', '.join(VAE_MODES)}")
+        self.vae = vae
+        self._check_pairs(compile, offload, dict(modules or {}))
+        self.offload = None if offload is None else Offload(offload, args.device, mover)
+
+    def _check_pairs(self, compile: bool | str, offload: str | None, modules: Mapping[str, Any]) -> None:
+        """Refuse settings that do not work together, naming both."""
+        quantize = self.quantize
+        if quantize is not None and self.args.autocast:
+            raise CompositionError(
+                f"quantize={quantize!r} and autocast cannot be used together: autocast keeps weights in float32"
+            )
+        if quantize is not None and (given := [n for n in modules if is_transformer(n)]):
+            raise CompositionError(
+                f"quantize={quantize!r} and modules= cannot be used together for {', '.join(given)}: what is given is "
+                "used as it is"
+            )
+        if self.vae == "tiled" and VAE in modules:
+            raise CompositionError(
+                "vae='tiled' and modules= cannot be used together for vae: other pipelines would decode in tiles too"
+            )
+        if offload is not None and (given := [n for n, m in modules.items() if isinstance(m, nn.Module)]):
+            raise CompositionError(
+                f"offload={offload!r} and modules= cannot be used together for {', '.join(given)}: shared weights "
+                "would leave while another pipeline uses them"
+            )
+        if offload is not None and self.mode in CUDA_GRAPHS:
+            raise CompositionError(
+                f"offload={offload!r} and compile={compile!r} cannot be used together: CUDA graphs replay "
+                "addresses of weights, which offloading changes; use compile='default'"
+            )
+
+    def attach(self, pipeline: ComposedPipeline) -> None:
+        """Let the pipeline decode as asked.
+
+        Raises:
+            CompositionError: its VAE cannot; the message names both.
+        """
+        kind = pipeline.model.components().get(VAE)
+        if self.vae == "tiled" and not hasattr(getattr(diffusers, str(kind), None), "enable_tiling"):
+            raise CompositionError(f"vae='tiled' and {kind} cannot be used together: it has no tiles")
+        if self.vae != "streaming":
+            return
+        stage = pipeline.stages.get("decoding")
+        if not isinstance(stage, DecodingStage) or type(stage).decode is not DecodingStage.decode:
+            raise CompositionError(
+                f"vae='streaming' and {type(stage).__name__} cannot be used together: it needs all frames at once"
+            )
+        if kind != "AutoencoderKLWan":
+            raise CompositionError(f"vae='streaming' and {kind} cannot be used together: it may look ahead in time")
+        stage.streaming = True
 
     def home(self, name: str) -> torch.device:
-        """The device, or the CPU for weights that change before they go there."""
-        return torch.device("cpu") if self.quantize and is_transformer(name) else self.args.device
+        """The device, or the CPU for weights that change or wait before they go there."""
+        changes = self.quantize and is_transformer(name)
+        return CPU if self.offload or changes else self.args.device
 
     def loaded(self, name: str, module: Any) -> None:
         """All that the settings ask for."""
         if not isinstance(module, nn.Module):
             return
-        if is_transformer(name) and self.quantize:
+        if self.quantize and is_transformer(name):
             quantize_blocks(module, self.quantize, self.args.device)
+        if self.vae == "tiled" and name == VAE:
+            any_vae: Any = module
+            any_vae.enable_tiling()
+        if self.offload:
+            self.offload.add(name, module)
+        else:
             module.to(self.args.device)
-        if is_transformer(name) and self.mode:
+        if self.mode and is_transformer(name):
             compile_blocks(module, self.mode)
 
     def need(self, name: str) -> None:
-        """Nothing: everything is where it is used."""
+        """Bring the component, and send the one before it away."""
+        if self.offload:
+            self.offload.need(name)
 
     def stage_ended(self) -> None:
-        """Nothing."""
+        """Send the component that the stage used away."""
+        if self.offload:
+            self.offload.release()
 
 
 def is_transformer(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,16 +13,26 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
 
+VAE_MODES: dict[str, str] = {
+    "whole": "all latent frames in one call",
+    "streaming": "one latent frame at a time; the same frames",
+    "tiled": "in overlapping tiles whose borders are blended; other frames",
+}
+
 
 class DecodingStage(Stage):
     """Fills `frames` by the VAE.
 
     Args:
         vae: a diffusers video VAE whose config may hold `latents_mean` and `latents_std`, or lazy.
+
+    Attributes:
+        streaming: decode one latent frame at a time. The frames are the same; the float video is never whole.
     """
 
     def __init__(self, vae: Any | Lazy[Any]) -> None:
         self._vae = vae
+        self.streaming = False
 
     def stream(self) -> FrameStream:
         """A decoder for one stream.
@@ -29,7 +40,7 @@ class DecodingStage(Stage):
         Raises:
             CompositionError: see `FrameStream`.
         """
-        return FrameStream(resolve(self._vae))
+        return FrameStream(self._vae)
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
@@ -40,6 +51,9 @@ class DecodingStage(Stage):
 
     def decode(self, latents: Tensor) -> Any:
         """uint8 array [T, H, W, 3] from normalised latents [C, t, h, w]."""
+        if self.streaming:
+            stream = self.stream()
+            return np.concatenate([stream.decode(frame) for frame in latents.split(1, dim=1)])
         vae = resolve(self._vae)
         z = latents.unsqueeze(0).to(next(vae.parameters()).dtype)
         video = vae.decode(denormalize(z, vae.config), return_dict=False)[0][0]  # [3, T, H, W] in [-1, 1]
@@ -53,25 +67,25 @@ class FrameStream:
     so streams that share a VAE do not meet.
 
     Args:
-        vae: diffusers' `AutoencoderKLWan`, with or without patches.
+        vae: diffusers' `AutoencoderKLWan`, with or without patches, or lazy.
 
     Raises:
         CompositionError: another VAE; it may look ahead.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any | Lazy[Any]) -> None:
         from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
 
-        if not isinstance(vae, AutoencoderKLWan):
-            raise CompositionError(f"streams are decoded by AutoencoderKLWan; this model has {type(vae).__name__}")
-        self.vae: Any = vae
+        if not isinstance(found := resolve(vae), AutoencoderKLWan):
+            raise CompositionError(f"streams are decoded by AutoencoderKLWan; this model has {type(found).__name__}")
+        self._vae = vae
         self._past: list[Any] | None = None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Any:
         """uint8 array [T, H, W, 3] from the next normalised latents [C, t, h, w]; T = 1 + 4 (t - 1) the first time, 4 t
         later."""
-        vae = self.vae
+        vae: Any = resolve(self._vae)
         z = latents.unsqueeze(0).to(next(vae.parameters()).dtype)
         z = vae.post_quant_conv(denormalize(z, vae.config))
         parts: list[Tensor] = []
