@@ -212,7 +212,7 @@ class ImageThenNothing:
         video = self._blank if image is None else image.unsqueeze(2)
         mask = video.new_full((1, self.step, 1, 1, 1), float(image is not None))
         self._image, before = None, list(self._past)
-        patched = split_patches(video.to(next(vae.parameters())), vae.config.patch_size or 1)
+        patched = split_patches(video.to(next(vae.parameters()).dtype), vae.config.patch_size or 1)
         mode = vae.quant_conv(vae.encoder(patched, feat_cache=self._past, feat_idx=[0])).chunk(2, 1)[0].float()
         z = normalize(mode, vae.config)
         kept = all(_same(a, b) for a, b in zip(before, self._past, strict=True))
