@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinetoscope.attention import BACKENDS, attention, capabilities, register_backend, resolve_attention
+from kinetoscope.attention import BACKENDS, Role, attention, capabilities, register_backend, resolve_attention
 from kinetoscope.attention.backends import CHUNK, math_attention
+from kinetoscope.attention.flex import flex_dense_attention
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import CompositionError, ConfigError
 
 CPU = capabilities("cpu", torch.float32)
-FAST = [name for name in BACKENDS if name != "math"]
+FAST = [name for name in BACKENDS if name != "math" and name not in CPU.refused]
+WAN = (Role("self", grid=True), Role("cross", key_bias=True))
 
 
 def qkv(rows: int, n: int, m: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
@@ -40,10 +42,10 @@ def test_backend_equals_formula(name: str, with_bias: bool, sizes: tuple[int, in
     key_bias = bias(rows, m) if with_bias else None
     with torch.no_grad():
         expected = math_attention(q, k, v, key_bias=key_bias)
-        got = BACKENDS[name](q, k, v, key_bias=key_bias)
+        got = BACKENDS[name].function(q, k, v, key_bias=key_bias)
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
         low = [x.bfloat16() for x in (q, k, v)]
-        coarse = BACKENDS[name](*low, key_bias=key_bias)
+        coarse = BACKENDS[name].function(*low, key_bias=key_bias)
         assert coarse.dtype == torch.bfloat16
         torch.testing.assert_close(coarse.float(), expected, rtol=0, atol=3e-2)
 
@@ -53,7 +55,7 @@ def test_backend_equals_formula(name: str, with_bias: bool, sizes: tuple[int, in
 def test_backend_gradients(name: str, n: int) -> None:
     inputs = [x.requires_grad_() for x in qkv(2, n, 6)]
     expected = torch.autograd.grad(math_attention(*inputs, key_bias=bias(2, 6)).square().sum(), inputs)
-    got = torch.autograd.grad(BACKENDS[name](*inputs, key_bias=bias(2, 6)).square().sum(), inputs)
+    got = torch.autograd.grad(BACKENDS[name].function(*inputs, key_bias=bias(2, 6)).square().sum(), inputs)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -84,7 +86,7 @@ def test_context_chooses() -> None:
 def test_auto_gives_a_reason() -> None:
     table = resolve_attention("auto", CPU, ("self", "cross"))
     assert set(table) == {"self", "cross"}
-    assert table["self"] is BACKENDS[CPU.preferred]
+    assert table["self"] is BACKENDS[CPU.preferred].function
     assert all(choice.reason.startswith("auto: ") for choice in table.choices.values())
     assert "self: " in str(table)
 
@@ -102,7 +104,7 @@ def test_auto_gives_a_reason() -> None:
 def test_preferred(
     monkeypatch: pytest.MonkeyPatch, processor: str, device: str, dtype: torch.dtype, expected: str
 ) -> None:
-    monkeypatch.setattr("kinetoscope.attention.table.AVX512", processor == "AVX512")
+    monkeypatch.setattr("kinetoscope.attention.default.AVX512", processor == "AVX512")
     found = capabilities.__wrapped__(device, dtype)  # the answer is kept for the process
     assert resolve_attention("auto", found, ["self"]).choices["self"].backend == expected
 
@@ -131,10 +133,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
     from kinetoscope.attention import table
 
     with monkeypatch.context() as patch:
-        patch.setattr(table, "_REFUSALS", {})
-        for name in ("mine", "elsewhere"):
-            patch.setitem(BACKENDS, name, None)
-            del BACKENDS[name]
+        patch.setattr(table, "BACKENDS", dict(BACKENDS))
         yield
     capabilities.cache_clear()
 
@@ -151,7 +150,54 @@ def test_registered_backends_are_named_and_refused() -> None:
         resolve_attention("elsewhere", here, ("self",))
 
 
-@pytest.mark.parametrize("name", ["auto", "math", "chunked"])
+@pytest.mark.usefixtures("registry")
+def test_a_registered_backend_without_bias_is_refused_where_one_may_come() -> None:
+    register_backend("mine", math_attention, key_bias=False)
+    here = capabilities("cpu", torch.float32)
+    assert resolve_attention("self=mine", here, WAN).choices["self"].backend == "mine"
+    with pytest.raises(CompositionError, match=r"'mine'.*'cross'.*key_bias=False.*self=mine"):
+        resolve_attention("mine", here, WAN)
+
+
+@pytest.mark.parametrize("name", ["auto", "math", "chunked", "flash2", "vsa"])
 def test_builtin_backends_are_not_replaced(name: str) -> None:
     with pytest.raises(ConfigError, match="taken"):
         register_backend(name, math_attention)
+
+
+@pytest.mark.parametrize("name", ["a:b", "a=b", "a;b", "a,b"])
+def test_names_that_settings_could_not_tell_apart(name: str) -> None:
+    with pytest.raises(ConfigError, match="may not hold"):
+        register_backend(name, math_attention)
+
+
+def test_roles_in_words() -> None:
+    said = resolve_attention("self=math; cross=sdpa:math", CPU, WAN).choices
+    assert (said["self"].backend, said["cross"].backend) == ("math", "sdpa:math")
+    assert resolve_attention("cross=math", CPU, WAN).choices["self"].reason.startswith("auto")
+
+
+@pytest.mark.parametrize("request_", ["self=math;self=sdpa", "self=", "=math", "self=math;sdpa", "sefl=math"])
+def test_roles_in_wrong_words(request_: str) -> None:
+    with pytest.raises(ConfigError):
+        resolve_attention(request_, CPU, WAN)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_flex_equals_formula(with_bias: bool) -> None:
+    """FlexAttention without a compiler: what it is asked to compute."""
+    q, k, v = qkv(2, 9, 6)
+    key_bias = bias(2, 6) if with_bias else None
+    expected = math_attention(q, k, v, key_bias=key_bias)
+    torch.testing.assert_close(flex_dense_attention(q, k, v, key_bias=key_bias), expected, rtol=0, atol=2e-6)
+
+
+def test_what_a_cuda_device_refuses() -> None:
+    single, half = capabilities("cuda", torch.float32), capabilities("cuda", torch.bfloat16)
+    assert {"sdpa:flash", "sdpa:cudnn", "chunked"} <= set(single.refused)
+    assert "sdpa:flash" not in half.refused and "flex" not in half.refused
+    with pytest.raises(CompositionError, match=r"'sdpa:flash' cannot serve 'cross'.*no mask on CUDA.*self=sdpa:flash"):
+        resolve_attention("sdpa:flash", half, WAN)
+    assert resolve_attention("self=sdpa:flash", half, WAN).choices["self"].backend == "sdpa:flash"
+    assert resolve_attention("sdpa:flash", capabilities("cpu", torch.float32), WAN)["cross"]  # there it takes masks

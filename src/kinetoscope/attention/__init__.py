@@ -1,10 +1,13 @@
-"""Softmax attention: one function for all layers, several backends behind it."""
+"""Softmax attention: one function for all layers, several backends and sparse kinds behind it."""
 
 from kinetoscope.attention.dispatch import attention
+from kinetoscope.attention.roles import Role
+from kinetoscope.attention.sparse.kinds import SPARSE, make_sparse
 from kinetoscope.attention.table import (
     BACKENDS,
     AttentionChoice,
     AttentionTable,
+    Backend,
     Capabilities,
     capabilities,
     register_backend,
@@ -13,11 +16,15 @@ from kinetoscope.attention.table import (
 
 __all__ = [
     "BACKENDS",
+    "SPARSE",
     "AttentionChoice",
     "AttentionTable",
+    "Backend",
     "Capabilities",
+    "Role",
     "attention",
     "capabilities",
+    "make_sparse",
     "register_backend",
     "resolve_attention",
 ]

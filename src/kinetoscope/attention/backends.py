@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kinetoscope.core.onednn import onednn_linear, onednn_serves
 
@@ -29,6 +32,40 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None =
     mask = None if key_bias is None else key_bias.to(q.dtype)[:, None, None]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
+
+
+SDPA_KINDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""Kernels of `scaled_dot_product_attention` by the name that follows "sdpa:"."""
+
+
+def sdpa_by(kind: str) -> Callable[..., Tensor]:
+    """`sdpa_attention` held to one of torch's kernels; where that has none for the shapes, torch says so."""
+    kernel = SDPA_KINDS[kind]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
+        with sdpa_kernel(kernel):
+            return sdpa_attention(q, k, v, key_bias=key_bias)
+
+    return attend
+
+
+def refuse_sdpa(kind: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a kernel of torch's cannot serve on a device type in a dtype; None where it can."""
+    if device == "cpu" and kind in ("efficient", "cudnn"):
+        return "torch has this kernel on CUDA only"
+    if device == "cuda" and kind in ("flash", "cudnn") and dtype not in (torch.float16, torch.bfloat16):
+        return f"torch's kernel computes in float16 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def sdpa_without_bias(kind: str, device: str) -> str | None:
+    """Why a kernel of torch's cannot add a key bias on a device type; None where it can."""
+    return "torch's flash kernel takes no mask on CUDA" if kind == "flash" and device == "cuda" else None
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
