@@ -60,7 +60,8 @@ def test_auto_runs_large_steps_sequentially() -> None:
     from kinetoscope.engine.rows import plan_rows
 
     big = ModelInputs(torch.zeros(2, 1, 20, 30, 30), torch.zeros(2), ("uncond", "cond"), 1)
-    assert plan_rows(big, "auto") == ((0, 1), (1, 2))
+    rows, why = plan_rows(big, "auto")
+    assert rows == ((0, 1), (1, 2)) and "sequential" in why and str(2 * 20 * 30 * 30) in why
 
 
 def test_unknown_row_plan_is_refused() -> None:

@@ -23,6 +23,7 @@ class SamplingParams:
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance w in u + w (c - u); 1 switches guidance off.
         guidance_rescale: phi of arXiv 2305.08891 in [0, 1]; 0 is off.
+        guidance: kind of guidance with its parameters, as `diffusion.guidance.Guidance.make` reads it.
         flow_shift: shift of the sigma schedule.
         scheduler: "unipc", "euler" or "dpm++".
         negative_prompt: what the unconditional row reads, unless a request says otherwise.
@@ -38,6 +39,7 @@ class SamplingParams:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
+    guidance: str | None = None
     flow_shift: float | None = None
     scheduler: str | None = None
     negative_prompt: str | None = None

@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.spec import number, one_of, parse_spec
 
 UNCOND, COND = "uncond", "cond"
+KINDS = ("cfg", "cfg-zero", "apg")
+_KEYS = ("start", "stop", "cosine", "reuse", "init", "eta", "norm", "momentum", "dims")
+_OWN = {"init": "cfg-zero", "eta": "apg", "norm": "apg", "momentum": "apg", "dims": "apg"}
+_AXES = {"c": 1, "t": 2, "h": 3, "w": 4}
 
 
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """Classifier-free guidance (arXiv 2207.12598), combined in float32.
+@dataclass(slots=True)
+class GuidanceMemory:
+    """What guidance remembers from step to step of one run (or one block of it).
 
     Attributes:
-        scale: w in u + w (c - u), at least 1; 1 needs no unconditional row.
+        owner: the guidance it belongs to; another one (another expert's) begins anew.
+        average: running average of c - u, for momentum.
+        delta: c - u of the last step that evaluated both, for steps that reuse it.
+        agreed: the branches have come to agree, so that the unconditional one is left out from now on.
+    """
+
+    owner: Guidance | None = None
+    average: Tensor | None = None
+    delta: Tensor | None = None
+    agreed: bool = False
+
+    def of(self, guidance: Guidance, index: int) -> GuidanceMemory:
+        """Itself, emptied at the first step and where the guidance has changed."""
+        if index == 0 or self.owner is not guidance:
+            self.owner, self.average, self.delta, self.agreed = guidance, None, None, False
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guidance:
+    """Guidance by two predictions, c with and u without the prompt, combined in float32.
+
+    Attributes:
+        scale: w, at least 1; 1 needs no unconditional row.
         rescale: phi of arXiv 2305.08891, section 3.4: the guided prediction is scaled to the standard deviation of the
             conditional one and mixed in by this fraction.
+        kind: "cfg": u + w (c - u) (arXiv 2207.12598). "cfg-zero": the same with u scaled by `cfg_zero_scale`, and
+            nothing at all in the first `init` steps (CFG-Zero*, arXiv 2503.18886). "apg": u + w d, where d is c - u
+            with momentum, limited in norm, its part along c times `eta` (arXiv 2410.02416).
+        start, stop: guidance acts in steps [int(start * count), int(stop * count)); the others are conditional alone.
+        cosine: leave the unconditional row out for good once the cosine of c and u exceeds this in every sample
+            (arXiv 2312.12487).
+        reuse: from this fraction of the steps on evaluate c alone, and take c - u from the last step that had both.
+        init: first steps of "cfg-zero" whose prediction is zero.
+        eta, norm, momentum: of "apg". `norm` 0 sets no limit; the published value for images is 15, and a norm over a
+            whole video grows with its size, so choose `dims`.
+        dims: axes over which norms and projections of "apg" are taken, of (C, T, H, W) = (1, 2, 3, 4).
 
     Raises:
         InputError: a value outside its range.
@@ -27,30 +68,146 @@ class Guidance:
 
     scale: float = 1.0
     rescale: float = 0.0
+    kind: str = "cfg"
+    start: float = 0.0
+    stop: float = 1.0
+    cosine: float | None = None
+    reuse: float | None = None
+    init: int = 1
+    eta: float = 1.0
+    norm: float = 15.0
+    momentum: float = 0.0
+    dims: tuple[int, ...] = field(default=(1, 2, 3, 4))
 
     def __post_init__(self) -> None:
         if not self.scale >= 1.0:
             raise InputError(f"guidance_scale={self.scale} is below 1; use 1 to switch guidance off")
         if not 0.0 <= self.rescale <= 1.0:
             raise InputError(f"guidance_rescale={self.rescale} is outside [0, 1]")
+        one_of(self.kind, KINDS, "guidance")
+        if not 0.0 <= self.start < self.stop <= 1.0:
+            raise InputError(f"guidance: the window start={self.start}, stop={self.stop} is empty or outside [0, 1]")
+        if self.cosine is not None and not -1.0 <= self.cosine <= 1.0:
+            raise InputError(f"guidance: cosine={self.cosine} is outside [-1, 1]")
+        if self.reuse is not None and not 0.0 < self.reuse <= 1.0:
+            raise InputError(f"guidance: reuse={self.reuse} is outside (0, 1]; it is the fraction of full steps")
+        if self.init < 0 or not self.norm >= 0 or not math.isfinite(self.eta) or not abs(self.momentum) < 1:
+            raise InputError(
+                f"guidance: init={self.init}, norm={self.norm}, eta={self.eta}, momentum={self.momentum}: init and norm "
+                "must not be negative, eta must be finite, and momentum between -1 and 1"
+            )
+
+    @classmethod
+    def make(cls, scale: float, rescale: float = 0.0, spec: str | None = None) -> Guidance:
+        """From a request: `spec` is a kind with parameters, such as "apg:eta=0,norm=15,dims=chw" or "cfg:reuse=0.5".
+
+        Raises:
+            InputError: an unknown kind or parameter, or a value outside its range.
+        """
+        if spec is None:
+            return cls(scale, rescale)
+        kind, given = parse_spec(spec, "guidance")
+        one_of(kind, KINDS, "guidance")
+        values: dict[str, float | int | tuple[int, ...]] = {}
+        for key in given:
+            one_of(key, _KEYS, "parameter of guidance")
+            if _OWN.get(key, kind) != kind:
+                raise InputError(f"guidance={spec!r}: {key} is a parameter of {_OWN[key]!r}, not of {kind!r}")
+            if key == "dims":
+                values[key] = _axes(given[key])
+            else:
+                value = number(given, key, "guidance")
+                assert value is not None
+                if key == "init" and value != int(value):
+                    raise InputError(f"guidance: init={given[key]} is not a whole number of steps")
+                values[key] = int(value) if key == "init" else value
+        return replace(cls(scale, rescale, kind), **values)  # pyright: ignore[reportArgumentType]
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """The branches a step must evaluate, in row order."""
+        """The branches that some step may evaluate, in row order."""
         return (UNCOND, COND) if self.scale != 1.0 else (COND,)
 
-    def combine(self, predictions: Mapping[str, Tensor]) -> Tensor:
-        """One prediction [B, ...] float32 from the prediction of each branch [B, ...]."""
+    def needed(self, index: int, count: int, memory: GuidanceMemory) -> tuple[str, ...]:
+        """The branches that step `index` of `count` evaluates, in row order."""
+        if self.scale == 1.0 or not self._acts(index, count) or (self.kind == "cfg-zero" and index < self.init):
+            return (COND,)
+        memory = memory.of(self, index)
+        reuses = self.reuse is not None and index >= int(self.reuse * count) and memory.delta is not None
+        return (COND,) if memory.agreed or reuses else (UNCOND, COND)
+
+    def combine(
+        self,
+        predictions: Mapping[str, Tensor],
+        index: int = 0,
+        count: int = 1,
+        memory: GuidanceMemory | None = None,
+    ) -> Tensor:
+        """One prediction [B, ...] float32 from the prediction of each branch [B, ...].
+
+        Args:
+            predictions: of the branches that `needed` named.
+            index, count: step and number of steps.
+            memory: of the run; updated.
+        """
         cond = predictions[COND].float()
-        if self.scale == 1.0:
+        if self.kind == "cfg-zero" and self.scale != 1.0 and index < self.init:
+            return torch.zeros_like(cond)
+        if self.scale == 1.0 or not self._acts(index, count):
             return cond
-        uncond = predictions[UNCOND].float()
-        guided = uncond + self.scale * (cond - uncond)
+        memory = (memory or GuidanceMemory()).of(self, index)
+        if UNCOND in predictions:
+            guided = self._guide(cond, predictions[UNCOND].float(), memory)
+        elif memory.delta is not None:
+            guided = cond + (self.scale - 1.0) * memory.delta
+        else:
+            return cond  # the branches agreed
         if self.rescale == 0.0:
             return guided
         axes = tuple(range(1, guided.ndim))
         matched = guided * (cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
         return self.rescale * matched + (1.0 - self.rescale) * guided
+
+    def _acts(self, index: int, count: int) -> bool:
+        """Whether step `index` is in the window."""
+        return int(self.start * count) <= index < int(self.stop * count)
+
+    def _guide(self, cond: Tensor, uncond: Tensor, memory: GuidanceMemory) -> Tensor:
+        if self.kind == "cfg-zero":
+            uncond = cfg_zero_scale(cond, uncond) * uncond
+        delta = cond - uncond
+        if self.kind == "apg":
+            delta = self._project(delta, cond, memory)
+        if self.reuse is not None:
+            memory.delta = delta
+        if self.cosine is not None:
+            flat = torch.nn.functional.cosine_similarity(cond.flatten(1), uncond.flatten(1), dim=1)
+            memory.agreed = bool((flat > self.cosine).all())
+        return uncond + self.scale * delta
+
+    def _project(self, delta: Tensor, cond: Tensor, memory: GuidanceMemory) -> Tensor:
+        """c - u as APG changes it."""
+        dims = [d for d in self.dims if d < delta.ndim]
+        if self.momentum:
+            delta = delta if memory.average is None else delta + self.momentum * memory.average
+            memory.average = delta
+        if self.norm:
+            delta = delta * (self.norm / _length(delta, dims)).clamp(max=1.0)
+        along = cond.double() / _length(cond.double(), dims)
+        parallel = ((delta.double() * along).sum(dims, keepdim=True) * along).float()
+        return delta - parallel + self.eta * parallel
+
+
+def _length(x: Tensor, dims: list[int]) -> Tensor:
+    """Euclidean, over `dims`, at least 1e-12."""
+    return x.square().sum(dims, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def _axes(text: str) -> tuple[int, ...]:
+    unknown = sorted(set(text) - set(_AXES))
+    if unknown or len(set(text)) != len(text):
+        raise InputError(f"guidance: dims={text} should be letters of cthw, each once, such as chw")
+    return tuple(sorted(_AXES[letter] for letter in text))
 
 
 def cfg_zero_scale(cond: Tensor, uncond: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinetoscope.core.context import ForwardContext, forward_context
+from kinetoscope.core.context import ForwardContext, StepInfo, forward_context
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.engine.hooks.base import Hook, Interceptor, arrange
@@ -50,12 +50,17 @@ class DenoisingEngine:
     def __init__(self, strategy: DenoisingStrategy, hooks: Sequence[Hook] = ()) -> None:
         self.strategy = strategy
         self.hooks = arrange(hooks)
-        self._interceptors = [h for h in self.hooks if isinstance(h, Interceptor)]
+        self.interceptors = [h for h in self.hooks if isinstance(h, Interceptor)]
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def iterate(self, state: StrategyState) -> Generator[Event, None, None]:
         """Denoise `state` to the end, yielding as it goes. Closing the generator stops the run and ends its hooks."""
+        return _events(self.iterate_forwards(state))
+
+    def iterate_forwards(self, state: StrategyState) -> Generator[Event | PendingForward, None, None]:
+        """As `iterate`, yielding each step's forward too before it is computed, to be answered (`PendingForward.output`)
+        or left alone."""
         if isinstance(self.strategy, BlockDenoisingStrategy):
             items = self.strategy.block_plan(state).items
             return self._run(state, self._blocks(state, self.strategy, iter(items), len(items)))
@@ -85,7 +90,7 @@ class DenoisingEngine:
         state = strategy.prepare(batch, args)
         inbox: deque[Any] = deque()
         items = iter(lambda: inbox.popleft() if inbox else _UNTIL_CLOSED, _UNTIL_CLOSED)
-        stream = Stream(state, inbox, self._run(state, self._blocks(state, strategy, items, None)))
+        stream = Stream(state, inbox, _events(self._run(state, self._blocks(state, strategy, items, None))))
         next(stream.events)  # run_start
         return stream
 
@@ -121,7 +126,7 @@ class DenoisingEngine:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _run(self, state: StrategyState, body: Iterator[Event]) -> Generator[Event, None, None]:
+    def _run(self, state: StrategyState, body: Iterator[Any]) -> Generator[Any, None, None]:
         with ExitStack() as ends:  # every started hook ends, even when another one's end fails
             ends.callback(state.scratch.clear)
             for hook in self.hooks:
@@ -133,11 +138,11 @@ class DenoisingEngine:
 
     def _blocks(
         self, state: StrategyState, strategy: BlockDenoisingStrategy, items: Iterator[Any], count: int | None
-    ) -> Iterator[Event]:
+    ) -> Iterator[Any]:
         for index, item in enumerate(items):
             context = strategy.init_block_context(state, item, index)
             context.steps = partial(self._steps, state, context=context, num_blocks=count)
-            context.forward = partial(self._forward, state)
+            context.forward = partial(self.forward, state)
             for hook in self.hooks:
                 hook.on_block_start(state, context)
             yield Event("block_start", block=index, num_blocks=count)
@@ -153,36 +158,70 @@ class DenoisingEngine:
         times: Sequence[float],
         context: BlockContext | None = None,
         num_blocks: int | None = None,
-    ) -> Iterator[Event]:
+    ) -> Iterator[Any]:
         block = context.index if context else None
         for index, t in enumerate(times):
             step = state.step = Step(index, len(times), t, block=block)
-            self._step(state, step)
+            yield from self._step(state, step)
             yield Event("step", step, block, num_blocks, state.latents)
 
-    def _step(self, state: StrategyState, step: Step) -> None:
+    def _step(self, state: StrategyState, step: Step) -> Iterator[Any]:
+        """The one step body. It yields its forward before computing it, for whoever drives several runs together."""
         for hook in self.hooks:
             hook.on_step_start(state, step)
         inputs = self.strategy.make_model_inputs(state, step.timestep, step.index)
+        inputs = inputs.keep(state.guidance.needed(step.index, step.count, state.memory))
         step.branches = inputs.branches
-        step.rows = plan_rows(inputs, state.args.cfg)
-        outputs = [self._forward(state, inputs.select(*rows)) for rows in step.rows]
-        step.prediction = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        pending = PendingForward(self, state, inputs)
+        yield pending
+        step.prediction = pending.compute() if pending.output is None else pending.output
+        step.rows, step.why = pending.rows, pending.why
         step.guided = self.strategy.cfg_combine(state, step.prediction)
         state.latents = self.strategy.scheduler_step(state, step.guided, step.timestep)
         for hook in reversed(self.hooks):
             hook.on_step_end(state, step)
 
-    def _forward(self, state: StrategyState, inputs: ModelInputs) -> Tensor:
+    def forward(self, state: StrategyState, inputs: ModelInputs, step: Step | None = None) -> Tensor:
+        """Network output for rows `inputs`, with all interceptors around it.
+
+        Args:
+            step: which step it is part of; None for a pass that is no step.
+        """
         call = self.strategy.forward
-        for interceptor in reversed(self._interceptors):
+        for interceptor in reversed(self.interceptors):
             call = interceptor.bind(call)
         args = state.args
+        info = StepInfo(step.index, step.count, step.timestep, step.block) if step else None
         with (
-            forward_context(ForwardContext(args.attention)),
+            forward_context(ForwardContext(args.attention, info)),
             torch.autocast(args.device.type, args.dtype, enabled=args.autocast),
         ):
             return call(state, inputs)
+
+
+class PendingForward:
+    """The rows of a step that wait to be forwarded.
+
+    Attributes:
+        engine, state: of the run.
+        inputs: the rows.
+        output: [R, ...], set by whoever forwards them; while it is None the engine does.
+        rows, why: forwards they were executed in, and what chose them.
+    """
+
+    __slots__ = ("engine", "inputs", "output", "rows", "state", "why")
+
+    def __init__(self, engine: DenoisingEngine, state: StrategyState, inputs: ModelInputs) -> None:
+        self.engine, self.state, self.inputs = engine, state, inputs
+        self.output: Tensor | None = None
+        self.rows: tuple[tuple[int, int], ...] = ()
+        self.why = ""
+
+    def compute(self) -> Tensor:
+        """Forward the rows alone, in the forwards that the run's plan says."""
+        self.rows, self.why = plan_rows(self.inputs, self.state.args.cfg)
+        parts = [self.engine.forward(self.state, self.inputs.select(*r), self.state.step) for r in self.rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Stream:
@@ -193,6 +232,16 @@ class Stream:
         self.inbox = inbox
         self.events = events
         self.closed = False
+
+
+def _events(run: Generator[Any, None, None]) -> Generator[Event, None, None]:
+    """The events of a run, its forwards left to the engine."""
+    try:
+        for item in run:
+            if isinstance(item, Event):
+                yield item
+    finally:
+        run.close()
 
 
 def _end_of(hook: Hook, state: StrategyState) -> Callable[..., bool]:

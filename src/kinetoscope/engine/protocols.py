@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise
-from kinetoscope.diffusion.guidance import Guidance
+from kinetoscope.diffusion.guidance import Guidance, GuidanceMemory
 from kinetoscope.diffusion.scheduler import ScheduleRun
 
 Tree = Any
@@ -63,7 +63,8 @@ class ModelInputs:
         branches: the branch of each group of `batch` rows, in order; R = len(branches) * batch.
         batch: samples a branch.
         conditioning: keyword arguments of the network that are trees of row-first tensors.
-        shared: keyword arguments of the network that are the same for every row.
+        shared: keyword arguments of the network that are the same for every row. In those that change from step to step
+            the first axis is 1, which stands for all rows.
     """
 
     latents: Tensor
@@ -72,6 +73,11 @@ class ModelInputs:
     batch: int
     conditioning: dict[str, Tree] = field(default_factory=dict[str, Tree])
     shared: dict[str, Tree] = field(default_factory=dict[str, Tree])
+
+    def keep(self, branches: Sequence[str]) -> ModelInputs:
+        """The rows of `branches`, which follow each other in these; itself where they are all."""
+        found = [i for i, b in enumerate(self.branches) if b in branches]
+        return self if len(found) == len(self.branches) else self.select(found[0], found[-1] + 1)
 
     def select(self, start: int, stop: int) -> ModelInputs:
         """The rows of branches [start, stop), as views."""
@@ -96,6 +102,7 @@ class Step:
         timestep: of the schedule, as a Python number.
         branches: the branches that were evaluated.
         rows: forwards the rows were executed in, as (start, stop) branch ranges.
+        why: what chose these forwards.
         prediction: [R, ...] output of the network for all rows, branch-major.
         guided: [B, ...] float32 combined prediction.
         block: index of the block in a block run or stream, else None.
@@ -106,6 +113,7 @@ class Step:
     timestep: float
     branches: tuple[str, ...] = ()
     rows: tuple[tuple[int, int], ...] = ()
+    why: str = ""
     prediction: Tensor | None = None
     guided: Tensor | None = None
     block: int | None = None
@@ -127,6 +135,7 @@ class StrategyState:
         latents: current sample (of the run, or of the block in progress), [B, C, T, H, W] float32.
         guidance: which rows a step needs, and how they combine.
         noise: the run's random numbers.
+        memory: what guidance remembers from step to step.
         times: timesteps of the run as Python numbers, so that deciding on them never waits for the device.
         scheduler: private schedule, or None for strategies that step in closed form.
         conditioning: row-first trees for all rows of a step, branch-major.
@@ -145,6 +154,7 @@ class StrategyState:
     conditioning: dict[str, Tree] = field(default_factory=dict[str, Tree])
     tables: dict[str, Tree] = field(default_factory=dict[str, Tree])
     scratch: dict[object, Any] = field(default_factory=dict[object, Any])
+    memory: GuidanceMemory = field(default_factory=GuidanceMemory)
     step: Step | None = None
 
     @property
@@ -186,7 +196,7 @@ class DenoisingStrategy(Protocol):
         ...
 
     def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
-        """All rows of a step."""
+        """The rows of all branches at a step; the engine leaves out those that `state.guidance` does not need."""
         ...
 
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:

@@ -11,8 +11,8 @@ BATCH_POSITIONS = 16_384
 forward is bound by its number of operations, above it by arithmetic that batching cannot save."""
 
 
-def plan_rows(inputs: ModelInputs, plan: str) -> tuple[tuple[int, int], ...]:
-    """Branch ranges [start, stop), one a forward.
+def plan_rows(inputs: ModelInputs, plan: str) -> tuple[tuple[tuple[int, int], ...], str]:
+    """Branch ranges [start, stop), one a forward, and why these.
 
     Raises:
         ConfigError: `plan` is not one of `CFG_PLANS`.
@@ -21,6 +21,13 @@ def plan_rows(inputs: ModelInputs, plan: str) -> tuple[tuple[int, int], ...]:
         raise ConfigError(f"unknown cfg plan {plan!r}; known: {', '.join(CFG_PLANS)}")
     count = len(inputs.branches)
     positions = inputs.latents.numel() // inputs.latents.shape[1] if inputs.latents.ndim > 1 else 0
-    if plan == "batched" or (plan == "auto" and positions <= BATCH_POSITIONS):
-        return ((0, count),)
-    return tuple((i, i + 1) for i in range(count))
+    if count == 1:
+        return ((0, 1),), "one branch"
+    small = positions <= BATCH_POSITIONS
+    why = f"asked: {plan}"
+    if plan == "auto":
+        limit = f"{positions} latent positions are {'at most' if small else 'more than'} {BATCH_POSITIONS}"
+        why = f"auto: {'batched' if small else 'sequential'}, {limit}"
+    if plan == "batched" or (plan == "auto" and small):
+        return ((0, count),), why
+    return tuple((i, i + 1) for i in range(count)), why

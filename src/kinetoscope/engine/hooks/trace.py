@@ -11,6 +11,7 @@ from torch import Tensor
 from kinetoscope.diffusion.guidance import COND, UNCOND
 from kinetoscope.diffusion.scheduler import as_floats
 from kinetoscope.engine.hooks.base import Hook
+from kinetoscope.engine.hooks.notes import notes_of
 from kinetoscope.engine.protocols import Step, StrategyState
 
 
@@ -18,8 +19,10 @@ class StepTraceHook(Hook):
     """Appends one dictionary a step to `batch.logging_info["step_trace"]`, fit for JSON.
 
     Keys: `step`, `block` (None outside block runs), `timestep`, `sigma` (None where the run has no scheduler),
-    `rows` (branches of each forward), `guidance_scale`, `cond_norm`, `uncond_norm`, `cosine` (per sample; None for a
+    `rows` (branches of each forward), `why` (what chose these forwards), `guidance_scale`, `cond_norm`, `uncond_norm`, `cosine` (per sample; None for a
     branch that was not evaluated), `latent_std`, `ms`. Norms are Euclidean over a sample.
+    What other hooks say of a step (`hooks.notes`) follows: of a step cache `cache`, one object a row with its `branch`,
+    `sample`, whether its blocks were `skipped`, and the `score` that decided it.
     """
 
     name: ClassVar[str] = "trace"
@@ -40,6 +43,7 @@ class StepTraceHook(Hook):
             "timestep": step.timestep,
             "sigma": state.scheduler.sigmas[step.index] if state.scheduler else None,
             "rows": [list(step.branches[start:stop]) for start, stop in step.rows],
+            "why": step.why,
             "guidance_scale": state.guidance.scale,
             "cond_norm": _norms(cond),
             "uncond_norm": _norms(uncond),
@@ -48,6 +52,7 @@ class StepTraceHook(Hook):
             else as_floats(torch.nn.functional.cosine_similarity(cond, uncond, dim=1)),
             "latent_std": state.latents.std().item(),
             "ms": (time.perf_counter() - state.scratch[self]) * 1e3,
+            **notes_of(state),
         }
         state.batch.logging_info["step_trace"].append(record)
 

@@ -17,7 +17,7 @@ from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree, take_rows
 from kinetoscope.engine.rows import plan_rows
 from kinetoscope.engine.strategies.dmd import few_step_schedule
-from kinetoscope.engine.strategies.standard import VideoTransformer, conditioning_of, split_branches
+from kinetoscope.engine.strategies.standard import VideoTransformer, combine, conditioning_of, split_branches
 
 CONTEXT_NOISE, WINDOW, SINK = "context_noise", "local_attn_size", "sink_size"
 """Names under which requests set the rollout (`SamplingParams.extra`)."""
@@ -86,11 +86,12 @@ class Expert:
 
 @dataclass(slots=True, eq=False)
 class Rollout:
-    """A run between blocks: its experts, its size, the times of the steps and then of the passes over a block made and
+    """A run between blocks: its experts, the branches of its rows, its size, the times of the steps and then of the passes over a block made and
     over one given, the first frame of the next block, and the finished blocks (None in a stream: its caller has them).
     """
 
     experts: list[Expert]
+    branches: tuple[str, ...]
     size: LatentVideo
     window: int
     times: list[float]
@@ -155,7 +156,7 @@ class CausalStrategy:
         schedule = few_step_schedule(params, self.parts.boundary if len(networks) > 1 else None)
         scale, rescale = params.guidance_scale or 1.0, params.guidance_rescale or 0.0
         scales = (scale, scale if params.guidance_scale_2 is None else params.guidance_scale_2)
-        guidance = [Guidance(s, rescale) for _, s in zip(networks, scales, strict=False)]
+        guidance = [Guidance.make(s, rescale, params.guidance) for _, s in zip(networks, scales, strict=False)]
         branches = max((g.branches for g in guidance), key=len)
         size, rows = _size(batch), len(branches) * batch.size
         options = {"window": extra.get(WINDOW), "sink": extra.get(SINK), "dtype": args.dtype}
@@ -178,17 +179,17 @@ class CausalStrategy:
             batch=batch,
             args=args,
             latents=torch.empty(batch.size, size.channels, 0, size.height, size.width, device=args.device),
-            guidance=max(guidance, key=lambda g: len(g.branches)),
+            guidance=guidance[0],
             noise=noise,
             times=schedule.times,
             scheduler=FewStepRun(schedule, noise, args.device),
-            tables={"rollout": Rollout(experts, size, window, times)},
+            tables={"rollout": Rollout(experts, branches, size, window, times)},
         )
 
     def reprompt(self, state: StrategyState) -> None:
         """Blocks from now on follow the batch's prompt embeddings as they are now; what was made is remembered."""
         for expert in _rollout(state).experts:
-            text = conditioning_of(expert.network, state.batch, state.args, state.guidance.branches)
+            text = conditioning_of(expert.network, state.batch, state.args, _rollout(state).branches)
             expert.conditioning = {**expert.conditioning, **text}
 
     def postprocess(self, state: StrategyState) -> ForwardBatch:
@@ -270,7 +271,7 @@ class CausalStrategy:
         rollout, block = _rollout(state), ctx.data["block"]
         for expert in range(len(rollout.experts)):
             inputs = self._rows(state, expert, len(state.times) + (block.given is not None))
-            for rows in plan_rows(inputs, state.args.cfg):
+            for rows in plan_rows(inputs, state.args.cfg)[0]:
                 ctx.forward(inputs.select(*rows))
         ctx.result = state.latents
         rollout.start += block.frames
@@ -281,12 +282,14 @@ class CausalStrategy:
 
     def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
         """The block once for each branch, for the expert of the step."""
-        return self._rows(state, _expert(state, step_idx), step_idx)
+        expert = _expert(state, step_idx)
+        state.guidance = _rollout(state).experts[expert].guidance
+        return self._rows(state, expert, step_idx)
 
     def _rows(self, state: StrategyState, expert: int, index: int) -> ModelInputs:
         """The block once for each branch, at one of the rollout's times."""
-        rollout, branches, batch = _rollout(state), state.guidance.branches, state.latents.shape[0]
-        own = rollout.experts[expert]
+        rollout, batch = _rollout(state), state.latents.shape[0]
+        own, branches = rollout.experts[expert], rollout.branches
         latents = state.latents.to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
         timestep = torch.full((len(latents),), rollout.times[index], device=latents.device)
         shared = {"expert": expert, **own.shared, **take_rows(own.steps, slice(index, index + 1))}
@@ -301,8 +304,7 @@ class CausalStrategy:
 
     def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
         """Classifier-free guidance in float32, by the expert's scale."""
-        expert = _rollout(state).experts[_expert(state, state.active.index)]
-        return expert.guidance.combine(split_branches(state, noise_pred))
+        return combine(state, split_branches(state, noise_pred))
 
     def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
         """Jump to the clean block and noise it again, with the block's own noise."""

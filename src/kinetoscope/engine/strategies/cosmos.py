@@ -9,13 +9,20 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
 from kinetoscope.diffusion.scheduler import ScheduleRun
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
-from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrategy, VideoTransformer, split_branches
+from kinetoscope.engine.strategies.standard import (
+    DenoisingParts,
+    StandardStrategy,
+    VideoTransformer,
+    combine,
+    split_branches,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,8 @@ class CosmosStrategy(StandardStrategy):
     def make_guidance(self, batch: ForwardBatch) -> Guidance:
         """c + w (c - u), which is u + (w + 1) (c - u); w = 1 switches it off all the same."""
         guidance = super().make_guidance(batch)
+        if guidance.kind == "cfg-zero" and self.convention.preconditioning is not None:
+            raise InputError("guidance='cfg-zero' is made for velocities; this model is guided on clean estimates")
         return guidance if guidance.scale == 1.0 else replace(guidance, scale=guidance.scale + 1.0)
 
     def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
@@ -148,7 +157,7 @@ class CosmosStrategy(StandardStrategy):
         if _given_at(state, index):
             is_given, restored = state.tables["is_given"], state.tables["restored"]
             predictions = {b: torch.where(is_given, restored, p.float()) for b, p in predictions.items()}
-        return state.guidance.combine(predictions)
+        return combine(state, predictions)
 
     def _rows(self, state: StrategyState, index: int, branches: tuple[str, ...]) -> list[Tensor]:
         """What each branch reads of the sample, [B, C, T, H, W] float32 each."""

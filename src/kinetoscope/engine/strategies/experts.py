@@ -83,9 +83,7 @@ class ExpertStrategy(StandardStrategy):
         state.guidance, state.conditioning = expert.guidance, expert.conditioning
         return super().make_model_inputs(state, t, step_idx)
 
-    def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
-        """One forward of the step's network."""
+    def network(self, state: StrategyState) -> VideoTransformer:
+        """The expert of the step in progress."""
         expert: Expert = state.tables["experts"][state.active.index]
-        return expert.transformer(
-            model_inputs.latents, model_inputs.timestep, **model_inputs.conditioning, **model_inputs.shared
-        )
+        return expert.transformer

@@ -20,7 +20,7 @@ from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.guidance import COND, UNCOND, cfg_zero_scale
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun, as_floats
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
-from kinetoscope.engine.strategies.standard import StandardStrategy, VideoTransformer, split_branches
+from kinetoscope.engine.strategies.standard import StandardStrategy, VideoTransformer, combine, split_branches
 
 TAIL_START, TAIL_STEPS = 500.0, 10  # of `enhance_hf`: even steps from this timestep to 0
 DISTILLED_STEPS = 50  # noise levels the distilled model knows
@@ -152,7 +152,7 @@ class LongCatStrategy(StandardStrategy):
                 start = noise_pred.shape[2] - (state.latents.shape[2] - state.tables["condition"])
             scale = cfg_zero_scale(rows[COND][:, :, start:], rows[UNCOND][:, :, start:])
             rows = {COND: rows[COND], UNCOND: scale * rows[UNCOND]}
-        return -state.guidance.combine(rows)
+        return -combine(state, rows)
 
     def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
         """One Euler step of the noisy frames; the condition frames as they are."""

@@ -87,7 +87,7 @@ class StandardStrategy:
     def make_guidance(self, batch: ForwardBatch) -> Guidance:
         """Which rows a step needs, and how they combine."""
         params = batch.params
-        return Guidance(params.guidance_scale or 1.0, params.guidance_rescale or 0.0)
+        return Guidance.make(params.guidance_scale or 1.0, params.guidance_rescale or 0.0, params.guidance)
 
     def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
         """The run's private scheduler."""
@@ -129,15 +129,19 @@ class StandardStrategy:
             return state.latents
         return torch.cat([state.latents, condition.to(state.latents)], 1)
 
+    def network(self, state: StrategyState) -> VideoTransformer:
+        """The network of the step in progress."""
+        return self.parts.transformer
+
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
-        """One forward of the transformer."""
-        return self.parts.transformer(
+        """One forward of the step's network."""
+        return self.network(state)(
             model_inputs.latents, model_inputs.timestep, **model_inputs.conditioning, **model_inputs.shared
         )
 
     def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
         """Classifier-free guidance in float32."""
-        return state.guidance.combine(split_branches(state, noise_pred))
+        return combine(state, split_branches(state, noise_pred))
 
     def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
         """One step of the run's own scheduler, float32."""
@@ -180,6 +184,12 @@ def first_step(params: SamplingParams) -> int:
     return params.num_inference_steps - min(
         int(params.num_inference_steps * params.strength), params.num_inference_steps
     )
+
+
+def combine(state: StrategyState, predictions: Mapping[str, Tensor]) -> Tensor:
+    """The guided prediction of the step in progress, [B, ...] float32."""
+    step = state.active
+    return state.guidance.combine(predictions, step.index, step.count, state.memory)
 
 
 def split_branches(state: StrategyState, noise_pred: Tensor) -> Mapping[str, Tensor]:

@@ -37,7 +37,7 @@ class HunyuanStrategy(StandardStrategy):
 
     def make_guidance(self, batch: ForwardBatch) -> Guidance:
         """Of `true_cfg_scale`."""
-        return Guidance(true_cfg_scale(batch), batch.params.guidance_rescale or 0.0)
+        return Guidance.make(true_cfg_scale(batch), batch.params.guidance_rescale or 0.0, batch.params.guidance)
 
     def prepare_conditioning(
         self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 from torch import Tensor
@@ -154,10 +154,9 @@ def fit_coefficients(measured: Sequence[Measured]) -> tuple[list[float], float]:
             f"teacache: {different} different changes of the time embedding do not fix a polynomial of degree "
             f"{DEGREE}; give more steps, on a model whose blocks are given {' or '.join(TIME_ARGUMENTS)}"
         )
-    pairs: Any = np.array(told, dtype=np.float64)
-    x, y = pairs[:, 0], pairs[:, 1]
-    scale = x.max()  # powers of numbers near one are easier to tell apart
-    powers: Any = np.vander(x / scale, DEGREE + 1)
-    fitted: Any = np.linalg.lstsq(powers, y, rcond=None)[0]
-    unexplained = np.square(y - powers @ fitted).sum() / np.square(y - y.mean()).sum()
-    return [float(c) / scale ** (DEGREE - i) for i, c in enumerate(fitted)], 1.0 - float(unexplained)
+    x, y = (np.array(values, dtype=np.float64) for values in zip(*told, strict=True))
+    scale = float(x.max())  # powers of numbers near one are easier to tell apart
+    powers = np.vander(x / scale, DEGREE + 1)
+    fitted: list[float] = cast(Any, np.linalg).lstsq(powers, y, rcond=None)[0].tolist()
+    unexplained = np.square(y - powers @ np.array(fitted)).sum() / np.square(y - y.mean()).sum()
+    return [c / scale ** (DEGREE - i) for i, c in enumerate(fitted)], 1.0 - float(unexplained)
