@@ -97,12 +97,17 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cfg", default="auto", help="guidance branches: auto, sequential or batched (default: auto)")
     group.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow first step)")
+    group.add_argument(
+        "--lora", action="append", metavar="FILE[:WEIGHT]",
+        help="a LoRA file (repeatable); for models with two transformers transformer=FILE, transformer_2=FILE or "
+        "both=FILE, where the file does not say it",
+    )  # fmt: skip
     group.add_argument("--perf-logging", action="store_true", default=None, help="log the time of every step")
 
 
 def compute_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `from_pretrained` that `add_compute_options` gave."""
-    names = ("device", "dtype", "threads", "attention", "cfg", "compile", "perf_logging")
+    names = ("device", "dtype", "threads", "attention", "cfg", "compile", "lora", "perf_logging")
     return {name: getattr(args, name) for name in names}
 
 

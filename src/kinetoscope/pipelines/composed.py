@@ -61,6 +61,10 @@ class ComposedPipeline:
         modules: components given ready-made, for instance shared with another pipeline.
         care: what is done to components; None: they are loaded to the device of `args` and used as they are.
 
+    Attributes:
+        given: names of the components that were given ready-made.
+        load_listeners: called with (name, component) when one has been loaded and cared for, before first use.
+
     Raises:
         ModelLoadError: a required component is neither in the directory nor given.
     """
@@ -99,8 +103,11 @@ class ComposedPipeline:
         self._modules = {
             n: Lazy(self._loader(n), partial(care.need, n) if care else None) for n in {*model.components(), *given}
         }
+        self.given = tuple(given)
+        self.load_listeners: list[Callable[[str, Any], None]] = []
         for name, module in given.items():
             self._modules[name] = Lazy(lambda module=module: module)
+            self._modules[name].peek()
         self.stages: dict[str, Stage] = {}
         self.create_stages()
 
@@ -180,7 +187,7 @@ class ComposedPipeline:
         return self.lazy(name).get()
 
     def loaded_modules(self) -> dict[str, Any]:
-        """The components loaded so far; pass them as `modules=` to share them with another pipeline."""
+        """The components given or loaded so far; pass them as `modules=` to share them with another pipeline."""
         return {n: m.peek() for n, m in self._modules.items() if m.loaded}
 
     def _loader(self, name: str) -> Callable[[], Any]:
@@ -190,6 +197,8 @@ class ComposedPipeline:
             module = load_component(self.model, name, dtype=self.args.dtype, device=home)
             if care:
                 care.loaded(name, module)
+            for listener in self.load_listeners:
+                listener(name, module)
             return module
 
         return load

@@ -26,6 +26,7 @@ from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
 from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.care import Care
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
+from kinetoscope.runtime.lora import Lora, Loras, LoraSpec, lora_specs
 from kinetoscope.runtime.record import make_record
 from kinetoscope.runtime.request import VideoPlan, VideoRequest
 from kinetoscope.runtime.session import Session, session_batch
@@ -73,6 +74,8 @@ class VideoGenerator:
     def __init__(self, pipeline: ComposedPipeline, options: Mapping[str, Any]) -> None:
         self.pipeline = pipeline
         self.options = dict(options)
+        self._loras = Loras(pipeline)
+        self.options["lora"] = self._loras.records()
 
     @classmethod
     def from_pretrained(
@@ -91,6 +94,7 @@ class VideoGenerator:
         perf_logging: bool | None = None,
         threads: int | None = None,
         modules: Mapping[str, Any] | None = None,
+        lora: LoraSpec | Sequence[LoraSpec] | None = None,
     ) -> VideoGenerator:
         """Open a model. Weights load when they are first used.
 
@@ -112,6 +116,7 @@ class VideoGenerator:
             perf_logging: log step times; None reads `KINETOSCOPE_DENOISING_PERF_LOGGING`.
             threads: CPU threads of torch, for the whole process; None leaves them.
             modules: components to share instead of loading (`other.pipeline.loaded_modules()`).
+            lora: LoRA files, each a path, text "FILE:WEIGHT", or an object with the arguments of `load_lora`.
 
         Raises:
             ModelLoadError: there is no such model, or the directory does not hold what it should.
@@ -150,7 +155,71 @@ class VideoGenerator:
             },
         )
         generator.defaults()  # refuses an unknown scheduler, or bad defaults of the directory, now
+        for spec in lora_specs(lora):
+            generator.load_lora(**spec)
         return generator
+
+    # -- LoRA ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def loras(self) -> dict[str, Lora]:
+        """name -> LoRA, in the order in which they were loaded."""
+        return self._loras.loras
+
+    def load_lora(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        weight: float = 1.0,
+        component: str | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> Lora:
+        """Add a LoRA to the model and to those loaded before; runs that start from now on have it.
+
+        The key styles of diffusers, PEFT, kohya and ComfyUI are read, with alphas and with deltas of weights, biases,
+        norms and modulation. A run in progress goes on with what it began with.
+
+        Args:
+            path: a .safetensors file, or a folder in which PEFT or diffusers saved one.
+            name: to call it by; None: the file's.
+            weight: its changes are multiplied by it.
+            component: for a model with two transformers (Wan 2.2) and a file that does not say it itself: which one it
+                changes, "transformer" (high noise), "transformer_2" (low noise) or "both".
+            sha256: refuse the file if it is another one.
+
+        Returns:
+            what was found, with every key of the file that fits no parameter (they are logged, too).
+
+        Raises:
+            ModelLoadError: the file is missing, damaged, changed, of a kind that is not supported, or does not fit the
+                model.
+            ConfigError: the name is taken, the weight is not a finite number, or `component` is needed or wrong.
+            CompositionError: the model, or the form that its weights are in, takes no such change.
+        """
+        lora = self._loras.load(path, name, weight, component, sha256)
+        self.options["lora"] = self._loras.records()
+        return lora
+
+    def set_lora(self, weights: Mapping[str, float]) -> None:
+        """Give the loaded LoRAs weights by name; those not named rest at 0. Runs that start from now on have them.
+
+        Raises:
+            ConfigError: an unknown name, or a weight that is not a finite number.
+        """
+        self._loras.set(weights)
+        self.options["lora"] = self._loras.records()
+
+    def unload_lora(self, name: str) -> None:
+        """Forget a LoRA; without any, the weights are bit for bit those of the model.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        self._loras.unload(name)
+        self.options["lora"] = self._loras.records()
+
+    # -- videos -------------------------------------------------------------------------------------------------------
 
     def defaults(self) -> SamplingParams:
         """What a request gets for the fields it leaves out."""
@@ -293,7 +362,7 @@ class VideoGenerator:
             InputError: a field is out of range, or has no meaning in a stream.
         """
         batch = self._session_batch(prompt, blocks, fields)
-        return Session(self.pipeline, batch, self.options, on_event)
+        return Session(self.pipeline, batch, self.options, on_event, self._loras.run())
 
     def stream(
         self,
@@ -328,7 +397,7 @@ class VideoGenerator:
     def _drain(
         self, batch: ForwardBatch, blocks: int | None, on_event: Callable[[RunEvent], None] | None
     ) -> Generator[np.ndarray[Any, Any], None, None]:
-        with Session(self.pipeline, batch, self.options, on_event) as session:
+        with Session(self.pipeline, batch, self.options, on_event, self._loras.run()) as session:
             while blocks is None or session.blocks < blocks:
                 yield session.step()
 
@@ -341,21 +410,23 @@ class VideoGenerator:
 
     def _run_plan(self, plan: VideoPlan, size: int) -> Generator[RunEvent, None, list[GenerationResult]]:
         results: list[GenerationResult] = []
-        for start in range(0, len(plan.prompts), size):
-            part = slice(start, start + size)
-            given: dict[str, Any] = {name: value[part] for name, value in plan.given().items()}
-            batch = ForwardBatch(
-                plan.params,
-                plan.prompts[part],
-                plan.negative_prompts[part],
-                plan.seeds[part],
-                hooks=list(plan.hooks),
-                **given,
-            )
-            batch = yield from self.pipeline.iterate(batch)
-            for index, path in enumerate(plan.paths[part]):
-                record = make_record(self.pipeline, self.options, batch, index, given)
-                results.append(_finish(batch, index, path, record))
+        with self._loras.run():
+            options = dict(self.options)  # LoRAs may be set for later runs before this one ends
+            for start in range(0, len(plan.prompts), size):
+                part = slice(start, start + size)
+                given: dict[str, Any] = {name: value[part] for name, value in plan.given().items()}
+                batch = ForwardBatch(
+                    plan.params,
+                    plan.prompts[part],
+                    plan.negative_prompts[part],
+                    plan.seeds[part],
+                    hooks=list(plan.hooks),
+                    **given,
+                )
+                batch = yield from self.pipeline.iterate(batch)
+                for index, path in enumerate(plan.paths[part]):
+                    record = make_record(self.pipeline, options, batch, index, given)
+                    results.append(_finish(batch, index, path, record))
         return results
 
     def _batch_size(self, params: SamplingParams) -> int:

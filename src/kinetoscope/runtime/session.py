@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -101,6 +102,7 @@ class Session:
         batch: from `session_batch`.
         options: of the generator, for the record.
         on_event: called with every stage and step event.
+        hold: entered now and left when the session closes: what must not change on the way.
 
     Attributes:
         params: resolved sampling parameters; their `num_frames` says nothing.
@@ -119,6 +121,7 @@ class Session:
         batch: ForwardBatch,
         options: Mapping[str, Any] | None = None,
         on_event: Callable[[StageEvent | Event], None] | None = None,
+        hold: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.blocks = self.frames = 0
@@ -128,19 +131,23 @@ class Session:
         self._changed = False
         denoising, decoding = _check_stages(pipeline)
         self._decoder: FrameStream | None = decoding.stream()
-        events = pipeline.iterate(batch, until="denoising")
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as stop:
-                batch = stop.value
-                break
-            if on_event:
-                on_event(event)
-        self.params, self.seed = batch.params, batch.seeds[0]
-        self._batch = batch
-        self._engine = denoising.engine(batch)
-        self._stream: Any = self._engine.streaming_reset(batch, pipeline.args)
+        with ExitStack() as unless_made:
+            if hold is not None:
+                unless_made.enter_context(hold)
+            events = pipeline.iterate(batch, until="denoising")
+            while True:
+                try:
+                    event = next(events)
+                except StopIteration as stop:
+                    batch = stop.value
+                    break
+                if on_event:
+                    on_event(event)
+            self.params, self.seed = batch.params, batch.seeds[0]
+            self._batch = batch
+            self._engine = denoising.engine(batch)
+            self._stream: Any = self._engine.streaming_reset(batch, pipeline.args)
+            self._held = unless_made.pop_all()
 
     @property
     def closed(self) -> bool:
@@ -217,6 +224,7 @@ class Session:
         if stream is not None and not stream.closed:
             self._engine.streaming_clear(stream)
         self._asked = self._decoder = None
+        self._held.close()
 
     def __enter__(self) -> Session:
         return self
