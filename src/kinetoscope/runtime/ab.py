@@ -251,7 +251,7 @@ def shareable(a: Mapping[str, Any], b: Mapping[str, Any], components: Sequence[s
 
     defaults = {n: p.default for n, p in signature(VideoGenerator.from_pretrained).parameters.items()}
     used = {n for n in known_options() for side in (a, b) if n in side and side[n] != defaults[n]}
-    alike = all(a.get(n, defaults[n]) == b.get(n, defaults[n]) for n in _AT_LOADING)
+    alike = all(a.get(n, defaults.get(n)) == b.get(n, defaults.get(n)) for n in _AT_LOADING)
     if not alike or used - _AT_LOADING - _WHILE_RUNNING - _OF_TRANSFORMERS:
         return []
     touched = bool(used & _OF_TRANSFORMERS)

@@ -1,4 +1,4 @@
-"""Settings of a generator and its requests as text: "cfg=batched,num_inference_steps=20".
+"""Settings of a generator and its requests as text: "cfg=batched,cache=fbcache:threshold=0.05,num_inference_steps=20".
 
 What there is comes from the signature of `VideoGenerator.from_pretrained`, the fields of `VideoRequest` and the model's
 own parameters; there is no list here.
@@ -53,7 +53,10 @@ def known_fields() -> dict[str, str]:
 
 
 def parse_configuration(text: str, extra: Mapping[str, Any] | None = None) -> Configuration:
-    """The settings of "name=value,name=value"; a comma that no name and "=" follow belongs to the value.
+    """The settings of "name=value,name=value".
+
+    A value may have parameters of its own, "name:key=value,key=value": what follows it and is no setting belongs to it.
+    A setting that takes several values (LoRA files) is given once for each.
 
     Args:
         extra: the model's own parameters (`ComposedPipeline.extra_defaults`); their values are read as YAML.
@@ -61,25 +64,35 @@ def parse_configuration(text: str, extra: Mapping[str, Any] | None = None) -> Co
     Raises:
         ConfigError: an unknown name (the message has the nearest), a value of the wrong kind, a name twice.
     """
-    options, asked = known_options(), known_fields()
-    found: dict[str, dict[str, Any]] = {"options": {}, "fields": {}}
-    given: set[str] = set()
+    options, asked, own = known_options(), known_fields(), extra or {}
+    found: dict[str, Any] = {}
+    for name, value in _split(text, {*options, *asked, *own}):
+        kind = options.get(name, asked.get(name))
+        read = _read_yaml(name, value) if kind is None else read_value(name, value, kind)
+        if name not in found:
+            found[name] = read
+        elif kind is not None and "Sequence[" in kind:
+            found[name] = [*(found[name] if isinstance(found[name], list) else [found[name]]), read]
+        else:
+            raise ConfigError(f"setting {name!r} is given twice in {text!r}")
+    chosen = {n: v for n, v in found.items() if n in options}
+    return Configuration(text.strip(), chosen, {n: v for n, v in found.items() if n not in options})
+
+
+def _split(text: str, known: set[str]) -> list[tuple[str, str]]:
+    """(name, value) of each setting."""
+    parts: list[tuple[str, str]] = []
     for part in filter(None, (p.strip() for p in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text))):
         name, equals, value = (p.strip() for p in part.partition("="))
         if not equals:
             raise ConfigError(f"setting {part!r} is not of the form NAME=VALUE")
-        if name in given:
-            raise ConfigError(f"setting {name!r} is given twice in {text!r}")
-        given.add(name)
-        if name in options:
-            found["options"][name] = read_value(name, value, options[name])
-        elif name in asked:
-            found["fields"][name] = read_value(name, value, asked[name])
-        elif name in (extra or {}):
-            found["fields"][name] = _read_yaml(name, value)
+        if name in known:
+            parts.append((name, value))
+        elif parts and ":" in parts[-1][1] and name not in PER_VIDEO | NOT_TEXT:
+            parts[-1] = parts[-1][0], f"{parts[-1][1]},{part}"
         else:
-            raise ConfigError(_unknown(name, [*options, *asked, *(extra or {})]))
-    return Configuration(text.strip(), found["options"], found["fields"])
+            raise ConfigError(_unknown(name, sorted(known)))
+    return parts
 
 
 def read_value(name: str, value: str, annotation: str) -> Any:
@@ -116,4 +129,4 @@ def _unknown(name: str, known: list[str]) -> str:
         return f"setting {name!r} cannot differ between the two; prompts and seeds are common to both"
     near = [k for k in known if name in k.split("_")] or difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown setting {name!r}; {hint}Known: {', '.join(sorted({*known}))}"
+    return f"unknown setting {name!r}; {hint}Known: {', '.join(known)}"
