@@ -213,7 +213,8 @@ class Comparison:
                 lines.append(f"--{name.replace('_', '-')} {limit:g}: nothing to measure it on{self._why(measure)}")
             elif (value < limit) if kind == "min" else (value > limit):
                 word = "below" if kind == "min" else "above"
-                lines.append(f"{NAMES[measure]} {value:.4g} is {word} {limit:g}")
+                digits = 8 if "ssim" in measure else 4  # values near 1
+                lines.append(f"{NAMES[measure]} {value:.{digits}g} is {word} {limit:.{digits}g}")
         return lines
 
     def _worst(self) -> dict[str, float]:
