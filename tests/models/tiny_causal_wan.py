@@ -54,7 +54,7 @@ def masked_forward(model: Any, mask: Tensor, latents: Tensor, timestep: Tensor, 
     allowed = mask.repeat_interleave(frame_tokens, 0).repeat_interleave(frame_tokens, 1)
     modules = [block.attn1 for block in model.blocks]
 
-    def forward(self: Any, x: Tensor, rope: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, rope: Any, grid: Any = None, gate: Any = None) -> Tensor:
         q, k, v = self.project(x, rope.table)
         logits = torch.einsum("rnhd,rmhd->rhnm", q, k) * q.shape[-1] ** -0.5
         weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)

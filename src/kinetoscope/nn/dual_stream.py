@@ -83,8 +83,15 @@ class JointAttention(nn.Module):
         self.to_out = nn.Sequential(Linear(dim, dim))
         self.to_add_out = Linear(dim, dim)
 
-    def forward(self, x: Tensor, text: Tensor, rope: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [R, N, d], text [R, L, d], rope [N, D/2], key_bias [R, N + L] -> like x, like text"""
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        key_bias: Tensor | None,
+        grid: tuple[int, int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [R, N, d] of a video's `grid`, text [R, L, d], rope [N, D/2], key_bias [R, N + L] -> like x, like text"""
         heads = (-1, self.head_dim)
         q = apply_rope(self.norm_q(self.to_q(x).unflatten(-1, heads)), rope)  # [R, N, H, D]
         k = apply_rope(self.norm_k(self.to_k(x).unflatten(-1, heads)), rope)
@@ -98,6 +105,7 @@ class JointAttention(nn.Module):
             torch.cat([v, text_v], dim=1),
             role="joint",
             key_bias=key_bias,
+            grid=grid,
         ).flatten(2)  # [R, N + L, d]
         video, words = out.split((x.shape[1], text.shape[1]), dim=1)
         return self.to_out(video), self.to_add_out(words)
@@ -116,15 +124,21 @@ class DualStreamBlock(nn.Module):
         self.ff_context = FeedForward(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, text: Tensor, emb: Tensor, rope: Tensor, key_bias: Tensor | None, first: int = 0
+        self,
+        x: Tensor,
+        text: Tensor,
+        emb: Tensor,
+        rope: Tensor,
+        key_bias: Tensor | None,
+        first: int = 0,
+        grid: tuple[int, int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [R, N, d], text [R, L, d], emb [R, G, d] (after SiLU), rope [N, D/2] -> like x, like text"""
         norm = self.modulated
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.norm1(emb)  # [R, G, d] each
         t_shift_a, t_scale_a, t_gate_a, t_shift_f, t_scale_f, t_gate_f = self.norm1_context(emb[:, -1:])
-        y, y_text = self.attn(
-            modulate(norm, x, shift_a, scale_a, first), modulate(norm, text, t_shift_a, t_scale_a), rope, key_bias
-        )
+        normed, normed_text = modulate(norm, x, shift_a, scale_a, first), modulate(norm, text, t_shift_a, t_scale_a)
+        y, y_text = self.attn(normed, normed_text, rope, key_bias, grid)
         x = gated_add(x, y, gate_a, first)
         text = gated_add(text, y_text, t_gate_a)
         x = gated_add(x, self.ff(modulate(norm, x, shift_f, scale_f, first)), gate_f, first)

@@ -73,11 +73,11 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention over the tokens of the video with rotary positions."""
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, grid: tuple[int, int, int] | None = None) -> Tensor:
         """[R, F, M, d] -> [R, F, M, d]"""
         keys, values = self.project(x.flatten(1, 2))
         q, k = apply_rope_halves(self.query(x), rope), apply_rope_halves(keys, rope)  # [R, N, H, D] each
-        return self.to_out(attention(q, k, values, role="self").reshape(x.shape))
+        return self.to_out(attention(q, k, values, role="self", grid=grid).reshape(x.shape))
 
 
 class CrossAttention(Attention):
@@ -154,6 +154,7 @@ class CosmosTransformerBlock(nn.Module):
         modulation: Tensor,
         rope: Tensor,
         positions: Tensor | None,
+        grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
         """x [R, F, M, d], modulation [R or 1, F, 3, 3, d], positions [F, M, d] -> [R, F, M, d]"""
         parts = modulation.unsqueeze(4).unbind(2)  # three of [R, F, 3, 1, d]
@@ -162,7 +163,7 @@ class CosmosTransformerBlock(nn.Module):
         )
         if positions is not None:
             x = x + positions
-        x = gated_add(x, self.attn1(self.norm1(x, shift_s, scale_s), rope), gate_s)
+        x = gated_add(x, self.attn1(self.norm1(x, shift_s, scale_s), rope, grid), gate_s)
         x = gated_add(x, self.attn2(self.norm2(x, shift_c, scale_c), keys, values, key_bias), gate_c)
         return gated_add(x, self.ff(self.norm3(x, shift_f, scale_f)), gate_f)
 
@@ -332,7 +333,7 @@ class CosmosTransformer3DModel(nn.Module):
         tables = modulation.blocks.unbind(2)
         calls = [
             BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "modulation": table},
-                      {"rope": rope, "positions": positions})
+                      {"rope": rope, "positions": positions, "grid": grid})
             for block, k, v, table in zip(self.transformer_blocks, text.keys, text.values, tables, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, F, M, d]

@@ -66,13 +66,15 @@ class SingleAttention(nn.Module):
         self.norm_q = RMSNorm(head_dim, EPS)
         self.norm_k = RMSNorm(head_dim, EPS)
 
-    def forward(self, x: Tensor, rope: Tensor, key_bias: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, key_bias: Tensor | None, grid: tuple[int, int, int] | None = None
+    ) -> Tensor:
         """[R, N + L, d], rope [N + L, D/2] -> [R, N + L, d]"""
         heads = (-1, self.head_dim)
         q = apply_rope(self.norm_q(self.to_q(x).unflatten(-1, heads)), rope)  # [R, N + L, H, D]
         k = apply_rope(self.norm_k(self.to_k(x).unflatten(-1, heads)), rope)
         v = self.to_v(x).unflatten(-1, heads)
-        return attention(q, k, v, role="joint", key_bias=key_bias).flatten(2)
+        return attention(q, k, v, role="joint", key_bias=key_bias, grid=grid).flatten(2)
 
 
 class HunyuanVideoSingleTransformerBlock(nn.Module):
@@ -89,11 +91,19 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
         self.proj_mlp = Linear(dim, hidden)
         self.proj_out = Linear(dim + hidden, dim)
 
-    def forward(self, x: Tensor, emb: Tensor, rope: Tensor, key_bias: Tensor | None, first: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        rope: Tensor,
+        key_bias: Tensor | None,
+        first: int,
+        grid: tuple[int, int, int] | None = None,
+    ) -> Tensor:
         """x [R, N + L, d], emb [R, G, d] (after SiLU), rope [N + L, D/2] -> like x"""
         shift, scale, gate = self.norm(emb)  # [R, G, d] each
         y = modulate(self.modulated, x, shift, scale, first)
-        y = torch.cat([self.attn(y, rope, key_bias), linear_gelu(self.proj_mlp, y)], dim=-1)
+        y = torch.cat([self.attn(y, rope, key_bias, grid), linear_gelu(self.proj_mlp, y)], dim=-1)
         return gated_add(x, self.proj_out(y), gate, first)
 
 
@@ -233,10 +243,11 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         unrotated = torch.ones(words.shape[1], rope.shape[1], dtype=rope.dtype, device=rope.device)
         table = torch.cat([rope, unrotated])  # [N + L, D/2]
         rows = {"emb": emb, "key_bias": key_bias}
+        shared = {"first": first, "grid": tuple(grid)}
         joined = run_blocks((x, words), [  # [R, N + L, d]
-            *(BlockCall(block, rows, {"rope": rope, "first": first}) for block in self.transformer_blocks),
+            *(BlockCall(block, rows, {"rope": rope, **shared}) for block in self.transformer_blocks),
             BlockCall(join_tokens),
-            *(BlockCall(block, rows, {"rope": table, "first": first}) for block in self.single_transformer_blocks),
+            *(BlockCall(block, rows, {"rope": table, **shared}) for block in self.single_transformer_blocks),
         ])  # fmt: skip
         x = self.norm_out(joined[:, : x.shape[1]], emb[:, -1:])
         return self.x_embedder.undo(self.proj_out(x), grid).to(latents.dtype)

@@ -236,7 +236,8 @@ class HunyuanVideo15Transformer3DModel(nn.Module):
         context = torch.cat([text.others, words], dim=1)  # [R, L, d]
         emb = F.silu(time.vector).unsqueeze(1)  # [R or 1, 1, d]
         rows = {"emb": emb, "key_bias": key_bias}
-        x, _ = run_blocks((x, context), [BlockCall(block, rows, {"rope": rope}) for block in self.transformer_blocks])
+        shared = {"rope": rope, "grid": tuple(grid)}
+        x, _ = run_blocks((x, context), [BlockCall(block, rows, shared) for block in self.transformer_blocks])
         return self.x_embedder.undo(self.proj_out(self.norm_out(x, emb)), grid).to(latents.dtype)
 
     def _time(self, timestep: Tensor, timestep_r: Tensor | None) -> Hunyuan15Time:

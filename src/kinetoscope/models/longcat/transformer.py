@@ -60,7 +60,14 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3, x.shape[-1] // self.head_dim, self.head_dim).unbind(2)
         return self.q_norm(q), self.k_norm(k), v
 
-    def forward(self, x: Tensor, rope: Tensor, condition: int, cache: KeyValue | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        condition: int,
+        cache: KeyValue | None,
+        grid: tuple[int, int, int] | None = None,
+    ) -> Tensor:
         """[R, T, M, d] -> [R, T, M, d]; rope covers condition and x, `condition` frames of x (or of the cache) lead."""
         q, k, v = self.project(x)
         own = condition * x.shape[2]  # condition tokens
@@ -73,7 +80,7 @@ class SelfAttention(nn.Module):
             noisy = attention(q[:, own:], k, v, role="self")
             out = torch.cat([clean, noisy], dim=1)
         else:
-            out = attention(q, k, v, role="self")
+            out = attention(q, k, v, role="self", grid=grid if cache is None else None)
         return self.proj(out.reshape(x.shape))
 
 
@@ -127,10 +134,11 @@ class LongCatSingleStreamBlock(nn.Module):
         rope: Tensor,
         condition: int,
         cache: KeyValue | None,
+        grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
         """x [R, T, M, d], time [R, T, a] -> [R, T, M, d]"""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(time)
-        x = gated_add(x, self.attn(self.mod_norm_attn(x, shift_a, 1 + scale_a), rope, condition, cache), gate_a)
+        x = gated_add(x, self.attn(self.mod_norm_attn(x, shift_a, 1 + scale_a), rope, condition, cache, grid), gate_a)
         clean, noisy = x.tensor_split([condition if cache is None else 0], dim=1)  # condition frames read no text
         noisy = noisy + self.cross_attn(self.pre_crs_attn_norm(noisy), *text)
         x = torch.cat([clean, noisy], dim=1) if clean.shape[1] else noisy
@@ -326,13 +334,13 @@ class LongCatVideoTransformer3DModel(nn.Module):
             timestep = timestep.unsqueeze(1).expand(-1, frames)
         time = self.t_embedder(timestep.to(x.dtype).float())  # [R, T, a]; published: timesteps in the compute dtype
         caches = kv_cache if kv_cache is not None else [None] * len(self.blocks)
+        grid = token_grid((frames, height, width), self.config.patch_size)
         calls = [
             BlockCall(block, {"time": time, "text": (k, v, text.key_bias)},
-                      {"rope": rope, "condition": num_cond_latents, "cache": cache})
+                      {"rope": rope, "condition": num_cond_latents, "cache": cache, "grid": grid})
             for block, k, v, cache in zip(self.blocks, text.keys, text.values, caches, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, T, M, d]
-        grid = token_grid((frames, height, width), self.config.patch_size)
         return unpatchify(self.final_layer(x, time), grid, self.config.patch_size)
 
     def _blocks(self) -> list[LongCatSingleStreamBlock]:

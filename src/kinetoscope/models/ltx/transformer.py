@@ -67,13 +67,13 @@ class Attention(nn.Module):
         heads = (-1, self.head_dim)
         return self.norm_k(self.to_k(text)).unflatten(-1, heads), self.to_v(text).unflatten(-1, heads)
 
-    def over_video(self, x: Tensor, rope: Tensor) -> Tensor:
+    def over_video(self, x: Tensor, rope: Tensor, grid: tuple[int, int, int] | None = None) -> Tensor:
         """Self-attention: [R, N, d] -> [R, N, d]"""
         heads = (-1, self.head_dim)
         q = apply_rope(self.norm_q(self.to_q(x)).unsqueeze(2), rope).squeeze(2)  # [R, N, d], one head of width d
         k = apply_rope(self.norm_k(self.to_k(x)).unsqueeze(2), rope).squeeze(2)
-        v = self.to_v(x)
-        out = attention(q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), role=self.role)
+        q, k, v = (t.unflatten(-1, heads) for t in (q, k, self.to_v(x)))
+        out = attention(q, k, v, role=self.role, grid=grid)
         return self.to_out(out.flatten(2))
 
     def over_text(self, x: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None) -> Tensor:
@@ -95,12 +95,19 @@ class LTXVideoTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(6, config.dim))
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None, projected: Tensor, rope: Tensor
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key_bias: Tensor | None,
+        projected: Tensor,
+        rope: Tensor,
+        grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
         """x [R, N, d], projected [R or 1, F, 6, d] -> [R, N, d]"""
         table = self.scale_shift_table.float() + projected.float()  # [R, F, 6, d]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
-        x = gated_add(x, self.attn1.over_video(modulate(self.norm1(x), shift_a, scale_a), rope), gate_a)
+        x = gated_add(x, self.attn1.over_video(modulate(self.norm1(x), shift_a, scale_a), rope, grid), gate_a)
         x = x + self.attn2.over_text(x, keys, values, key_bias)
         return gated_add(x, self.ff(modulate(self.norm2(x), shift_f, scale_f)), gate_f)
 
@@ -248,11 +255,11 @@ class LTXVideoTransformer3DModel(nn.Module):
                 "text"
             ]
 
-        grid = latents.shape[2:]
+        frames, height, width = grid = latents.shape[2:]
         x = self.proj_in(latents.flatten(2).transpose(1, 2).to(self.proj_in.weight.dtype))  # [R, N, d]
         calls = [
             BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "projected": modulation.projected},
-                      {"rope": rope})
+                      {"rope": rope, "grid": (frames, height, width)})
             for block, k, v in zip(self.blocks, text.keys, text.values, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, N, d]

@@ -62,14 +62,15 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
 
-    def forward(self, x: Tensor, rope: Tensor, block_tokens: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, block_tokens: int, grid: tuple[int, int, int] | None = None) -> Tensor:
         """[R, N, d] -> [R, N, d]; a token sees its block of `block_tokens` tokens and those before."""
         heads = (-1, self.head_dim)
         q = apply_rope(self.norm_q(self.to_q(x)).unflatten(-1, heads), rope)  # [R, N, H, D]
         k = apply_rope(self.norm_k(self.to_k(x)).unflatten(-1, heads), rope)  # [R, N, H, D]
         v = self.to_v(x).unflatten(-1, heads)  # [R, N, H, D]
         ends = range(block_tokens, x.shape[1] + 1, block_tokens)
-        seen = [attention(q[:, e - block_tokens : e], k[:, :e], v[:, :e], role="self") for e in ends]
+        grid = grid if block_tokens == x.shape[1] else None  # blocks with their past are no grid
+        seen = [attention(q[:, e - block_tokens : e], k[:, :e], v[:, :e], role="self", grid=grid) for e in ends]
         out = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
         return self.to_out(out.flatten(2))
 
@@ -135,11 +136,12 @@ class SkyReelsV2TransformerBlock(nn.Module):
         projected: Tensor,
         rope: Tensor,
         block_tokens: int,
+        grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
         """x [R, F, M, d], projected [R or 1, F, 6, d] -> [R, F, M, d]"""
         table = (self.scale_shift_table.float() + projected.float()).unsqueeze(3)  # [R, F, 6, 1, d]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unbind(2)  # [R, F, 1, d] each
-        y = self.attn1(self.norm1(x, shift_a, 1 + scale_a).flatten(1, 2), rope, block_tokens)
+        y = self.attn1(self.norm1(x, shift_a, 1 + scale_a).flatten(1, 2), rope, block_tokens, grid)
         x = gated_add(x, y.view_as(x), gate_a)
         x = x + self.attn2(self.norm2(x).flatten(1, 2), text, key_bias, image).view_as(x)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, 1 + scale_f)), gate_f)
@@ -326,13 +328,14 @@ class SkyReelsV2Transformer3DModel(nn.Module):
 
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
-        grid = x.shape[2:]
+        frames, height, width = grid = x.shape[2:]
         groups = modulation.embedded.shape[1]
         x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
         images = text.image or [None] * len(self.blocks)
         own = {"key_bias": text.key_bias, "projected": modulation.projected}
+        shared = {"rope": rope, "block_tokens": block_tokens, "grid": (frames, height, width)}
         x = run_blocks(x, [
-            BlockCall(block, {"text": pair, "image": image, **own}, {"rope": rope, "block_tokens": block_tokens})
+            BlockCall(block, {"text": pair, "image": image, **own}, shared)
             for block, pair, image in zip(self.blocks, text.text, images, strict=True)
         ])  # [R, F, M, d]  # fmt: skip
         table = self.scale_shift_table.float() + modulation.embedded.float().unsqueeze(2)  # [R, F, 2, d]

@@ -134,8 +134,10 @@ class CausalSelfAttention(SelfAttention):
         super().__init__(dim, head_dim, eps)
         self.layer = layer
 
-    def forward(self, x: Tensor, rope: Place | Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """[R, F, M, d] -> [R, F, M, d]"""
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, rope: Place | Tensor, grid: Any = None, gate: Any = None
+    ) -> Tensor:
+        """[R, F, M, d] -> [R, F, M, d]; dense, since blocks of a video come with the past between them."""
         place = rope if isinstance(rope, Place) else Place(rope)
         q, k, v = self.project(x, place.table)  # [R, N, H, D] each
         if place.cache is not None:

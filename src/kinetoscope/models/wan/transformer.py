@@ -7,7 +7,7 @@ channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +25,9 @@ from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.text_padding import fold_padding
+
+Grid = tuple[int, int, int]
+"""Tokens of a video along time, height, width."""
 
 
 class TextContext(NamedTuple):
@@ -70,10 +73,12 @@ class SelfAttention(nn.Module):
         k = apply_rope(self.norm_k(self.to_k(x)).view(heads), rope)
         return q, k, self.to_v(x).view(heads)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """[R, F, M, d] -> [R, F, M, d]"""
+    def forward(
+        self, x: Tensor, rope: Tensor, grid: Grid | None = None, gate: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """[R, F, M, d] -> [R, F, M, d]; see `attention` for grid and gate."""
         q, k, v = self.project(x, rope)
-        return self.to_out(attention(q, k, v, role="self").reshape(x.shape))
+        return self.to_out(attention(q, k, v, role="self", grid=grid, gate=gate).reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
@@ -133,7 +138,8 @@ class WanTransformerBlock(nn.Module):
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.norm3 = ModulatedNorm(dim, eps)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
-        if config.compress_gates:
+        self.gated = config.compress_gates
+        if self.gated:
             self.to_gate_compress = Linear(dim, dim)
 
     def forward(
@@ -145,12 +151,19 @@ class WanTransformerBlock(nn.Module):
         modulation: Tensor,
         rope: Tensor,
         image: tuple[Tensor, Tensor] | None = None,
+        grid: Grid | None = None,
     ) -> Tensor:
-        """x [R, F, M, d], modulation [R or 1, F, 6, d] -> [R, F, M, d]"""
+        """x [R, F, M, d], modulation [R or 1, F, 6, d] -> [R, F, M, d]; the tokens are those of a video's `grid`."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
-        x = gated_add(x, self.attn1(self.norm1(x, shift_a, scale_a), rope), gate_a)
+        y = self.norm1(x, shift_a, scale_a)
+        gate = (lambda: self._compress_gate(y)) if self.gated else None
+        x = gated_add(x, self.attn1(y, rope, grid, gate), gate_a)
         x = x + self.attn2(self.norm2(x), keys, values, key_bias, image)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
+
+    def _compress_gate(self, y: Tensor) -> Tensor:
+        """Gates of video sparse attention (arXiv 2505.13389): [R, F, M, d] -> [R, N, H, D]"""
+        return self.to_gate_compress(y).flatten(1, 2).unflatten(-1, (-1, self.attn1.head_dim))
 
     def time_signal(self, modulation: Tensor, **rows: Any) -> Tensor:
         """The projected time embedding in this block's `modulation`, without its table: [R or 1, F, 6, d]."""
@@ -349,14 +362,14 @@ class WanTransformer3DModel(nn.Module):
         x = self.patch_embedding(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
         if controls is not None:
             x = _add_controls(x, controls)
-        grid = x.shape[2:]
+        frames, height, width = grid = x.shape[2:]
         groups = modulation.out.shape[1]
         x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
         tables = modulation.blocks.unbind(2)
         images = text.image or [None] * len(self.blocks)
         calls = [
             BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "modulation": table, "image": image},
-                      {"rope": rope})
+                      {"rope": rope, "grid": (frames, height, width)})
             for block, k, v, image, table in zip(self.blocks, text.keys, text.values, images, tables, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, F, M, d]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from kinetoscope.attention import Role
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, SINK, WINDOW, CausalStrategy, block_sizes
@@ -36,7 +37,7 @@ class CausalWan(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v")
-    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    attention_roles: ClassVar[tuple[str, ...]] = (Role("self"), Role("cross", key_bias=True))
     streams: ClassVar[bool] = True
     extra_defaults: ClassVar[Mapping[str, Any]] = {
         STEPS: [1000, 750, 500, 250],

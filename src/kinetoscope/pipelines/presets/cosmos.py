@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import kinetoscope.loading.cosmos
 import kinetoscope.loading.t5  # noqa: F401 - both register components
+from kinetoscope.attention import Role
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
@@ -46,7 +47,7 @@ class Cosmos(ComposedPipeline):
     """What the Cosmos pipelines share: the order of their stages."""
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     convention: ClassVar[Convention]
     preset: ClassVar[str]
     """The published model whose defaults a directory of another name gets."""

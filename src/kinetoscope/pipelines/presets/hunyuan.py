@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from kinetoscope.attention import Role
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.even_schedule import EvenSchedule
@@ -45,7 +46,10 @@ class HunyuanVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = (*TEXT_PARTS, "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
-    attention_roles: ClassVar[tuple[str, ...]] = ("joint", "refiner")
+    attention_roles: ClassVar[tuple[str, ...]] = (
+        Role("joint", key_bias=True, grid=True),
+        Role("refiner", key_bias=True),
+    )
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.EXTRA_DEFAULTS
     preset: ClassVar[str] = "hunyuanvideo-community/HunyuanVideo"
     """The published model whose settings a directory of another name gets."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import kinetoscope.loading.t5  # noqa: F401 - registers the glyph encoder
+from kinetoscope.attention import Role
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.even_schedule import EvenSchedule
@@ -42,7 +43,10 @@ class HunyuanVideo15(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = (*TEXT_PARTS, "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
-    attention_roles: ClassVar[tuple[str, ...]] = ("joint", "refiner")
+    attention_roles: ClassVar[tuple[str, ...]] = (
+        Role("joint", key_bias=True, grid=True),
+        Role("refiner", key_bias=True),
+    )
 
     def create_stages(self) -> None:
         """Validation, text, timesteps, latents, denoising, decoding."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from kinetoscope.attention import Role
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.strategies.longcat import LongCatStrategy
 from kinetoscope.loading import register_transformer
@@ -42,7 +43,7 @@ class LongCatVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v", "vc", "refine")
-    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     extra_defaults: ClassVar[Mapping[str, Any]] = EXTRA_DEFAULTS
 
     @property

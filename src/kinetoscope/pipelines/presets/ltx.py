@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import kinetoscope.loading.t5  # noqa: F401 - registers the text encoder
+from kinetoscope.attention import Role
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.loading import register_transformer
 from kinetoscope.loading.autoencoders import register_autoencoder
@@ -29,7 +30,7 @@ class LTXVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v")
-    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.EXTRA_DEFAULTS
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from kinetoscope.attention import Role
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
@@ -51,7 +52,7 @@ class MatrixGameVideo(ComposedPipeline):
     distilled: ClassVar[bool] = False
     required: ClassVar[tuple[str, ...]] = ("transformer", "vae", "image_encoder")
     tasks: ClassVar[tuple[str, ...]] = ("i2v",)
-    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross", "mouse", "keyboard")
+    attention_roles: ClassVar[tuple[str, ...]] = tuple(map(Role, ("self", "cross", "mouse", "keyboard")))
 
     @property
     def inputs(self) -> Mapping[str, bool]:

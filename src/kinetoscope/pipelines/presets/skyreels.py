@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import kinetoscope.loading.clip_processor  # noqa: F401 - registers the processor
+from kinetoscope.attention import Role
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.loading import register_transformer
 from kinetoscope.loading.transformers_models import register_image_processor, register_transformers_model
@@ -32,7 +33,7 @@ class SkyReelsTextToVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
-    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     fallback: ClassVar[str] = "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers"
     """The published model whose settings a directory of another name gets."""
 
