@@ -168,7 +168,7 @@ class StepCache(Interceptor):
     ) -> list[Any]:
         """The memory of each row; empty where it is of another network, or not of the step before."""
         network = calls[0].block  # an expert is known by its first block
-        if run.network is not network:
+        if run.network != network:
             run.network, run.rows = network, {}
         for key in keys:
             known = run.rows.get(key)

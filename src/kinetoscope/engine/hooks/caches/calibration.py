@@ -101,7 +101,7 @@ class CacheCalibration(Interceptor):
             now = _Past(step.index, network, residual[i : i + 1], own)
             before = past.get(key)
             past[key] = now
-            if before is None or before.step != step.index - 1 or before.network is not network:
+            if before is None or before.step != step.index - 1 or before.network != network:
                 continue
             magnitude = (_norms(now.residual) / (_norms(before.residual) + TINY)).mean().item()
             change = relative_changes(now.residual, [before.residual])[0]

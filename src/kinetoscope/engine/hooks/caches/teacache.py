@@ -56,7 +56,7 @@ class TeaCache(StepCache):
         return value
 
     def _rows(self, run: CacheRun, keys: Any, step: Any, calls: Sequence[BlockCall]) -> list[Any]:
-        if run.network is not None and run.network is not calls[0].block:
+        if run.network not in (None, calls[0].block):
             raise CompositionError("teacache: its coefficients are of one network, and this run has two experts")
         return super()._rows(run, keys, step, calls)
 
