@@ -28,6 +28,8 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frames", type=int, metavar="N", help="number of frames")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     group.add_argument("--guidance-scale", type=float, metavar="W", help="classifier-free guidance; 1 is off")
+    group.add_argument("--guidance", metavar="SPEC", help="kind of guidance: cfg, cfg-zero, apg, cfg:reuse=0.5, ...")
+    group.add_argument("--guidance-rescale", type=float, metavar="PHI", help="of arXiv 2305.08891, in [0, 1]")
     group.add_argument("--guidance-scale-2", type=float, metavar="W", help="of the low-noise expert (Wan 2.2)")
     group.add_argument("--flow-shift", type=float, metavar="S", help="shift of the noise schedule")
     group.add_argument("--scheduler", metavar="NAME", help="unipc, euler or dpm++")
@@ -42,6 +44,8 @@ def video_fields(args: argparse.Namespace) -> dict[str, Any]:
         "num_frames": args.frames,
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
+        "guidance": args.guidance,
+        "guidance_rescale": args.guidance_rescale,
         "guidance_scale_2": args.guidance_scale_2,
         "flow_shift": args.flow_shift,
         "scheduler": args.scheduler,
@@ -96,7 +100,18 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
         "--attention", default="auto", metavar="NAME", help="attention backend, see `kinetoscope doctor`"
     )
     group.add_argument("--cfg", default="auto", help="guidance branches: auto, sequential or batched (default: auto)")
+    group.add_argument(
+        "--cache", metavar="SPEC", help="a step cache, for instance fbcache:threshold=0.05 (see docs/caches.md)"
+    )
     group.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow first step)")
+    group.add_argument("--compile-mode", metavar="MODE", help="default, reduce-overhead or max-autotune")
+    group.add_argument(
+        "--quantize", metavar="KIND", help="8-bit weights: int8, int8-dynamic, fp8 or fp8-dynamic (lossy)"
+    )
+    group.add_argument(
+        "--offload", metavar="KIND", help="weights that are not used rest on the host: components, blocks"
+    )
+    group.add_argument("--vae", default="whole", metavar="MODE", help="decoding: whole, streaming or tiled (lossy)")
     group.add_argument(
         "--lora", action="append", metavar="FILE[:WEIGHT]",
         help="a LoRA file (repeatable); for models with two transformers transformer=FILE, transformer_2=FILE or "
@@ -107,8 +122,9 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 
 def compute_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `from_pretrained` that `add_compute_options` gave."""
-    names = ("device", "dtype", "threads", "attention", "cfg", "compile", "lora", "perf_logging")
-    return {name: getattr(args, name) for name in names}
+    names = ("device", "dtype", "threads", "attention", "cfg", "cache", "compile", "lora", "perf_logging")
+    memory = ("quantize", "offload", "vae")
+    return {name: getattr(args, name) for name in (*names, *memory)} | {"compile": args.compile_mode or args.compile}
 
 
 def read_prompts(path: str) -> list[str]:
