@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     with RunProgress() as progress:
         if args.videos:
             ab.check_thresholds_of_files(asked)
-            out = ab.compare_files(*map(Path, args.videos), progress.items)
+            first, second = map(Path, args.videos)
+            out = ab.compare_files(first, second, progress.items)
         else:
             out = ab.compare_configurations(_plan(args, folder), progress.event, progress.items)
     comparison = out.comparison
