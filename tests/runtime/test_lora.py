@@ -447,3 +447,61 @@ def test_specifications_that_are_none(spec: Any) -> None:
 )
 def test_text_of_a_specification(text: str, spec: dict[str, Any]) -> None:
     assert lora_specs(text) == [spec]
+
+
+# -- with other options -----------------------------------------------------------------------------------------------
+
+
+def test_a_session_keeps_what_it_began_with(tmp_path: Path) -> None:
+    from pipelines.test_causal_wan import make_directory
+
+    generator = VideoGenerator.from_pretrained(make_directory(tmp_path / "model"), device="cpu", dtype="float32")
+    width = generator.pipeline.get_module("transformer").proj_out.in_features
+    change = {"diffusion_model.blocks.0.self_attn.o.diff_b": torch.ones(width)}
+    generator.load_lora(write(tmp_path / "a.safetensors", change))
+    fields: dict[str, Any] = {"height": 32, "width": 48, "seed": 2}
+    with generator.start_session("a red circle", **fields) as session:
+        expected = [session.step(), session.step()]
+    session = generator.start_session("a red circle", **fields)
+    first = session.step()
+    generator.set_lora({})
+    assert (first == expected[0]).all() and (session.step() == expected[1]).all()
+    with pytest.raises(CompositionError, match="in progress"):
+        generator.start_session("a red circle", **fields)
+    session.close()
+    with generator.start_session("a red circle", **fields) as plain:
+        assert (plain.step() != first).any()
+    with pytest.raises(Exception, match="latents"):  # a session that never began holds nothing
+        generator.start_session("a red circle", latents=torch.zeros(1), **fields)
+    generator.set_lora({"a": 1.0})
+    with generator.start_session("a red circle", **fields) as again:
+        assert (again.step() == first).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offload": "components"},
+        {"offload": "blocks"},
+        {"quantize": "int8", "offload": "blocks"},
+        {"cfg": "batched", "cache": "fbcache:threshold=0.0"},
+    ],
+    ids=str,
+)
+def test_options_compose(tiny: Path, files: dict[str, Path], options: dict[str, Any]) -> None:
+    """The video of weights that were merged by hand; with offload, bit for bit the one without."""
+    if "quantize" in options:
+        pytest.importorskip("torchao")
+    generator = VideoGenerator.from_pretrained(tiny, device="cpu", lora=files["one"], **options)
+    got = latents(generator)
+    plain = {k: v for k, v in options.items() if k != "offload"}
+    if len(plain) < len(options):
+        expected = latents(VideoGenerator.from_pretrained(tiny, device="cpu", lora=files["one"], **plain))
+        assert torch.equal(got, expected)
+    else:
+        by_hand = merged(tiny, ("transformer", deltas(PAIRS["one"]), 1.0)).pipeline.loaded_modules()
+        expected = latents(VideoGenerator.from_pretrained(tiny, device="cpu", modules=by_hand, **options))
+        near(got, expected, latents(merged(tiny)))
+    generator.unload_lora("one")
+    base = VideoGenerator.from_pretrained(tiny, device="cpu", **options)
+    assert torch.equal(latents(generator), latents(base))

@@ -9,11 +9,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from kinetoscope.cli import ab, doctor, evaluate, explain, generate, info, models, replay, stream, train
+from kinetoscope.cli import ab, calibrate, doctor, evaluate, explain, generate, info, models, replay, stream, train
 from kinetoscope.core.errors import KinetoscopeError, RunCancelled
 from kinetoscope.core.version import __version__
 
-COMMANDS = (generate, stream, models, info, replay, doctor, ab, explain, train, evaluate)
+COMMANDS = (generate, stream, models, info, replay, doctor, ab, explain, calibrate, train, evaluate)
+
+CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+"""Loggers of optional packages that tell, each time they are imported, of kernels that were not built for here."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Messages()])
     logging.getLogger("kinetoscope").setLevel(logging.INFO)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return args.run(args)
     except KeyboardInterrupt:

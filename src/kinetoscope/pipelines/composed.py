@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from kinetoscope.core.errors import ConfigError, ModelLoadError
+from kinetoscope.core.errors import ConfigError, InputError, ModelLoadError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.protocols import Event
@@ -142,6 +142,23 @@ class ComposedPipeline:
     def rows(self, params: SamplingParams) -> int:
         """Rows of a step for one sample."""
         return 2 if params.guided else 1
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse what means nothing to this model.
+
+        Raises:
+            InputError: a kind of guidance for a run that evaluates one branch alone.
+        """
+        if params.guidance is not None and self.rows(params) == 1:
+            raise InputError(
+                f"guidance={params.guidance!r} needs an unconditional row, and this run has none; set guidance_scale "
+                "above 1, if the model is not distilled"
+            )
+
+    @classmethod
+    def teacache_coefficients(cls, model: ModelDir) -> Sequence[float] | None:
+        """TeaCache's polynomial, highest power first, where one was published for this very network; else None."""
+        return None
 
     # -- streams, for subclasses that make them -----------------------------------------------------------------------
 

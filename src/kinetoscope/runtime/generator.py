@@ -17,6 +17,7 @@ from kinetoscope.core.config import settings
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks import Hook, PerfLoggingHook
+from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.engine.rows import CFG_PLANS
 from kinetoscope.loading import ModelDir, resolve_model
@@ -24,6 +25,7 @@ from kinetoscope.media import Clip, Picture, write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
 from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
 from kinetoscope.pipelines.stages.validation import check_params
+from kinetoscope.runtime.caches import open_cache
 from kinetoscope.runtime.care import Care
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
 from kinetoscope.runtime.lora import Lora, Loras, LoraSpec, lora_specs
@@ -87,8 +89,11 @@ class VideoGenerator:
         scheduler: str | None = None,
         attention: str | Mapping[str, str] = "auto",
         cfg: str = "auto",
+        cache: str | None = None,
         compile: bool | str = False,
         quantize: str | None = None,
+        offload: str | None = None,
+        vae: str = "whole",
         autocast: bool = False,
         hooks: Sequence[Hook] = (),
         perf_logging: bool | None = None,
@@ -106,11 +111,16 @@ class VideoGenerator:
             scheduler: "unipc", "euler" or "dpm++" instead of the directory's own.
             attention: a backend for all roles, or role -> backend; "auto" chooses and `kinetoscope doctor` says why.
             cfg: "sequential", "batched" or "auto": how the branches of guidance are executed.
+            cache: a step cache with its settings, for instance "fbcache:threshold=0.05" (docs/caches.md); lossy.
             compile: compile the transformer's blocks with `torch.compile`: True, or a mode ("default",
                 "reduce-overhead", "max-autotune"); needs a C++ compiler or Triton, and the first step takes seconds to
                 minutes.
             quantize: store the weights of the transformer's blocks in 8 bits: "int8", "int8-dynamic", "fp8" or
                 "fp8-dynamic"; needs torchao, and changes the video a little.
+            offload: keep weights in host memory while they are not used: "components" (each is on the device while its
+                stage runs) or "blocks" (and of the transformer two blocks at a time); the same video, more slowly.
+            vae: how latents are decoded: "whole", "streaming" (one latent frame at a time: the same frames in less
+                memory; Wan's VAE) or "tiled" (in overlapping tiles that are blended: other frames, less memory).
             autocast: keep weights in float32 and compute under `torch.autocast(dtype)`.
             hooks: engine hooks of every run.
             perf_logging: log step times; None reads `KINETOSCOPE_DENOISING_PERF_LOGGING`.
@@ -135,22 +145,31 @@ class VideoGenerator:
         roles = pipeline_class(directory).attention_roles
         table = resolve_attention(attention, capabilities(place.type, number), roles)
         watch = settings().denoising_perf_logging if perf_logging is None else perf_logging
+        hooks = [*hooks, *([PerfLoggingHook()] if watch else [])]
+        if cache is not None:
+            step_cache, cache = open_cache(cache, directory)
+            hooks = arrange([*hooks, step_cache])
         args = ExecutionArgs(place, number, autocast=autocast, cfg=cfg, attention=table)
+        care = Care(args, compile=compile, quantize=quantize, offload=offload, vae=vae, modules=modules)
         pipeline = build_pipeline(
             directory,
             args,
-            hooks=[*hooks, *([PerfLoggingHook()] if watch else [])],
+            hooks=hooks,
             modules=modules,
-            care=Care(args, compile=compile, quantize=quantize, modules=modules),
+            care=care,
         )
+        care.attach(pipeline)
         generator = cls(
             pipeline,
             {
                 "scheduler": scheduler,
                 "attention": attention if isinstance(attention, str) else dict(attention),
                 "cfg": cfg,
+                "cache": cache,
                 "compile": compile,
                 "quantize": quantize,
+                "offload": offload,
+                "vae": vae,
                 "autocast": autocast,
             },
         )
@@ -249,6 +268,7 @@ class VideoGenerator:
         on_event: Callable[[RunEvent], None] | None = None,
         *,
         guidance_rescale: float | None = None,
+        guidance: str | None = None,
         flow_shift: float | None = None,
         scheduler: str | None = None,
         trace: bool = False,
@@ -277,6 +297,8 @@ class VideoGenerator:
             output_path: where to write: an .mp4 file; or a directory, which gets one file a prompt; or one path each.
             on_event: called with every stage and step event.
             guidance_rescale: phi of arXiv 2305.08891.
+            guidance: its kind with parameters, for instance "cfg-zero", "apg:eta=0,norm=15" or "cfg:reuse=0.5"; see
+                `diffusion.guidance.Guidance`.
             flow_shift, scheduler: instead of the model's.
             trace: record every step in `result.logging_info["step_trace"]`.
             hooks: engine hooks of this call.
@@ -310,6 +332,7 @@ class VideoGenerator:
             latents,
             output_path,
             guidance_rescale,
+            guidance,
             flow_shift,
             scheduler,
             trace,
@@ -406,6 +429,7 @@ class VideoGenerator:
         follows = "control" in pipeline.tasks
         plan = request.plan(self.defaults(), pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
                             continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
+        pipeline.check(plan.params)
         return self._run_plan(plan, request.batch_size or self._batch_size(plan.params))
 
     def _run_plan(self, plan: VideoPlan, size: int) -> Generator[RunEvent, None, list[GenerationResult]]:

@@ -55,6 +55,7 @@ def make_record(
         given: latents, images and videos that the caller gave, by name; a record can name but not hold them.
         digest: of the frames (`frames_digest`), where the batch does not hold them.
     """
+    cache = str(options.get("cache") or "").partition(":")[0]  # made again from the option
     return {
         "format": FORMAT,
         "prompt": batch.prompts[index],
@@ -73,7 +74,9 @@ def make_record(
         "device": str(pipeline.args.device),
         "dtype": dtype_name(pipeline.args.dtype),
         "threads": torch.get_num_threads(),
-        "interceptors": [h.name for h in [*pipeline.hooks, *batch.hooks] if isinstance(h, Interceptor)],
+        "interceptors": [
+            h.name for h in [*pipeline.hooks, *batch.hooks] if isinstance(h, Interceptor) and h.name != cache
+        ],
         "versions": versions(),
         "frames_sha256": digest or frames_digest(batch.frames[index]),
     }

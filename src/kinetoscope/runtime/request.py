@@ -40,6 +40,7 @@ class VideoRequest:
     latents: Tensor | None = None
     output_path: str | Path | Sequence[str | Path] | None = None
     guidance_rescale: float | None = None
+    guidance: str | None = None
     flow_shift: float | None = None
     scheduler: str | None = None
     trace: bool = False
@@ -85,6 +86,7 @@ class VideoRequest:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             guidance_rescale=self.guidance_rescale,
+            guidance=self.guidance,
             flow_shift=self.flow_shift,
             scheduler=self.scheduler,
             guidance_scale_2=self._second_scale(defaults),

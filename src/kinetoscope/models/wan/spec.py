@@ -17,10 +17,12 @@ __all__ = [
     "FUN_PRESETS",
     "NEGATIVE_PROMPT",
     "PRESETS",
+    "TEACACHE",
     "TEXT_LENGTH",
     "WanConfig",
     "forward_flops",
     "nearest_preset",
+    "teacache_coefficients",
 ]
 
 CONVENTION = Convention(prediction="flow", interpolant="linear", timestep_scale=1000.0, default_shift=3.0)
@@ -76,6 +78,33 @@ FUN_PRESETS: dict[str, SamplingParams] = {
     FUN_CAMERA: _preset(_480P, **_FUN),
     "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control-Camera": _preset(_480P, **_FUN),
 }
+
+
+# TeaCache's polynomials on the projected time embedding ("retention" mode), highest power first: github
+# ali-vilab/TeaCache, TeaCache4Wan2.1/teacache_generate.py. Of the networks named and no others.
+TEACACHE: dict[str, tuple[float, ...]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (
+        -5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02
+    ),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (
+        -3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01
+    ),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": (
+        2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01
+    ),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": (
+        8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02
+    ),
+}  # fmt: skip
+
+
+def teacache_coefficients(name: str, config: WanConfig) -> tuple[float, ...] | None:
+    """The published polynomial of a model, by its name or, where only one model has them, by its sizes."""
+    if name in TEACACHE or config.in_channels != 16 or config.out_channels != 16:
+        return TEACACHE.get(name)
+    sizes = {(1536, 8960, 30): "T2V-1.3B", (5120, 13824, 40): "T2V-14B"}
+    known = sizes.get((config.dim, config.ffn_dim, config.num_layers))
+    return None if known is None else TEACACHE[f"Wan-AI/Wan2.1-{known}-Diffusers"]
 
 
 def nearest_preset(config: WanConfig, index: Mapping[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from kinetoscope.attention import Role
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.strategies.experts import ExpertStrategy
@@ -103,6 +104,13 @@ class WanTextToVideo(ComposedPipeline):
     def defaults(self) -> SamplingParams:
         """The directory's own defaults over the preset of its published name or size."""
         return sampling_defaults(self.model)
+
+    @classmethod
+    def teacache_coefficients(cls, model: ModelDir) -> Sequence[float] | None:
+        """Of Wan 2.1 as published: not of distilled and control models, which have the same sizes."""
+        if cls not in (WanTextToVideo, WanImageToVideo, WanVideoToVideo) or model.model_index.get("expand_timesteps"):
+            return None
+        return spec.teacache_coefficients(model.name, original.read_config(model.config("transformer")))
 
     def forward_flops(self, tokens: int) -> float:
         """See `spec.forward_flops`; the text counts at its padded length."""

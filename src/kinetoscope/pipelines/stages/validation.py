@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.diffusion.guidance import Guidance
 from kinetoscope.diffusion.scheduler import SCHEDULERS
 from kinetoscope.pipelines.stages.base import Stage
 
@@ -90,6 +91,10 @@ def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
     _check_number("num_inference_steps", params.num_inference_steps, 1, MAX_STEPS, whole=True)
     _check_number("guidance_scale", params.guidance_scale, 1, MAX_GUIDANCE, hint="; 1 switches guidance off")
     _check_number("guidance_rescale", 0.0 if params.guidance_rescale is None else params.guidance_rescale, 0, 1)
+    if params.guidance is not None:
+        if not isinstance(params.guidance, str):
+            raise InputError(f"guidance={params.guidance!r} is not text such as 'cfg-zero' or 'apg:eta=0'")
+        Guidance.make(2.0, 0.0, params.guidance)
     _check_number("fps", params.fps, 1, MAX_FPS)
     if params.guidance_scale_2 is not None:
         _check_number("guidance_scale_2", params.guidance_scale_2, 1, MAX_GUIDANCE, hint="; 1 switches guidance off")
