@@ -70,7 +70,15 @@ class EDMAdapter(SchedulerAdapter):
         """
         if schedule.pop("sigmas", None) is not None or schedule.pop("mu", None) is not None:
             raise ConfigError("EDM schedules take neither sigmas nor mu")
-        return ScheduleRun(_EDMEuler(self.config), num_steps, torch.device(device), **schedule)
+        return _EDMRun(_EDMEuler(self.config), num_steps, torch.device(device), **schedule)
+
+
+class _EDMRun(ScheduleRun):
+    """A run whose predictions are estimates of the clean sample."""
+
+    def clean(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
+        """The prediction itself."""
+        return prediction
 
 
 class _EDMEuler:

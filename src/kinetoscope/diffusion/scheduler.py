@@ -140,6 +140,11 @@ class ScheduleRun:
         """The sample after step `index`, float32: [B, ...] prediction and sample in float32."""
         return self._scheduler.step(prediction, self.timesteps[index], sample, return_dict=False)[0]
 
+    def clean(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
+        """The clean sample that `prediction` stands for at step `index`, float32: all these schedules take flow
+        predictions."""
+        return sample - self.sigmas[index] * prediction
+
 
 def as_floats(values: Tensor) -> list[float]:
     """A 1-D tensor as Python numbers."""
