@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     for dtype, table in facts["attention"].items():
         print(f"attention in {dtype} on {facts['device']}")
         for role, choice in table["roles"].items():
-            print(f"  {role:6} {choice['backend']:8} {choice['reason']}")
-        for backend, why in table["refused"].items():
-            print(f"  refused: {backend}: {why}")
+            print(f"  auto for {role:6} {choice['backend']:8} {choice['reason']}")
+        for name, facts_of in table["backends"].items():
+            print(f"  {name:14} {facts_of['serves']:17} {facts_of['exactness']:6} {facts_of['why']}".rstrip())
     return 0

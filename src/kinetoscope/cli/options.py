@@ -97,8 +97,10 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     group.add_argument(
-        "--attention", default="auto", metavar="NAME", help="attention backend, see `kinetoscope doctor`"
-    )
+        "--attention", default="auto", metavar="SPEC",
+        help="attention backend or sparse kind, see `kinetoscope doctor` and docs/attention.md: sdpa, "
+        "vsa:sparsity=0.8, 'self=flash2;cross=sdpa'",
+    )  # fmt: skip
     group.add_argument("--cfg", default="auto", help="guidance branches: auto, sequential or batched (default: auto)")
     group.add_argument(
         "--cache", metavar="SPEC", help="a step cache, for instance fbcache:threshold=0.05 (see docs/caches.md)"

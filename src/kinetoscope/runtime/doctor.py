@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from kinetoscope.attention import capabilities, resolve_attention
+from kinetoscope.attention import BACKENDS, SPARSE, Capabilities, Role, capabilities, resolve_attention
 from kinetoscope.runtime.device import dtype_name, resolve_device, resolve_dtype
 from kinetoscope.runtime.record import versions
 
-ROLES = ("self", "cross")
+ROLES = (Role("self", grid=True), Role("cross", key_bias=True))
 
 
 def slow_dtypes(device: torch.device) -> dict[str, str]:
@@ -21,12 +21,33 @@ def slow_dtypes(device: torch.device) -> dict[str, str]:
     return {}
 
 
+def attention_backends(served: Capabilities) -> dict[str, dict[str, str]]:
+    """Every backend and sparse kind by name.
+
+    Returns:
+        name -> {"serves": "yes", "without key bias" or "no"; "exactness": "exact" or "lossy"; "why": what it cannot
+        do and what to install, or what it approximates}.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, backend in BACKENDS.items():
+        refused, unbiased = served.refused.get(name), served.without_bias.get(name)
+        found[name] = {
+            "serves": "no" if refused else "without key bias" if unbiased else "yes",
+            "exactness": "lossy" if backend.lossy else "exact",
+            "why": "; ".join(filter(None, (refused or unbiased, backend.lossy))),
+        }
+    for name, kind in SPARSE.items():
+        found[name] = {"serves": "yes", "exactness": "lossy", "why": f"video tokens only; {kind.lossy}"}
+    return found
+
+
 def examine(device: str = "auto") -> dict[str, Any]:
     """Facts for `kinetoscope doctor`, fit for JSON.
 
     Returns:
         versions, devices, threads, the default device and dtype, and for each dtype the attention table: role ->
-        {backend, reason}, with the backends that cannot serve and why.
+        {backend, reason}, with the backends that cannot serve and why, and all backends and sparse kinds (see
+        `attention_backends`).
 
     Raises:
         ConfigError: no such device.
@@ -39,6 +60,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         tables[dtype_name(dtype)] = {
             "roles": {role: {"backend": c.backend, "reason": c.reason} for role, c in choices.items()},
             "refused": dict(served.refused),
+            "backends": attention_backends(served),
         }
     return {
         "versions": versions(),
