@@ -88,7 +88,7 @@ def test_given_frames_stay_as_they_are() -> None:
 
 def test_without_a_schedule_the_sample_is_shown() -> None:
     seen: list[Preview] = []
-    hook = PreviewHook(some_map(), seen.append)
+    hook = PreviewHook(some_map(), lambda preview, batch: seen.append(preview))
     state = state_of(None, noise(9))
     hook.on_run_start(state)
     hook.on_step_start(state, Step(0, 1, 1.0))
@@ -109,7 +109,7 @@ def test_colours_are_the_map() -> None:
 @pytest.mark.parametrize(("every", "shown"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3, 4]), (9, [0, 4])])
 def test_every_few_steps_and_the_last(every: int, shown: list[int]) -> None:
     seen: list[Preview] = []
-    hook = PreviewHook(some_map(), seen.append, every)
+    hook = PreviewHook(some_map(), lambda preview, batch: seen.append(preview), every)
     state = state_of(runs()["euler"], noise(12))
     for index in range(5):
         step = Step(index, 5, 1.0, guided=noise(13))

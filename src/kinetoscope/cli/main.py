@@ -9,11 +9,24 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from kinetoscope.cli import ab, calibrate, doctor, evaluate, explain, generate, info, models, replay, stream, train
+from kinetoscope.cli import (
+    ab,
+    calibrate,
+    doctor,
+    evaluate,
+    explain,
+    fit_preview,
+    generate,
+    info,
+    models,
+    replay,
+    stream,
+    train,
+)
 from kinetoscope.core.errors import KinetoscopeError, RunCancelled
 from kinetoscope.core.version import __version__
 
-COMMANDS = (generate, stream, models, info, replay, doctor, ab, explain, calibrate, train, evaluate)
+COMMANDS = (generate, stream, models, info, replay, doctor, ab, explain, calibrate, fit_preview, train, evaluate)
 
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
 """Loggers of optional packages that tell, each time they are imported, of kernels that were not built for here."""

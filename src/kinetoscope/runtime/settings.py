@@ -21,7 +21,7 @@ from kinetoscope.runtime.request import VideoRequest
 
 NOT_TEXT = {"hooks", "modules", "latents", "extra"}
 """Values of a program."""
-PER_VIDEO = {"prompt", "seed", "output_path", "batch_size", "trace"}
+PER_VIDEO = {"prompt", "seed", "output_path", "batch_size", "trace", "preview"}
 """What the caller of a comparison sets for each video."""
 SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.types import ForwardBatch
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.protocols import Step, StrategyState
 
@@ -67,7 +68,7 @@ class PreviewHook(Hook):
 
     Args:
         preview_map: of the model's VAE.
-        on_preview: called after a step.
+        on_preview: called after a step with the preview and the request it is of.
         every: of so many steps one; the last of a run or block is always shown.
 
     Raises:
@@ -77,7 +78,9 @@ class PreviewHook(Hook):
     name: ClassVar[str] = "preview"
     order: ClassVar[int] = 30
 
-    def __init__(self, preview_map: PreviewMap, on_preview: Callable[[Preview], None], every: int = 1) -> None:
+    def __init__(
+        self, preview_map: PreviewMap, on_preview: Callable[[Preview, ForwardBatch], None], every: int = 1
+    ) -> None:
         if every < 1:
             raise ConfigError(f"a preview every {every} steps is not possible; use 1 or more")
         self.preview_map = preview_map
@@ -100,9 +103,8 @@ class PreviewHook(Hook):
             return
         found = clean_estimate(state, step, state.scratch[self])
         shown = state.latents if found is None else found
-        self.on_preview(
-            Preview(step.index, step.count, step.block, self.preview_map.frames(shown), clean=found is not None)
-        )
+        frames = self.preview_map.frames(shown)
+        self.on_preview(Preview(step.index, step.count, step.block, frames, clean=found is not None), state.batch)
 
 
 def clean_estimate(state: StrategyState, step: Step, before: Tensor) -> Tensor | None:
