@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.measure import RESULTS
 
-SCRIPTS = ("engine_overhead", "vs_diffusers")  # each in a process of its own, so that none warms up another
+SCRIPTS = ("attention", "engine_overhead", "vs_diffusers")  # each in its own process, so that none warms up another
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from kinetoscope.core.errors import CompositionError, ConfigError, InputError
 
 CPU = capabilities("cpu", torch.float32)
 WAN = (Role("self", grid=True), Role("cross", key_bias=True))
-GRIDS = [(4, 4, 8), (3, 5, 6), (1, 1, 7), (5, 3, 1)]
+GRIDS = [(4, 4, 4), (3, 5, 6), (1, 1, 7)]
 SPECS = [
     "sta:window=1,1,3,tile=2,2,2",
     "sta:window=2,1,3,tile=3,2,4",

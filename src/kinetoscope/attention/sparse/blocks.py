@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GATHERED = 2**22  # elements of keys gathered at a time
+GATHERED_IN_CACHE = 2**18  # elements of keys that a CPU gathers at a time; more leave its cache before they are read
+GATHERED = 2**26  # the same on other devices, so that a video's keys are not copied as often as they are seen at once
 
 
 class Others(NamedTuple):
@@ -40,7 +41,8 @@ def attend_tiles(
     index = index.expand(rows, heads, -1, -1)
     group = torch.arange(rows * heads, device=q.device).view(rows, heads, 1, 1) * key_tiles
     flat_k, flat_v = k.flatten(0, 2), v.flatten(0, 2)  # [R H U, C, D]
-    step = max(1, GATHERED // (rows * heads * chosen * key_size * channels))
+    gathered = GATHERED_IN_CACHE if q.device.type == "cpu" else GATHERED
+    step = max(1, gathered // (rows * heads * chosen * key_size * channels))
     done: list[Tensor] = []
     for start in range(0, tiles, step):
         part = index[:, :, start : start + step]  # [R, H, t, S]
