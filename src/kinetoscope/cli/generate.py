@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=float, help="frames a second of the file")
     parser.add_argument("--output", "-o", default=DEFAULT_OUTPUT, help="an .mp4 file, or a folder (default: outputs/)")
     parser.add_argument("--trace", action="store_true", help="write a record of every step as JSON beside the video")
+    parser.add_argument(
+        "--preview", metavar="FILE",
+        help="small frames of what each step predicts: a .png shows the latest while it runs, a .gif all of them",
+    )  # fmt: skip
+    parser.add_argument("--preview-map", metavar="FILE", help="made by fit-preview (default: the one beside the model)")
     add_video_options(parser)
     add_input_options(parser)
     add_compute_options(parser)
@@ -68,11 +73,25 @@ def run(args: argparse.Namespace) -> int:
         "negative_prompt": args.negative_prompt,
     }
     one = len(prompts) == 1
+    if args.preview_map and not args.preview:
+        raise InputError("--preview-map without --preview; give both")
+    previews = _preview_files(args.preview, len(prompts)) if args.preview else []
+    if previews:
+        fields["preview"] = args.preview_map or True
     output = [p for p in output_paths(args.output, prompts, seeds, one=one) if p]
     with RunProgress() as progress:
+
+        def event(event: Any) -> None:
+            progress.event(event)
+            if event.kind == "preview":
+                for offset, frames in enumerate(event.preview.frames):
+                    previews[event.first + offset].add(frames)
+
         results = generator.generate_video(
-            prompts, seed=seeds, output_path=output, on_event=progress.event, trace=args.trace, **fields
+            prompts, seed=seeds, output_path=output, on_event=event, trace=args.trace, **fields
         )
+    for file in previews:
+        file.finish()
     for result in results:
         params = result.params
         print(
@@ -81,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.trace:
             print(_write_trace(result))
+    for file in previews:
+        print(file.path)
     timings = results[-1].timings.items()
     print("  ".join(f"{stage.replace('_', ' ')} {seconds:.2f} s" for stage, seconds in timings if seconds >= 0.0005))
     return 0
@@ -95,3 +116,13 @@ def _write_trace(result: Any) -> Path:
     return write_text(
         result.path.with_suffix(".trace.json"), json.dumps(result.logging_info["step_trace"], indent=1) + "\n"
     )
+
+
+def _preview_files(name: str, count: int) -> list[Any]:
+    """One for each video, numbered where there are several."""
+    from kinetoscope.media import check_output
+    from kinetoscope.media.preview import SUFFIXES, PreviewFile
+
+    path = check_output(name, SUFFIXES)
+    paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+    return [PreviewFile(p) for p in paths]

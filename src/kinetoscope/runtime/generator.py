@@ -29,6 +29,7 @@ from kinetoscope.runtime.caches import open_cache
 from kinetoscope.runtime.care import Care
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
 from kinetoscope.runtime.lora import Lora, Loras, LoraSpec, lora_specs
+from kinetoscope.runtime.preview import PreviewEvent, Previews, load_preview_map
 from kinetoscope.runtime.record import make_record
 from kinetoscope.runtime.request import VideoPlan, VideoRequest
 from kinetoscope.runtime.session import Session, session_batch
@@ -36,7 +37,7 @@ from kinetoscope.runtime.session import Session, session_batch
 BATCH_TOKENS = 2048
 """Prompts of a list share a run while its rows have at most this many tokens; beyond, a batch only costs memory."""
 
-RunEvent = StageEvent | Event
+RunEvent = StageEvent | Event | PreviewEvent
 
 
 @dataclass(slots=True)
@@ -279,6 +280,7 @@ class VideoGenerator:
         video: Clip | None = None,
         strength: float | None = None,
         guidance_scale_2: float | None = None,
+        preview: bool | str | Path = False,
         **extra: Any,
     ) -> GenerationResult | list[GenerationResult]:
         """A video from a prompt, or a list of videos from a list of prompts. What is None comes from `defaults()`.
@@ -310,6 +312,8 @@ class VideoGenerator:
             strength: how much of it is noised, in (0, 1].
             guidance_scale_2: of the low-noise expert, for models with two; None: as a given `guidance_scale`, else the
                 model's.
+            preview: `on_event` also gets a `PreviewEvent` with small frames after every step; True uses the map beside
+                the model (`kinetoscope fit-preview`), a path another one. It changes nothing of the video.
             extra: parameters of the model's family by their published names.
 
         Returns:
@@ -343,6 +347,7 @@ class VideoGenerator:
             video,
             strength,
             guidance_scale_2,
+            preview,
             extra,
         )
         events = self._run(request)
@@ -378,7 +383,8 @@ class VideoGenerator:
             blocks: how many there will be, if that is known: a model or a script that does not last so long is
                 refused now.
             fields: of `generate_video`, but those of whole videos (`num_frames`, `output_path`, `latents`,
-                `batch_size`, `trace`); `seed` is one number. An image that becomes the first frame is the first block.
+                `batch_size`, `trace`, `preview`); `seed` is one number. An image that becomes the first frame is the
+                first block.
 
         Raises:
             CompositionError: the model makes no streams.
@@ -430,9 +436,16 @@ class VideoGenerator:
         plan = request.plan(self.defaults(), pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
                             continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
         pipeline.check(plan.params)
-        return self._run_plan(plan, request.batch_size or self._batch_size(plan.params))
+        previews = None
+        if request.preview is not False:
+            path = None if request.preview is True else Path(request.preview)
+            previews = Previews(load_preview_map(pipeline.model, path))
+            plan.hooks.append(previews.hook)
+        return self._run_plan(plan, request.batch_size or self._batch_size(plan.params), previews)
 
-    def _run_plan(self, plan: VideoPlan, size: int) -> Generator[RunEvent, None, list[GenerationResult]]:
+    def _run_plan(
+        self, plan: VideoPlan, size: int, previews: Previews | None
+    ) -> Generator[RunEvent, None, list[GenerationResult]]:
         results: list[GenerationResult] = []
         with self._loras.run():
             options = dict(self.options)  # LoRAs may be set for later runs before this one ends
@@ -447,7 +460,8 @@ class VideoGenerator:
                     hooks=list(plan.hooks),
                     **given,
                 )
-                batch = yield from self.pipeline.iterate(batch)
+                run = self.pipeline.iterate(batch)
+                batch = yield from run if previews is None else previews.among(run, start)
                 for index, path in enumerate(plan.paths[part]):
                     record = make_record(self.pipeline, options, batch, index, given)
                     results.append(_finish(batch, index, path, record))

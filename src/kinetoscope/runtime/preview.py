@@ -20,7 +20,7 @@ from kinetoscope.core.types import ForwardBatch
 from kinetoscope.engine.hooks.preview import Preview, PreviewHook, PreviewMap
 from kinetoscope.engine.protocols import StrategyState
 from kinetoscope.loading import ModelDir
-from kinetoscope.media import Array, fit_picture, read_video
+from kinetoscope.media import Array, fit_picture, load_picture, read_video
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.images import encode_video
 
@@ -176,7 +176,7 @@ def clips_of(folder: Path, geometry: Any, height: int, width: int, num_frames: i
     for file in files:
         frames, _ = read_video(file)
         count = min(num_frames, 1 + (len(frames) - 1) // geometry.temporal * geometry.temporal)
-        yield np.stack([fit_picture(f, height, width) for f in frames[:count]])
+        yield np.stack([fit_picture(load_picture(f), height, width) for f in frames[:count]])
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

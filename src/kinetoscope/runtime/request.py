@@ -51,6 +51,7 @@ class VideoRequest:
     video: Clip | None = None
     strength: float | None = None
     guidance_scale_2: float | None = None
+    preview: bool | str | Path = False
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def plan(

@@ -26,7 +26,7 @@ TEXT = "text_encoding"
 """The stage that a pipeline has if it reads prompts."""
 UNREAD = "(none)"
 """What stands for the prompt of a model that reads none, in its record too."""
-WHOLE = ("num_frames", "output_path", "latents", "batch_size", "trace")
+WHOLE = ("num_frames", "output_path", "latents", "batch_size", "trace", "preview")
 """Fields of a request that need a video with an end."""
 
 
