@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kinetoscope.core.errors import ConfigError, ModelLoadError
-from kinetoscope.core.lora import LowRank
+from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.loading import ModelDir, load_component
 from kinetoscope.loading.components import lora_target
-from kinetoscope.loading.lora import LoraFile, Target, lora_digest, read_lora
+from kinetoscope.loading.lora import LoraFile, Target, read_lora
 from kinetoscope.nn.lora import carrier_of
 from kinetoscope.pipelines import presets  # noqa: F401 - registers the families
-from lora_files import BLOCKS, DIM, FFN, deltas, factors, tensors, write
+from lora_files import DIM, deltas, factors, tensors, write
 from tiny import make_tiny_wan
 
 CPU = torch.device("cpu")
@@ -226,151 +223,88 @@ def test_bf16_weights_are_merged_in_float32_and_come_back(
 
 def test_every_family_under_the_names_of_wan(tmp_path: Path) -> None:
     """SkyReels-V2 and causal Wan are Wan's layers: LoRAs in its authors' names fit them too."""
-    from kinetoscope.loading.components import _KEY_MAPS  # pyright: ignore[reportPrivateUsage]
+    from kinetoscope.loading.components import _NAMES  # pyright: ignore[reportPrivateUsage]
 
     for name in ("WanTransformer3DModel", "SkyReelsV2Transformer3DModel", "CausalWanTransformer3DModel"):
-        rename: Any = _KEY_MAPS[name]
-        assert rename("blocks.3.cross_attn.o.weight") == "blocks.3.attn2.to_out.0.weight"
+        assert _NAMES[name][1]("blocks.3.cross_attn.o.weight") == "blocks.3.attn2.to_out.0.weight"
 
 
-# -- bad files --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("style", ["kohya", "comfyui", "peft"])
+def test_hunyuan_keeps_queries_keys_and_values_in_one_layer(tmp_path: Path, style: str) -> None:
+    """Their shares of the outputs go to our layers, as diffusers' own conversion says; by hand what it cannot convert:
+    the refiner, and single blocks of another width than the published one."""
+    from diffusers import HunyuanVideoTransformer3DModel
+    from diffusers.loaders.lora_conversion_utils import _convert_hunyuan_video_lora_to_diffusers as convert
 
+    from kinetoscope.models.hunyuan.original import lora_names
+    from models.tiny_hunyuan import TRANSFORMER
 
-def refused(path: Path, targets: dict[str, Target], *says: str, error: type[Exception] = ModelLoadError) -> None:
-    with pytest.raises(error) as caught:
-        read_lora(path, targets)
-    for part in says:
-        assert part in str(caught.value), str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_files_that_are_none(targets: dict[str, Target], tmp_path: Path) -> None:
-    refused(tmp_path / "no.safetensors", targets, "no.safetensors", "there is no")
-    refused(tmp_path, targets, "folder without adapter_model.safetensors")
-    path = write(tmp_path / "a.safetensors", tensors("kohya", factors()))
-    whole = path.read_bytes()
-    for size in (0, 7, 100, len(whole) - 5):
-        path.write_bytes(whole[:size])
-        refused(path, targets, "truncated or not a safetensors file")
-    (tmp_path / "a.pt").write_bytes(b"x")
-    refused(tmp_path / "a.pt", targets, "may run code")
-    refused(write(tmp_path / "b.safetensors", {}), targets, "no tensors")
-
-
-@pytest.mark.parametrize(
-    ("key", "says"),
-    [
-        ("diffusion_model.blocks.0.self_attn.q.dora_scale", "DoRA"),
-        ("base_model.model.blocks.0.attn1.to_q.lora_magnitude_vector", "DoRA"),
-        ("lora_unet_blocks_0_self_attn_q.hada_w1_a", "LoHa"),
-        ("lora_unet_blocks_0_self_attn_q.lokr_w1", "LoKr"),
-        ("lora_unet_blocks_0_self_attn_q.lora_mid.weight", "LoCon"),
-        ("diffusion_model.blocks.0.self_attn.q.set_weight", "replaced weights"),
-    ],
-)
-def test_other_kinds_are_refused_by_name(targets: dict[str, Target], tmp_path: Path, key: str, says: str) -> None:
-    path = write(tmp_path / "a.safetensors", {**tensors("comfyui", factors()), key: torch.ones(DIM)})
-    refused(path, targets, key, says, "not supported")
-
-
-def test_dora_in_the_configuration_is_refused(targets: dict[str, Target], tmp_path: Path) -> None:
-    write(
-        tmp_path / "adapter_model.safetensors",
-        {f"base_model.model.{k}": v for k, v in tensors("bare", factors()).items()},
-    )
-    for config, says in (
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_alpha": "x"}, "lora_alpha"),
-        ({"alpha_pattern": 3}, "alpha_pattern"),
-    ):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        refused(tmp_path, targets, says)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none(targets: dict[str, Target], tmp_path: Path, value: float) -> None:
-    content = tensors("kohya", factors(), 4.0)
-    for key in ("lora_unet_blocks_0_ffn_2.lora_up.weight", "lora_unet_blocks_0_ffn_2.alpha"):
-        bad = {k: v.clone() for k, v in content.items()}
-        bad[key].view(-1)[0] = value
-        refused(write(tmp_path / "a.safetensors", bad), targets, key, "NaN")
-
-
-def test_shapes_that_do_not_fit_are_named(targets: dict[str, Target], tmp_path: Path) -> None:
-    """As of a LoRA for Wan 14B on Wan 1.3B."""
-    wide = tensors("kohya", factors(dim=32, ffn=64))
-    refused(
-        write(tmp_path / "a.safetensors", wide), targets, "lora_unet_blocks_0_cross_attn_k.lora_down.weight",
-        "[32, 32]", "blocks.0.attn2.to_k.weight", f"[{DIM}, {DIM}]", "another size",
-    )  # fmt: skip
-    refused(write(tmp_path / "b.safetensors", {"blocks.0.self_attn.q.diff_b": torch.ones(FFN)}), targets,
-            "blocks.0.self_attn.q.diff_b", f"[{FFN}]", f"[{DIM}]")  # fmt: skip
-    name = "blocks.0.self_attn.q"
-    halves = {f"{name}.lora_A.weight": torch.ones(4, DIM), f"{name}.lora_B.weight": torch.ones(DIM, 3)}
-    refused(write(tmp_path / "c.safetensors", halves), targets, f"{name}.lora_A.weight", f"[4, {DIM}]", f"[{DIM}, 3]")
-    refused(write(tmp_path / "d.safetensors", {f"{name}.lora_B.weight": torch.ones(DIM, 3)}), targets, "counterpart")
-    alphas = tensors("bare", factors()) | {f"{name}.alpha": torch.ones(2)}
-    refused(write(tmp_path / "e.safetensors", alphas), targets, f"{name}.alpha", "one number")
-
-
-def test_a_lora_of_another_family_names_keys_and_styles(targets: dict[str, Target], tmp_path: Path) -> None:
-    names = [
-        f"lora_unet_double_blocks_{i}_img_attn_qkv.lora_{side}.weight" for i in range(3) for side in ("down", "up")
-    ]
-    path = write(tmp_path / "a.safetensors", {name: torch.ones(4, 4) for name in names})
-    refused(
-        path,
-        targets,
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
-        "and 2 more",
-        "kohya",
-        "ComfyUI",
-        "PEFT",
-    )
-
-
-def test_keys_that_do_nothing_are_told(targets: dict[str, Target], tmp_path: Path) -> None:
-    """Image layers of a text-to-video model, blocks it does not have, text encoders, unknown suffixes."""
-    content = tensors("kohya", factors(), 4.0)
-    extra = [
-        "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight", "lora_unet_blocks_0_cross_attn_k_img.lora_up.weight",
-        f"lora_unet_blocks_{BLOCKS}_self_attn_q.alpha", "lora_te_layers_0_q_proj.lora_down.weight",
-        "lora_unet_blocks_0_self_attn_q.what",
-    ]  # fmt: skip
-    file = read_lora(write(tmp_path / "a.safetensors", content | {k: torch.ones(4, 4) for k in extra}), targets)
-    assert sorted(file.unmatched) == sorted(extra) and file.matched == len(content)
-
-
-# -- two transformers -------------------------------------------------------------------------------------------------
-
-
-def test_experts(targets: dict[str, Target], tmp_path: Path) -> None:
-    two = targets | {"transformer_2": targets["transformer"]}
-    high, low = tensors("diffusers", factors(1)), tensors("diffusers-2", factors(2))
-    file = read_lora(write(tmp_path / "both.safetensors", high | low), two)
+    module = HunyuanVideoTransformer3DModel(**TRANSFORMER)
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    dim, draw = 32, torch.Generator().manual_seed(0)
+    sizes = {"img_attn_proj": 32, "txt_attn_proj": 32, "img_attn_qkv": 96, "txt_attn_qkv": 96, "img_mlp.fc1": 128,
+             "txt_mlp.fc1": 128, "img_mod.linear": 192, "txt_mod.linear": 192}  # fmt: skip
+    layers = {f"double_blocks.1.{name}": out for name, out in sizes.items()}
+    layers |= {"txt_in.individual_token_refiner.blocks.0.self_attn_qkv": 96, "single_blocks.0.linear1": 224}
+    if style == "comfyui":  # its own names of the same layers
+        changed = {"_attn_": "_attn.", "mlp.fc1": "mlp.0", "mod.linear": "mod.lin", "self_attn_qkv": "self_attn.qkv"}
+        for old, new in changed.items():
+            layers = {name.replace(old, new): out for name, out in layers.items()}
+    pairs = {
+        name: (torch.randn(4, dim, generator=draw), torch.randn(out, 4, generator=draw)) for name, out in layers.items()
+    }
+    stem = {"kohya": lambda n: f"lora_unet_{n.replace('.', '_')}", "comfyui": lambda n: f"diffusion_model.{n}",
+            "peft": lambda n: f"transformer.{n}"}[style]  # fmt: skip
+    content = {
+        f"{stem(n)}.{side}.weight": t
+        for n, p in pairs.items()
+        for side, t in zip(("lora_down", "lora_up"), p, strict=True)
+    }
+    file = read_lora(write(tmp_path / "a.safetensors", content), {"transformer": Target(shapes, lora_names)})
     assert file.unmatched == ()
-    for name, content in (("transformer", high), ("transformer_2", low)):
-        change = file.changes[name]["blocks.0.attn1.to_q.weight"][0]
-        assert isinstance(change, LowRank)
-        assert torch.equal(change.down, content[f"{name}.blocks.0.attn1.to_q.lora_A.weight"])
-    with pytest.raises(ConfigError, match="says itself"):
-        read_lora(tmp_path / "both.safetensors", two, "transformer")
-    assert set(read_lora(tmp_path / "both.safetensors", targets).unmatched) == low.keys()
+    got = {name: one.delta(shapes[name], CPU) for name, (one,) in file.changes["transformer"].items()}
+    single, refiner = (pairs.pop(next(n for n in pairs if n.startswith(start))) for start in ("single", "txt_in"))
+    qkv = ("attn.to_q", "attn.to_k", "attn.to_v")
+    for stem_, parts, (down, up) in (
+        ("single_transformer_blocks.0", (*qkv, "proj_mlp"), single),
+        ("context_embedder.token_refiner.refiner_blocks.0", qkv, refiner),
+    ):
+        rows = up.split([dim] * 3 + [128] * (len(parts) - 3))
+        for part, row in zip(parts, rows, strict=True):
+            torch.testing.assert_close(got.pop(f"{stem_}.{part}.weight"), row @ down)
+    theirs = {n.replace("_attn.", "_attn_").replace("mlp.0", "mlp.fc1").replace("mod.lin", "mod.linear")
+              .replace("mod.linearear", "mod.linear"): p for n, p in pairs.items()}  # fmt: skip
+    converted = convert(
+        {f"{n}.{side}.weight": t for n, p in theirs.items() for side, t in zip(("lora_A", "lora_B"), p, strict=True)}
+    )
+    expected = {
+        name.removeprefix("transformer.").replace("lora_A.", ""): converted[name.replace("lora_A", "lora_B")] @ down
+        for name, down in converted.items() if "lora_A" in name
+    }  # fmt: skip
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name])
 
-    path = write(tmp_path / "one.safetensors", tensors("kohya", factors(1)))
-    refused(path, two, "'transformer'", "'transformer_2'", "'both'", error=ConfigError)
-    for component, changed in (("transformer_2", ["transformer_2"]), ("both", ["transformer", "transformer_2"])):
-        assert list(read_lora(path, two, component).changes) == changed
-    with pytest.raises(ConfigError, match="no component 'transformer_2'"):
-        read_lora(path, targets, "transformer_2")
 
-
-def test_the_digest_sees_the_configuration(targets: dict[str, Target], tmp_path: Path) -> None:
-    write(tmp_path / "adapter_model.safetensors", tensors("bare", factors()))
-    plain = lora_digest(tmp_path)
-    seen = {plain}
-    for alpha in (1, 2):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
-        seen.add(read_lora(tmp_path, targets).sha256)
-    assert len(seen) == 3
-    assert load_file(tmp_path / "adapter_model.safetensors")  # untouched
+def test_longcat_has_a_factor_for_each_share_of_the_outputs(tmp_path: Path) -> None:
+    """github meituan-longcat/LongCat-Video, longcat_video/modules/lora_utils.py: chunks of lora_down(x), each through a
+    factor of its own; scaled by a stored alpha_scale."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"blocks.0.attn.qkv.weight": (36, 12), "blocks.0.attn.proj.weight": (12, 12)}
+    stem = "lora___lorahyphen___blocks___lorahyphen___0___lorahyphen___attn___lorahyphen___"
+    down, proj = torch.randn(6, 12, generator=draw), torch.randn(2, 12, generator=draw)
+    ups = [torch.randn(12, 2, generator=draw) for _ in range(3)]
+    content = {f"{stem}qkv.lora_down.weight": down, f"{stem}qkv.alpha_scale": torch.tensor(0.5)}
+    content |= {f"{stem}qkv.lora_up.blocks.{i}.weight": up for i, up in enumerate(ups)}
+    content |= {f"{stem}proj.lora_down.weight": proj, f"{stem}proj.lora_up.weight": ups[0].clone()}
+    file = read_lora(write(tmp_path / "a.safetensors", content), {"transformer": Target(shapes, str)})
+    assert file.unmatched == () and file.styles == ("longcat",)
+    x = torch.randn(5, 12, generator=draw)
+    chunks = nn.functional.linear(x, down).chunk(3, -1)
+    expected = 0.5 * torch.cat([nn.functional.linear(c, up) for c, up in zip(chunks, ups, strict=True)], -1)
+    found = {name: one.delta(shapes[name], CPU) for name, (one,) in file.changes["transformer"].items()}
+    torch.testing.assert_close(x @ found["blocks.0.attn.qkv.weight"].T, expected)
+    torch.testing.assert_close(found["blocks.0.attn.proj.weight"], ups[0] @ proj)
+    del content[f"{stem}qkv.lora_down.weight"]
+    with pytest.raises(ModelLoadError, match="counterpart"):
+        read_lora(write(tmp_path / "b.safetensors", content), {"transformer": Target(shapes, str)})

@@ -14,13 +14,14 @@ from kinetoscope.core.onednn import speed_up_convolutions
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 from kinetoscope.loading.directory import ModelDir
 from kinetoscope.loading.lora import Target
+from kinetoscope.loading.lora_keys import Rename
 from kinetoscope.loading.weights import KeyMap, load_weights, rename_key, tensor_names, tensor_shapes, weight_files
 
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _LOADERS: dict[str, Loader] = {}
-_KEY_MAPS: dict[str, KeyMap] = {}
-"""Class of a transformer -> how its weights are also named, where they are."""
+_NAMES: dict[str, tuple[KeyMap, Rename]] = {}
+"""Class of a transformer -> how weights are named that are stored otherwise, and how LoRA files name them."""
 
 
 def register_component(class_name: str, loader: Loader) -> None:
@@ -34,6 +35,7 @@ def register_transformer(
     read_config: Callable[[Mapping[str, Any]], Any],
     optional: Mapping[str, str] | None = None,
     key_map: KeyMap | None = None,
+    lora_names: Rename | None = None,
 ) -> None:
     """Register one of our own transformers.
 
@@ -44,6 +46,7 @@ def register_transformer(
         optional: boolean field of the configuration -> part of a tensor's name, for parts that config.json does not
             tell of: the field is true where the weights hold such a tensor.
         key_map: as in `load_weights`, for families whose weights are also published under other names.
+        lora_names: how LoRA files name its parameters, where that is not as `key_map` says.
     """
 
     def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -60,7 +63,7 @@ def register_transformer(
         return load_weights(module, model.folder(name), dtype=policy, device=device, key_map=key_map)
 
     register_component(class_name, load)
-    _KEY_MAPS[class_name] = key_map or {}
+    _NAMES[class_name] = (key_map or {}, lora_names or partial(rename_key, key_map=key_map or {}))
 
 
 def lora_target(model: ModelDir, name: str, module: nn.Module | None = None) -> Target:
@@ -70,11 +73,11 @@ def lora_target(model: ModelDir, name: str, module: nn.Module | None = None) -> 
         ModelLoadError: the files are missing or damaged.
     """
     class_name = model.components().get(name) or type(module).__name__
-    rename = partial(rename_key, key_map=_KEY_MAPS.get(class_name, {}))
+    key_map, rename = _NAMES.get(class_name, ({}, str))
     if module is not None:
         return Target({key: tuple(value.shape) for key, value in module.named_parameters()}, rename)
     stored = tensor_shapes(weight_files(model.folder(name)))
-    return Target({rename(key): shape for key, shape in stored.items()}, rename)
+    return Target({rename_key(key, key_map): shape for key, shape in stored.items()}, rename)
 
 
 def load_component(model: ModelDir, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:

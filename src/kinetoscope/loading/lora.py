@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from kinetoscope.core.errors import ConfigError, ModelLoadError
 from kinetoscope.core.lora import Change, Full, LowRank
 from kinetoscope.loading.directory import file_digest, read_json
-from kinetoscope.loading.lora_keys import STYLES, TWO, Key, Names, parse_key, refused_kind
+from kinetoscope.loading.lora_keys import STYLES, TWO, Key, Names, Rename, parse_key, refused_kind
 
 SHOWN = 4
 """Keys that a message names; the rest is counted."""
@@ -35,11 +35,11 @@ class Target:
 
     Attributes:
         shapes: of its parameters, by name.
-        rename: a published name of a tensor -> its parameter.
+        rename: a published name of a tensor -> its parameter, or the parameters that it joins.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    rename: Callable[[str], str]
+    rename: Rename
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,49 +137,68 @@ class _Finder:
     def _of_layer(self, layer: str, keys: Mapping[str, Key]) -> list[tuple[str, Change]]:
         made: list[tuple[str, Change]] = []
         scale = 1.0
-        if ("down" in keys or "up" in keys) and (name := self.names.find(layer, "down")) is not None:
+        low = [kind for kind in keys if kind.startswith(("down", "up")) and kind != "up_bias"]
+        if low and (names := self.names.find(layer, "down")):
             down, up = self._both(keys)
             scale = self._scale(layer, keys, down.shape[0])
-            self._check_pair(keys, name, down, up)
-            made.append((name, LowRank(down, up, scale)))
-            self._use(keys, "down", "up", "alpha")
+            self._check_pair(keys, names, down, up)
+            for name, part in zip(names, self._parts(up, names), strict=True):
+                made.append((name, LowRank(down, part, scale)))
+            self._use(keys, *low, "alpha", "alpha_scale")
         for kind in ("diff", "diff_b", "diff_m", "up_bias"):
-            if kind in keys and (name := self.names.find(layer, kind)) is not None:
-                value, needed = self.tensors[keys[kind].text], self.target.shapes[name]
+            if kind in keys and (names := self.names.find(layer, kind)):
+                value, needed = self.tensors[keys[kind].text], self._joined(names)
                 if _squeezed(value.shape) != _squeezed(needed):
-                    raise self._misfit(keys[kind].text, value.shape, name, needed)
-                made.append((name, Full(value, scale if kind == "up_bias" else 1.0)))
+                    raise self._misfit(keys[kind].text, value.shape, names, needed)
+                for name, part in zip(names, self._parts(value, names), strict=True):
+                    made.append((name, Full(part, scale if kind == "up_bias" else 1.0)))
                 self._use(keys, kind, "alpha")  # an alpha without a rank scales nothing
         return made
 
+    def _joined(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The shape of parameters joined along their first axis."""
+        shapes = [self.target.shapes[name] for name in names]
+        return (sum(s[0] for s in shapes), *shapes[0][1:])
+
+    def _parts(self, value: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
+        """The rows of `value` that belong to each parameter."""
+        return [value] if len(names) == 1 else value.split([self.target.shapes[name][0] for name in names])
+
     def _both(self, keys: Mapping[str, Key]) -> tuple[Tensor, Tensor]:
-        for there, lacking in (("down", "up"), ("up", "down")):
-            if there in keys and lacking not in keys:
-                raise ModelLoadError(f"{self.file}: {keys[there].text} has no counterpart; download the file again")
-        return self.tensors[keys["down"].text], self.tensors[keys["up"].text]
+        blocks = [kind for i in range(len(keys)) if (kind := f"up.{i}") in keys]
+        ups = blocks or [kind for kind in keys if kind == "up"]
+        for there, lacking in ((["down"], ups), (ups, ["down"])):
+            if there and there[0] in keys and not any(kind in keys for kind in lacking):
+                raise ModelLoadError(f"{self.file}: {keys[there[0]].text} has no counterpart; download the file again")
+        factors = [self.tensors[keys[kind].text] for kind in ups]
+        if any(factor.ndim != 2 for factor in factors) and blocks:
+            raise ModelLoadError(f"{self.file}: {keys[blocks[0]].text} and its like should be matrices")
+        return self.tensors[keys["down"].text], torch.block_diag(*factors) if blocks else factors[0]
 
     def _scale(self, layer: str, keys: Mapping[str, Key], rank: int) -> float:
-        if "alpha" in keys:
-            alpha = self.tensors[keys["alpha"].text]
-            if alpha.numel() != 1:
-                raise ModelLoadError(f"{self.file}: {keys['alpha'].text} should be one number; it is {[*alpha.shape]}")
-            return float(alpha.item()) / rank
+        for kind, divisor in (("alpha_scale", 1), ("alpha", rank)):
+            if kind in keys:
+                alpha = self.tensors[keys[kind].text]
+                if alpha.numel() != 1:
+                    raise ModelLoadError(f"{self.file}: {keys[kind].text} should be one number; it is {[*alpha.shape]}")
+                return float(alpha.item()) / divisor
         return self.config.scale(layer, rank)
 
-    def _check_pair(self, keys: Mapping[str, Key], name: str, down: Tensor, up: Tensor) -> None:
-        needed, (a, b) = self.target.shapes[name], (keys["down"].text, keys["up"].text)
+    def _check_pair(self, keys: Mapping[str, Key], names: Sequence[str], down: Tensor, up: Tensor) -> None:
+        needed, a = self._joined(names), keys["down"].text
+        b = next(key.text for kind, key in keys.items() if kind.startswith("up") and kind != "up_bias")
         if down.ndim < 2 or up.ndim < 2 or math.prod(up.shape[2:]) != 1 or up.shape[1] != down.shape[0]:
             raise ModelLoadError(
                 f"{self.file}: {a} {[*down.shape]} and {b} {[*up.shape]} are not the two factors of one matrix"
             )
         if up.shape[0] != needed[0] or math.prod(down.shape[1:]) != math.prod(needed[1:]):
             product = (up.shape[0], *down.shape[1:])
-            raise self._misfit(f"{a} with {b}", product, name, needed)
+            raise self._misfit(f"{a} with {b}", product, names, needed)
 
-    def _misfit(self, key: str, shape: Sequence[int], name: str, needed: Sequence[int]) -> ModelLoadError:
+    def _misfit(self, key: str, shape: Sequence[int], names: Sequence[str], needed: Sequence[int]) -> ModelLoadError:
         return ModelLoadError(
-            f"{self.file}: {key} changes a weight of shape {[*shape]}, but {name} of this model is {[*needed]}; "
-            "the LoRA is for a model of another size"
+            f"{self.file}: {key} changes a weight of shape {[*shape]}, but {' + '.join(names)} of this model is "
+            f"{[*needed]}; the LoRA is for a model of another size"
         )
 
     def _use(self, keys: Mapping[str, Key], *kinds: str) -> None:

@@ -7,14 +7,18 @@ write (see diffusers' lora_conversion_utils; github kohya-ss/musubi-tuner, comfy
     diffusers, PEFT   transformer.blocks.0.attn1.to_q.lora_A.weight, base_model.model.blocks.0...
     ComfyUI           diffusion_model.blocks.0.self_attn.q.lora_A.weight, .diff, .diff_b; blocks.0.diff_m
     kohya             lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
+    LongCat           lora___lorahyphen___blocks___lorahyphen___0..., .lora_up.blocks.0.weight, .alpha_scale
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+
+Rename = Callable[[str], str | Sequence[str]]
+"""A published name of a tensor -> our parameter, or those of ours that it joins along its first axis, in order."""
 
 TWO = "transformer_2"
 """The component that is the second of two transformers."""
@@ -30,7 +34,11 @@ _PREFIXES = (  # longest first: prefix, style, whether it means the second trans
     ("transformer_2.", "diffusers", True),
     ("transformer.", "diffusers", False),
     ("lora_unet_", "kohya", False),
+    ("lora.", "longcat", False),
 )
+_HYPHEN = "___lorahyphen___"
+"""LongCat's dot."""
+
 STYLES = (
     "diffusers and PEFT (transformer.<layer>.lora_A.weight, base_model.model.<layer>.lora_A.weight), "
     "kohya (lora_unet_<layer>.lora_down.weight, .alpha), ComfyUI (diffusion_model.<layer>.lora_A.weight, .diff, "
@@ -41,7 +49,8 @@ _LOW_RANK = re.compile(
     r"(?P<layer>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|lora_B|lora_up|lora\.up)"
     r"(?:\.(?!weight$|bias$)\w+)?\.(?P<leaf>weight|bias)"
 )
-_OTHER = re.compile(r"(?P<layer>.+)\.(?P<kind>alpha|diff|diff_b|diff_m|w_norm|b_norm)")
+_UP_PART = re.compile(r"(?P<layer>.+)\.lora_up\.blocks\.(?P<index>\d{1,3})\.weight")
+_OTHER = re.compile(r"(?P<layer>.+)\.(?P<kind>alpha|alpha_scale|diff|diff_b|diff_m|w_norm|b_norm)")
 _KINDS = {"w_norm": "diff", "b_norm": "diff_b"}  # LyCORIS' names of the same
 _REFUSED = (
     (re.compile(r"\.(dora_scale|lora_magnitude_vector)(\.|$)"), "DoRA"),
@@ -65,7 +74,8 @@ class Key:
         style: which program writes such keys; "bare" without a prefix.
         second: whether it names the second of two transformers.
         layer: the path between prefix and suffix.
-        kind: "down", "up", "up_bias", "alpha", "diff", "diff_b" or "diff_m"; None: no suffix that we know.
+        kind: "down", "up", "up_bias", "alpha", "alpha_scale", "diff", "diff_b" or "diff_m"; "up.0", "up.1", ... where
+            each part of the outputs has its own; None: no suffix that we know.
     """
 
     text: str
@@ -77,13 +87,15 @@ class Key:
 
 def parse_key(text: str) -> Key:
     """Take a key apart."""
-    style, second, rest = "bare", False, text
+    style, second, rest = "bare", False, text.replace(_HYPHEN, ".")
     while found := next((p for p in _PREFIXES if rest.startswith(p[0])), None):  # they may be nested
         rest, style, second = rest[len(found[0]) :], found[1], second or found[2]
     if match := _LOW_RANK.fullmatch(rest):
         down, bias = match["down"] is not None, match["leaf"] == "bias"
         kind = {(True, False): "down", (False, False): "up", (False, True): "up_bias"}.get((down, bias))
         return Key(text, style, second, match["layer"], kind)
+    if match := _UP_PART.fullmatch(rest):
+        return Key(text, style, second, match["layer"], f"up.{int(match['index'])}")
     if match := _OTHER.fullmatch(rest):
         return Key(text, style, second, match["layer"], _KINDS.get(match["kind"], match["kind"]))
     return Key(text, style, second, rest, None)
@@ -99,16 +111,16 @@ class Names:
 
     Args:
         shapes: the model's parameters.
-        rename: a published name -> the model's own.
+        rename: see `Rename`.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], str]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rename: Rename) -> None:
         self.shapes = shapes
         self._rename = rename
         self._masks: dict[str, tuple[str, ...]] = {}
 
-    def find(self, layer: str, kind: str) -> str | None:
-        """The parameter that a change of `kind` to `layer` is of; None: there is none."""
+    def find(self, layer: str, kind: str) -> tuple[str, ...]:
+        """The parameters that a change of `kind` to `layer` is of, one after the other; none: there are none."""
         leaves = {
             "diff": (".weight", ""),  # the second: a table that is itself a parameter
             "diff_b": (".bias",),
@@ -117,11 +129,13 @@ class Names:
         }.get(kind, (".weight",))
         for path in self._spellings(layer):
             for leaf in leaves:
-                if (name := self._rename(path + leaf)) in self.shapes:
+                found = self._rename(path + leaf)
+                names = (found,) if isinstance(found, str) else tuple(found)
+                if all(name in self.shapes for name in names):
                     if path != layer:
                         self._masks[re.sub(r"\d+", "#", layer)] = tuple(re.findall(r"[._]", path))
-                    return name
-        return None
+                    return names
+        return ()
 
     def _spellings(self, layer: str) -> Iterator[str]:
         """The path itself, then with underscores read as dots: as layers of the same name had them, then every way."""

@@ -18,7 +18,7 @@ from kinetoscope.loading.transformers_models import (
     register_tokenizer,
     register_transformers_model,
 )
-from kinetoscope.models.hunyuan import spec
+from kinetoscope.models.hunyuan import original, spec
 from kinetoscope.models.hunyuan.strategy import HunyuanFirstFrameStrategy, HunyuanStrategy
 from kinetoscope.models.hunyuan.transformer import HunyuanVideoTransformer3DModel
 from kinetoscope.pipelines.composed import ComposedPipeline
@@ -139,5 +139,8 @@ for _name in ("LlamaTokenizer", "LlamaTokenizerFast", "CLIPTokenizer", "CLIPToke
 for _name in ("CLIPImageProcessor", "CLIPImageProcessorPil"):
     register_image_processor(_name)
 register_transformer(
-    "HunyuanVideoTransformer3DModel", HunyuanVideoTransformer3DModel, spec.HunyuanVideoConfig.from_dict
+    "HunyuanVideoTransformer3DModel",
+    HunyuanVideoTransformer3DModel,
+    spec.HunyuanVideoConfig.from_dict,
+    lora_names=original.lora_names,
 )
