@@ -119,6 +119,10 @@ def test_two_experts_leave_the_rest_out(tmp_path: Path) -> None:
     assert result.latents.shape[1] == 5 and len(result.frames) == 17
     longer = make(ours, 17)[0]
     assert torch.equal(result.latents, longer.latents)
+    assert result.params.num_frames == result.record["params"]["num_frames"] == 17, "what was made, not what was asked"
+    noise = torch.randn(2, 16, 6, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(0))
+    cut = make(ours, 17, latents=noise[:, :, :5])[0]
+    assert torch.equal(make(ours, 21, latents=noise)[0].latents, cut.latents)
 
 
 def test_guidance_and_window_by_request(plain: Path) -> None:
@@ -163,7 +167,12 @@ def test_a_stream_is_the_offline_video(plain: Path) -> None:
         (21, {"context_noise": 1001}, "context_noise=1001"),
         (21, {"local_attn_size": "x"}, "local_attn_size='x'"),
         (21, {"local_attn_size": 6.0}, "local_attn_size=6.0"),
+        (21, {"local_attn_size": 65}, r"local_attn_size=65 should be .* in \[-1, 64\]"),
+        (21, {"local_attn_size": 4, "sink_size": 2}, "no room for the sink and a block of 3"),
+        (21, {"sink_size": 19}, "no room"),
         (21, {"sink_size": [1]}, "sink_size="),
+        (21, {"warp_denoising_step": "no"}, "warp_denoising_step='no' is neither true nor false"),
+        (21, {"strength": 0.5}, "takes no video"),
     ],
 )
 def test_refused_before_anything_loads(plain: Path, frames: int, fields: dict[str, Any], words: str) -> None:

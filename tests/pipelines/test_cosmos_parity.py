@@ -303,6 +303,9 @@ def test_two_runs_interleave(pairs: Any) -> None:
         (PREDICT_25, {"video": (9, HEIGHT, WIDTH), "num_frames": 1}, "num_frames is 1"),
         (PREDICT_25, {"video": (9, HEIGHT, WIDTH), "extra": {"num_latent_conditional_frames": 3}}, "1 or 2"),
         (PREDICT_25, {"video": (9, HEIGHT, WIDTH), "extra": {"num_latent_conditional_frames": 2.0}}, "1 or 2"),
+        (PREDICT_25, {"extra": {"num_latent_conditional_frames": "2"}}, "1 or 2"),
+        (VIDEO_1, {"image": (1, HEIGHT, WIDTH), "extra": {"input_frames_guidance": "no"}}, "neither true nor false"),
+        (VIDEO_2, {"image": (1, HEIGHT, WIDTH), "num_frames": 1}, "the image alone"),
         (IMAGE_2, {"num_frames": 9}, "one frame"),
     ],
 )

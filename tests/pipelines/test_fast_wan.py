@@ -217,6 +217,9 @@ def test_two_experts(tmp_path: Path) -> None:
         ({"dmd_denoising_steps": [500, 1000]}, "decreasing"),
         ({"dmd_denoising_step": [500]}, "did you mean dmd_denoising_steps"),
         ({"image": "picture.png"}, "takes no image"),
+        ({"warp_denoising_step": "no"}, "warp_denoising_step='no' is neither true nor false"),
+        ({"warp_denoising_step": 1}, "neither true nor false"),
+        ({"strength": 0.5}, "takes no video"),
     ],
 )
 def test_refusals(plain: Path, fields: dict[str, Any], words: str) -> None:

@@ -267,6 +267,11 @@ def test_defaults_of_the_published_model(pipeline: ComposedPipeline) -> None:
         ("refine_vc", {"num_cond_frames": 0}, "num_cond_frames"),
         ("refine_vc", {"num_cond_frames": "5"}, "num_cond_frames='5' is not a whole number"),
         ("t2v", {"scale_over_noise_frames": "yes"}, "neither true nor false"),
+        ("t2v", {"use_distill": 1}, "neither true nor false"),
+        ("t2v", {"num_cond_frames": 5}, "num_cond_frames=5 .* none is given"),
+        ("i2v", {"num_cond_frames": 1}, "give video="),
+        ("t2v", {"use_kv_cache": True}, "none are given"),
+        ("t2v", {"t_thresh": "x"}, "t_thresh='x'"),
     ],
 )
 def test_bad_requests(pipeline: ComposedPipeline, name: str, changes: dict[str, Any], words: str) -> None:

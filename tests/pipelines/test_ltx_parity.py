@@ -172,6 +172,11 @@ def test_bad_decoding(pair: tuple[ComposedPipeline, Any], value: Any) -> None:
         our_run(pair[0], [1], 25.0, **arguments(SIZES[2], 1.0), decode_timestep=value)
 
 
+def test_a_video_of_the_image_alone(pair: tuple[ComposedPipeline, Any]) -> None:
+    with pytest.raises(InputError, match="num_frames=1 are the image alone; ask for 5"):
+        our_run(pair[0], [1], 25.0, **arguments((1, 32, 32), 1.0), image=torch.zeros(1, 3, 32, 32))
+
+
 PUBLISHED = {  # height, width, frames, fps, steps, guidance, decode_timestep, decode_noise_scale
     "Lightricks/LTX-Video": (480, 704, 161, 25.0, 50, 3.0, None, None),
     "Lightricks/LTX-Video-0.9.1": (512, 768, 161, 25.0, 50, 3.0, 0.03, 0.025),

@@ -144,9 +144,11 @@ def test_an_expert_that_serves_no_step_is_not_loaded(tmp_path: Path) -> None:
         ("a14b", {"video": np.zeros((9, 8, 8, 3), np.uint8), "strength": 1.5}, "outside"),
         ("a14b", {"guidance_scale_2": 0.5}, "guidance_scale_2"),
         ("a14b", {"image_stength": 0.5}, "unknown parameter 'image_stength'"),
+        ("ti2v-i2v", {"image": picture(0), "num_frames": 1}, "num_frames=1 are the image alone; ask for 5"),
     ],
 )
 def test_inputs_that_are_refused(pairs: dict[str, Any], kind: str, fields: dict[str, Any], says: str) -> None:
     ours, _ = pairs[kind]
     with pytest.raises(InputError, match=says):
-        ours.generate_video(PROMPT, height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=2, **fields)
+        size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "num_inference_steps": 2}
+        ours.generate_video(PROMPT, **size | fields)

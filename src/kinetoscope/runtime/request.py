@@ -91,11 +91,12 @@ class VideoRequest:
             flow_shift=self.flow_shift,
             scheduler=self.scheduler,
             guidance_scale_2=self._second_scale(defaults),
-            strength=self._strength(continues or follows),
+            strength=self._strength(inputs or {}, continues or follows),
             extra=_known_extra(self.extra, extra_defaults or {}),
         ).over(defaults)
         if extra_defaults:  # below what the model's own defaults say
             params = params.over(SamplingParams(extra=dict(extra_defaults)))
+            _check_switches(params.extra or {}, extra_defaults)
         check_params(params, geometry)
         one = isinstance(self.prompt, str)
         if not isinstance(self.prompt, (str, list, tuple)):
@@ -132,10 +133,12 @@ class VideoRequest:
             return self.guidance_scale
         return self.guidance_scale_2
 
-    def _strength(self, kept: bool) -> float | None:
+    def _strength(self, inputs: Mapping[str, bool], kept: bool) -> float | None:
         """Of a video to start from; without one there is nothing that it could mean."""
         if self.strength is not None and (self.video is None or kept):
             why = "this model continues or follows videos" if kept else "give video="
+            if "video" not in inputs:
+                why = "this model takes no video"
             raise InputError(f"strength={self.strength} without a video to start from; {why}")
         if kept:
             return None
@@ -189,6 +192,13 @@ def _known_extra(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"unknown parameter {name!r}{hint}. This model's own: {', '.join(defaults) or 'none'}")
     return {k: v for k, v in given.items() if v is not None} or None
+
+
+def _check_switches(extra: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse what is neither true nor false where a family's parameter is one of them: any text would be true."""
+    for name, default in defaults.items():
+        if type(default) is bool and type(extra.get(name)) is not bool:
+            raise InputError(f"{name}={extra.get(name)!r} is neither true nor false")
 
 
 def _to_tensor(frames: list[Array]) -> Tensor:

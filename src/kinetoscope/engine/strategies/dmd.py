@@ -25,7 +25,7 @@ def few_step_schedule(params: SamplingParams, boundary: float | None = None) -> 
     """The schedule a request asks for, for two experts where there is a `boundary` (a timestep).
 
     Raises:
-        InputError: no list of timesteps, a number of steps that is not the list's, or no shift.
+        InputError: no list of timesteps, a number of steps that is not the list's, no shift, or a warp that is no bool.
     """
     extra: Mapping[str, Any] = params.extra or {}
     steps: Any = extra.get(STEPS)
@@ -39,10 +39,12 @@ def few_step_schedule(params: SamplingParams, boundary: float | None = None) -> 
         )
     if params.flow_shift is None:
         raise InputError("few-step denoising needs flow_shift")
+    if type(warp := extra.get(WARP, False)) is not bool:
+        raise InputError(f"{WARP}={warp!r} is neither true nor false")
     return FewStepSchedule.make(
         steps,  # pyright: ignore[reportUnknownArgumentType]
         params.flow_shift,
-        warp=bool(extra.get(WARP, False)),
+        warp=warp,
         boundary=boundary,
     )
 

@@ -15,6 +15,7 @@ from kinetoscope.models.skyreels.spec import FORCING_EXTRA
 NOT_STARTED = 999
 """The timestep that the network is told for a frame that waits for its first step."""
 MAX_NOISED = 1000
+MAX_FRAMES = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,12 @@ def plan_forcing(
     """
     given = {**FORCING_EXTRA, **(extra or {})}
     block = default_block if given["causal_block_size"] is None else given["causal_block_size"]
-    for name, value, low in (
-        ("base_num_frames", given["base_num_frames"], 1),
-        ("ar_step", given["ar_step"], 0),
-        ("causal_block_size", block, 1),
-    ):
-        if type(value) is not int or value < low:
+    whole = {name: (given[name], low) for name, low in (("base_num_frames", 1), ("ar_step", 0))}
+    whole["causal_block_size"] = (block, 1)
+    if given["overlap_history"] is not None:
+        whole["overlap_history"] = (given["overlap_history"], 1)
+    for name, (value, low) in whole.items():
+        if type(value) is not int or not low <= value <= MAX_FRAMES:
             raise InputError(f"{name}={value!r} should be a whole number, at least {low}")
     noised = given["addnoise_condition"]
     if type(noised) not in (int, float) or not 0 <= noised <= MAX_NOISED:
@@ -76,7 +77,8 @@ def plan_forcing(
     def latent(frames: int) -> int:
         return (frames - 1) // temporal + 1
 
-    base, history, overlap = given["base_num_frames"], given["overlap_history"], 0
+    base, overlap = given["base_num_frames"], 0
+    history: Any = given["overlap_history"]
     total, window = latent(num_frames), latent(base)
     windows = (min(total, window),)
     if num_frames > base or continues:

@@ -60,7 +60,7 @@ class Cosmos(ComposedPipeline):
         self.sigma_data = 1.0 if edm is None else edm.sigma_data
         scheduler = self.make_scheduler()
         strategy = partial(CosmosStrategy, convention=self.convention)
-        self.add_stage("validation", InputValidationStage(self.geometry))
+        self.add_stage("validation", InputValidationStage(self.geometry, keeps_image=True))
         self.add_stage("timesteps", TimestepPreparationStage(scheduler))
         self.add_stage("text_encoding", self.text_stage())
         for name, stage in self.latent_stages().items():

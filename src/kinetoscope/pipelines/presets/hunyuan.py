@@ -122,7 +122,7 @@ class HunyuanImageToVideo(HunyuanVideo):
             )
         self.add_stage("image_latents", HunyuanImageLatentStage(self.lazy("vae"), kind), after="latents")
         concat = kind == "latent_concat"  # its first latent frame is the image and no part of the video
-        self.add_stage("validation", HunyuanValidationStage(self.geometry, int(concat)))
+        self.add_stage("validation", HunyuanValidationStage(self.geometry, int(concat), keeps_image=not concat))
         self._denoise_and_decode(HunyuanStrategy if concat else HunyuanFirstFrameStrategy, int(concat))
 
     def _text_stage(self) -> Stage:

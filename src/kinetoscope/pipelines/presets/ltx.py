@@ -44,7 +44,7 @@ class LTXVideo(ComposedPipeline):
         self.geometry = _geometry(self.model.config("vae"))
         strategy = partial(LTXStrategy, spatial=self.geometry.spatial, temporal=self.geometry.temporal)
         scheduler, vae = self.lazy("scheduler"), self.lazy("vae")
-        self.add_stage("validation", TimedValidationStage(self.geometry))
+        self.add_stage("validation", TimedValidationStage(self.geometry, keeps_image=True))
         self.add_stage(
             "text_encoding",
             PaddedTextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH),

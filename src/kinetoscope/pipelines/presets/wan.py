@@ -72,7 +72,7 @@ class WanTextToVideo(ComposedPipeline):
             patch=config.patch_size,
             max_positions=config.rope_max_seq_len,
         )
-        self.add_stage("validation", InputValidationStage(self.geometry))
+        self.add_stage("validation", InputValidationStage(self.geometry, keeps_image=self.frame_wise))
         self.add_stage(
             "text_encoding",
             TextEncodingStage(self.lazy("tokenizer"), self.lazy("text_encoder"), spec.TEXT_LENGTH),

@@ -214,7 +214,7 @@ class Predict1FramesStage(GivenFramesStage):
             mask=True,
             frames=frames,
             augment_sigma=_number("augment_sigma", extra),
-            guide_frames=bool(extra["input_frames_guidance"]),
+            guide_frames=_switch("input_frames_guidance", extra),
         )
 
 
@@ -242,9 +242,7 @@ class Predict25FramesStage(GivenFramesStage):
         frames = _frames(batch)
         if batch.video is None:
             return frames
-        count = extra["num_latent_conditional_frames"]
-        if type(count) is not int or count not in (1, 2):
-            raise InputError(f"num_latent_conditional_frames={count!r} should be 1 or 2")
+        count = _count(extra)
         needed = self.geometry.temporal * (count - 1) + 1
         for what, length in (("the video has", frames.shape[2]), ("num_frames is", batch.params.num_frames or 0)):
             if length < needed:
@@ -253,6 +251,7 @@ class Predict25FramesStage(GivenFramesStage):
 
     def inputs(self, batch: ForwardBatch, frames: int, extra: Mapping[str, Any]) -> CosmosInputs:
         """`conditional_frame_timestep`: what the network is told for given frames; below 0: the step's own."""
+        _count(extra)  # also where no video is given, so that it is never silently nothing
         level = _number("conditional_frame_timestep", extra, lowest=-1.0)
         return CosmosInputs(mask=True, frames=frames, level=level if level >= 0 else None)
 
@@ -297,6 +296,20 @@ def latent_statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     values = (torch.tensor(v).to(latents).view(shape) for v in (config.latents_mean, config.latents_std))
     mean, std = (v[:, :, : latents.shape[2]] for v in values)
     return mean, std
+
+
+def _count(extra: Mapping[str, Any]) -> int:
+    """Latent frames of a video that are given (Predict 2.5)."""
+    count = extra["num_latent_conditional_frames"]
+    if type(count) is not int or count not in (1, 2):
+        raise InputError(f"num_latent_conditional_frames={count!r} should be 1 or 2")
+    return count
+
+
+def _switch(name: str, extra: Mapping[str, Any]) -> bool:
+    if type(extra[name]) is not bool:
+        raise InputError(f"{name}={extra[name]!r} is neither true nor false")
+    return extra[name]
 
 
 def _number(name: str, extra: Mapping[str, Any], lowest: float = 0.0) -> float:

@@ -48,6 +48,8 @@ class FewStepTimestepStage(Stage):
 class BlockValidationStage(Stage):
     """Refuses a number of frames that no blocks can make, before anything is loaded.
 
+    Frames that do not fill the last block are left out: `params` then say how many there will be.
+
     Args:
         geometry: pixels to latents.
         config: of the transformer (`engine.strategies.causal.CausalTransformer.config`).
@@ -58,8 +60,12 @@ class BlockValidationStage(Stage):
         self.geometry, self.config, self.alone = geometry, config, alone
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
-        """The same batch, or an `InputError`; a stream has no number of frames to refuse."""
-        _check_rollout(batch.params.extra or {})
+        """The batch with the number of frames that its blocks make; a stream has no number of frames to refuse.
+
+        Raises:
+            InputError: no blocks make it, or a parameter of the rollout does not fit.
+        """
+        self._check_rollout(batch.params.extra or {})
         if batch.streaming:
             return batch
         frames = batch.params.num_frames
@@ -83,18 +89,31 @@ class BlockValidationStage(Stage):
                 f"at once; set {WINDOW} for a rolling window, or ask for at most "
                 f"{(limit - 1) * self.geometry.temporal + 1} frames"
             )
+        made = sum(plan)
+        if batch.latents is not None and batch.latents.shape[2] == count:
+            batch.latents = batch.latents[:, :, :made]
+        batch.params = dataclasses.replace(batch.params, num_frames=(made - 1) * self.geometry.temporal + 1)
         return batch
 
-
-def _check_rollout(extra: Mapping[str, Any]) -> None:
-    """Refuse parameters of the rollout of the wrong kind; None is the model's own."""
-    for name, low in ((WINDOW, -1), (SINK, 0)):
-        value = extra.get(name)
-        if value is not None and (type(value) is not int or value < low):
-            raise InputError(f"{name}={value!r} should be a whole number of latent frames, at least {low}")
-    noise = extra.get(CONTEXT_NOISE)
-    if noise is not None and (type(noise) not in (int, float) or not 0 <= noise <= MAX_CONTEXT_NOISE):
-        raise InputError(f"{CONTEXT_NOISE}={noise!r} should be a number in [0, {MAX_CONTEXT_NOISE}]")
+    def _check_rollout(self, extra: Mapping[str, Any]) -> None:
+        """Refuse parameters of the rollout of the wrong kind, or that leave no room; None is the model's own."""
+        most = self.geometry.max_positions
+        for name, low in ((WINDOW, -1), (SINK, 0)):
+            value = extra.get(name)
+            if value is not None and (type(value) is not int or not low <= value <= most):
+                raise InputError(f"{name}={value!r} should be a whole number of latent frames in [{low}, {most}]")
+        window, sink = (
+            getattr(self.config, name) if extra.get(name) is None else extra[name] for name in (WINDOW, SINK)
+        )
+        room = self.config.sliding_window_num_frames if window == -1 else window
+        if room < sink + self.config.num_frames_per_block:
+            raise InputError(
+                f"{WINDOW}={window} with {SINK}={sink}: {room} latent frames have no room for the sink and a block of "
+                f"{self.config.num_frames_per_block}"
+            )
+        noise = extra.get(CONTEXT_NOISE)
+        if noise is not None and (type(noise) not in (int, float) or not 0 <= noise <= MAX_CONTEXT_NOISE):
+            raise InputError(f"{CONTEXT_NOISE}={noise!r} should be a number in [0, {MAX_CONTEXT_NOISE}]")
 
 
 class BlockLatentStage(LatentPreparationStage):

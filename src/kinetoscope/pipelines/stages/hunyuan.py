@@ -31,10 +31,11 @@ class HunyuanValidationStage(InputValidationStage):
     Args:
         geometry: of the model.
         skip: latent frames at the start that are no part of the video.
+        keeps_image: whether the image is the first latent frame.
     """
 
-    def __init__(self, geometry: VideoGeometry, skip: int = 0) -> None:
-        super().__init__(geometry)
+    def __init__(self, geometry: VideoGeometry, skip: int = 0, *, keeps_image: bool = False) -> None:
+        super().__init__(geometry, keeps_image=keeps_image)
         self.skip = skip
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:

@@ -59,7 +59,7 @@ class LongCatRequestStage(Stage):
         extra = extra_of(batch)
         for name in ("use_kv_cache", "offload_kv_cache", "enhance_hf", "use_distill", "spatial_refine_only",
                      "scale_over_noise_frames"):  # fmt: skip
-            if extra[name] not in (True, False, None):
+            if extra[name] is not None and type(extra[name]) is not bool:
                 raise InputError(f"{name}={extra[name]!r} is neither true nor false")
         if batch.image is not None and batch.video is not None:
             raise InputError("an image and a video were given; LongCat-Video continues one or the other")
@@ -71,9 +71,16 @@ class LongCatRequestStage(Stage):
         if distill and enhance:
             raise InputError("use_distill and enhance_hf are different schedules; choose one")
         threshold = extra["t_thresh"]
+        if not isinstance(threshold, float) or not 0 < threshold < 1:
+            raise InputError(f"t_thresh={threshold!r} is not a number between 0 and 1")
+        if extra["num_cond_frames"] is not None and not refine and batch.video is None:
+            raise InputError(
+                f"num_cond_frames={extra['num_cond_frames']!r} says how many frames of a video are kept, and none is "
+                "given; give video=, or stage1_video= to refine one"
+            )
+        if extra["use_kv_cache"] and batch.image is None and batch.video is None:
+            raise InputError("use_kv_cache keeps what given frames were computed to, and none are given; give video=")
         if refine:
-            if not isinstance(threshold, float) or not 0 < threshold < 1:
-                raise InputError(f"t_thresh={threshold!r} is not a number between 0 and 1")
             for name, size in (("height", batch.params.height), ("width", batch.params.width)):
                 if size is None or size % REFINE_PIXELS:
                     raise InputError(f"{name}={size} of a refined video is not a multiple of {REFINE_PIXELS}")

@@ -26,7 +26,7 @@ class ForcingValidationStage(InputValidationStage):
     """
 
     def __init__(self, geometry: VideoGeometry, block: int) -> None:
-        super().__init__(geometry)
+        super().__init__(geometry, keeps_image=True)
         self.block = block
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
@@ -50,9 +50,6 @@ class ForcingValidationStage(InputValidationStage):
             ends=0 if batch.last_image is None else 1,
             continues=batch.video is not None,
         )
-        if batch.image is not None and plan.windows == (1,):
-            least = 1 + self.geometry.temporal
-            raise InputError(f"num_frames={batch.params.num_frames} are the image alone; ask for {least} or more")
         if batch.video is not None and batch.video.shape[2] < plan.history:
             raise InputError(f"the video has {batch.video.shape[2]} frames, fewer than overlap_history={plan.history}")
         batch.family = ForcingInputs(plan)

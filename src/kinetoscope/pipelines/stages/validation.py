@@ -129,10 +129,12 @@ class InputValidationStage(Stage):
 
     Args:
         geometry: of the model.
+        keeps_image: whether a given image is the first latent frame, which the model does not make.
     """
 
-    def __init__(self, geometry: VideoGeometry) -> None:
+    def __init__(self, geometry: VideoGeometry, *, keeps_image: bool = False) -> None:
         self.geometry = geometry
+        self.keeps_image = keeps_image
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
         """The same batch, or an `InputError`."""
@@ -146,4 +148,7 @@ class InputValidationStage(Stage):
         check_params(batch.params, self.geometry)
         for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
             check_text(prompt, seed)
+        if self.keeps_image and batch.image is not None and batch.params.num_frames == 1:
+            least = 1 + self.geometry.temporal
+            raise InputError(f"num_frames=1 are the image alone; ask for {least} or more")
         return batch
