@@ -41,12 +41,24 @@ def test_a_table_has_what_the_steps_have() -> None:
 def test_what_steps_have_beyond_gets_a_column_of_its_own() -> None:
     """A cache's score; and a step that left its unconditional row out, for another reason."""
     steps = trace()
-    steps[2] |= {"cache": {"skipped": True, "score": 0.0312}, "rows": [["cond"]], "why": "gate", "uncond_norm": None}
+    steps[2] |= {
+        "cache": [{"branch": "cond", "sample": 0, "skipped": True, "score": 0.0312}],
+        "note": {"x": True},
+        "rows": [["cond"]],
+        "why": "gate",
+        "uncond_norm": None,
+    }
     steps[2]["cond_norm"] = [1.0, 3.0]
     titles, rows, lines = table_of(steps)
     cells = dict(zip(titles, rows[2], strict=True))
-    assert cells["cache"] == "skipped=yes score=0.0312" and cells["why"] == "gate" and cells["rows"] == "cond"
+    assert (
+        cells["cache"] == "cond skip 0.0312"
+        and cells["note"] == "x=yes"
+        and cells["why"] == "gate"
+        and cells["rows"] == "cond"
+    )
     assert cells["|uncond|"] == "-" and cells["|cond|"] == "2" and rows[0][titles.index("cache")] == "-"
+    assert lines[-2] == "the cache skipped 1 of 1 rows; beside each its score"
     assert lines[-1] == "norms and cosines are means over 2 samples"
 
 
@@ -54,6 +66,7 @@ def test_equal_traces_do_not_part() -> None:
     other = copy.deepcopy(trace())
     for i, step in enumerate(other):  # another plan, another time, and rounding
         step |= {"rows": [["uncond"], ["cond"]], "ms": 99.0, "why": "asked"}
+        step |= {"cache": [{"branch": "cond", "sample": 1, "skipped": False, "score": None}]}  # looked at, not used
         step["cond_norm"] = [step["cond_norm"][0] * (1 + 9e-5 * (-1) ** i)]
     assert parting(trace(), other, 1e-4) is None
     assert executed_differently(trace(), other) and not executed_differently(trace(), trace())
@@ -71,7 +84,8 @@ def test_equal_traces_do_not_part() -> None:
         ({"uncond_norm": None}, "uncond_norm"),
         ({"uncond_norm": [float("nan")]}, "uncond_norm"),
         ({"rows": [["cond"]], "cond_norm": [99.0]}, "branches"),
-        ({"cache": {"skipped": True}}, "cache"),
+        ({"cache": [{"branch": "cond", "sample": 0, "skipped": True, "score": 0.1}]}, "skipped"),
+        ({"something": 1}, "something"),
     ],
 )
 def test_the_first_difference_is_found(change: dict[str, Any], field: str) -> None:

@@ -14,8 +14,8 @@ from kinetoscope.core.errors import InputError
 
 Record = Mapping[str, Any]
 
-NOT_COMPARED = ("ms", "why", "rows")
-"""Fields that say how fast and in how many forwards, not what."""
+NOT_COMPARED = ("ms", "why", "rows", "cache")
+"""Fields that say how fast and in how many forwards, or what a cache looked at, but not what was done."""
 _COLUMNS = {
     "step": "step", "block": "block", "timestep": "t", "sigma": "sigma", "rows": "rows", "why": "why",
     "guidance_scale": "w", "cond_norm": "|cond|", "uncond_norm": "|uncond|", "cosine": "cosine", "latent_std": "std",
@@ -31,7 +31,7 @@ class Parting:
 
     Attributes:
         index: of the record.
-        field: its name, "branches" for the rows that were evaluated.
+        field: its name; "branches" for the rows that were evaluated, "skipped" for those a step cache left out.
         a, b: both values.
         difference: relative where both are numbers, else None.
     """
@@ -100,7 +100,7 @@ def largest_differences(a: Sequence[Record], b: Sequence[Record]) -> dict[str, f
             difference = _difference(x, y, absolute=field == "cosine")
             if difference is not None and x is not None:
                 found[field] = max(found.get(field, 0.0), difference)
-    return {k: v for k, v in found.items() if k != "branches"}
+    return {k: v for k, v in found.items() if k not in ("step", "branches", "skipped")}
 
 
 def executed_differently(a: Sequence[Record], b: Sequence[Record]) -> bool:
@@ -112,11 +112,17 @@ def _fields(a: Record, b: Record) -> list[tuple[str, Any, Any]]:
     """What is compared of a step, causes before effects: the order of a record, with the branches after the step."""
     names = list(dict.fromkeys([*a, *b]))
     pairs = [(n, a.get(n), b.get(n)) for n in names if n not in NOT_COMPARED]
-    return [*pairs[:1], ("branches", _branches(a), _branches(b)), *pairs[1:]]
+    done = [("branches", _branches(a), _branches(b)), ("skipped", _skipped(a), _skipped(b))]
+    return [*pairs[:1], *done, *pairs[1:]]
 
 
 def _branches(record: Record) -> list[str]:
     return [branch for forward in record.get("rows") or [] for branch in forward]
+
+
+def _skipped(record: Record) -> list[str]:
+    """The rows of a step whose blocks a cache left out: "uncond 0"."""
+    return [f"{row['branch']} {row['sample']}" for row in record.get("cache") or [] if row.get("skipped")]
 
 
 def _difference(x: Any, y: Any, *, absolute: bool = False) -> float | None:
@@ -143,6 +149,12 @@ def _cell(name: str, value: Any) -> str:
         return "-"
     if name == "rows":
         return " | ".join("+".join(forward) for forward in value) or "none"
+    if name == "cache":
+        return " ".join(
+            f"{row.get('branch')}{f'.{s}' if (s := row.get('sample')) else ''} "
+            f"{'skip' if row.get('skipped') else 'run'} {_cell('', row.get('score'))}"
+            for row in value
+        )
     if name == "ms":
         return f"{value:.1f}"
     if isinstance(value, bool):
@@ -164,6 +176,10 @@ def _totals(trace: Sequence[Record]) -> list[str]:
     total = sum(r.get("ms") or 0.0 for r in trace)
     samples = max((len(v) for r in trace if isinstance(v := r.get("cond_norm"), list)), default=1)
     lines = [f"{len(trace)} steps, {forwards} forwards of {rows} rows, {total:.1f} ms"]
+    if looked := sum(len(r.get("cache") or []) for r in trace):
+        lines.append(
+            f"the cache skipped {sum(len(_skipped(r)) for r in trace)} of {looked} rows; beside each its score"
+        )
     if samples > 1:
         lines.append(f"norms and cosines are means over {samples} samples")
     return lines
