@@ -159,6 +159,11 @@ def test_a_map_that_is_missing_broken_or_of_another_vae_is_refused(tiny: Path, t
         load_preview_map(model)
 
 
+def test_the_embedded_model_ships_its_map() -> None:
+    """If this fails after the model was replaced: `kinetoscope fit-preview tiny-t2v --clips 64`."""
+    assert load_preview_map(resolve_model("tiny-t2v")).channels == 16
+
+
 def test_preview_files(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 10, 3), dtype=np.uint8)
     assert strip(frames).size == (3 * 120 + 4, 96) and strip(np.repeat(frames, 9, 0)).size == (8 * 120 + 14, 96)
