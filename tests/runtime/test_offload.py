@@ -176,9 +176,11 @@ def test_what_changed_in_place_stays_changed() -> None:
     assert torch.equal(module.weight, expected)
 
 
-def test_tied_weights_come_once() -> None:
+@pytest.mark.parametrize("how", ["one parameter", "one memory"])
+def test_tied_weights_come_once(how: str) -> None:
     module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}).requires_grad_(False)
-    module["b"].weight = module["a"].weight
+    weight = module["a"].weight
+    module["b"].weight = weight if how == "one parameter" else nn.Parameter(weight.detach(), requires_grad=False)
     log: list[str] = []
     offload = Offload("components", torch.device("cpu"), Logged(log))
     offload.add("text_encoder", module)

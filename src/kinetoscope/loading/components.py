@@ -20,6 +20,7 @@ from kinetoscope.loading.weights import KeyMap, load_weights, rename_key, tensor
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _LOADERS: dict[str, Loader] = {}
+_EMPTY: dict[str, Callable[[ModelDir, str], nn.Module]] = {}
 _NAMES: dict[str, tuple[KeyMap, Rename]] = {}
 """Class of a transformer -> how weights are named that are stored otherwise, and how LoRA files name them."""
 
@@ -49,21 +50,37 @@ def register_transformer(
         lora_names: how LoRA files name its parameters, where that is not as `key_map` says.
     """
 
-    def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def empty(model: ModelDir, name: str) -> nn.Module:
         found = tensor_names(weight_files(model.folder(name))) if optional else []
         present = {f: True for f, part in (optional or {}).items() if any(part in key.split(".") for key in found)}
         config = read_config({**model.config(name), **present})
         with torch.device("meta"):
-            module = build(config)
-        kept = tuple(getattr(build, "keep_in_float32", ()))
+            return build(config)
 
-        def policy(parameter: str) -> torch.dtype:
-            return torch.float32 if any(part in parameter.split(".") for part in kept) else dtype
-
+    def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        module = empty(model, name)
+        policy = partial(parameter_dtype, module, dtype)
         return load_weights(module, model.folder(name), dtype=policy, device=device, key_map=key_map)
 
     register_component(class_name, load)
+    _EMPTY[class_name] = empty
     _NAMES[class_name] = (key_map or {}, lora_names or partial(rename_key, key_map=key_map or {}))
+
+
+def parameter_dtype(transformer: nn.Module, dtype: torch.dtype, name: str) -> torch.dtype:
+    """What a parameter is kept in when the transformer computes in `dtype`: its `keep_in_float32` names exceptions."""
+    kept = set(getattr(transformer, "keep_in_float32", ()))
+    return torch.float32 if kept & set(name.split(".")) else dtype
+
+
+def empty_transformer(model: ModelDir, name: str) -> nn.Module | None:
+    """One of our own transformers on the meta device, without its weights; None for components of other classes.
+
+    Raises:
+        ModelLoadError: its configuration or the headers of its files cannot be read.
+    """
+    make = _EMPTY.get(model.components().get(name, ""))
+    return None if make is None else make(model, name)
 
 
 def lora_target(model: ModelDir, name: str, module: nn.Module | None = None) -> Target:

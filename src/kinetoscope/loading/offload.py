@@ -122,14 +122,17 @@ class Slot:
             tensor = nn.Parameter(tensor, requires_grad=False)
         self._store[self._name] = tensor
 
-    def bring(self, mover: Mover, known: dict[int, Tensor]) -> Tensor:
-        """Let the weight come; one that two names share (`known`) comes once."""
-        self._parked = parked = self.value
-        if id(parked) not in known:
-            known[id(parked)] = mover.bring(parked)
-        self.put(known[id(parked)])
+    def replace(self, make: Callable[[Tensor], Tensor], known: dict[Any, Tensor]) -> None:
+        """Put what `make` makes of the weight; one that several names share (`known`) is made once."""
+        key = _identity(self.value)
+        self.put(known[key] if key in known else make(self.value))
+        known[key] = self.value
+
+    def bring(self, mover: Mover, known: dict[Any, Tensor]) -> Tensor:
+        """Let the weight come."""
+        self._parked = self.value
+        self.replace(mover.bring, known)
         self._version = self.value._version
-        known[id(parked)] = self.value
         return self.value
 
     def leave(self) -> None:
@@ -138,6 +141,13 @@ class Slot:
         if self.value._version != self._version:
             self._parked.copy_(self.value)
         self._store[self._name] = self._parked
+
+
+def _identity(tensor: Tensor) -> Any:
+    """What tensors have in common that are one weight under several names."""
+    if hasattr(tensor, "__tensor_flatten__") or tensor.is_meta:
+        return id(tensor)
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)
 
 
 def slots(module: nn.Module, leave_out: Sequence[nn.Module] = ()) -> Iterator[Slot]:
@@ -193,7 +203,7 @@ class OffloadedBlocks:
     def _fetch(self, index: int) -> None:
         with self._mover.ahead():
             found = self._slots(index)
-            known: dict[int, Tensor] = {}
+            known: dict[Any, Tensor] = {}
             brought = [slot.bring(self._mover, known) for slot in found]
             self._here[index] = (found, self._mover.sent(), brought)
 
@@ -275,13 +285,11 @@ class Offload:
         if self.kind == "blocks" and name.startswith("transformer") and len(blocks):
             self._blocks[name] = OffloadedBlocks(blocks, self._mover)
         self._modules[name] = module
-        known: dict[int, Tensor] = {}
+        known: dict[Any, Tensor] = {}
+        loaded = [slot.value for slot in self._own(name)]  # kept, so that no address is taken twice
         for slot in self._own(name):
-            value = slot.value
-            if id(value) not in known:
-                known[id(value)] = self._mover.park(value)
-            slot.put(known[id(value)])
-            known[id(value)] = slot.value
+            slot.replace(self._mover.park, known)
+        del loaded
         for part, method in _entrances(module):
             setattr(part, method, self._coming(name, getattr(part, method)))
 
@@ -292,7 +300,7 @@ class Offload:
         self.release()
         self._here = name
         self._slots = list(self._own(name))
-        known: dict[int, Tensor] = {}
+        known: dict[Any, Tensor] = {}
         with self._mover.ahead():
             brought = [slot.bring(self._mover, known) for slot in self._slots]
             mark = self._mover.sent()

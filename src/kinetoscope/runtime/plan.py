@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import SamplingParams
+from kinetoscope.engine.rows import BATCH_POSITIONS
+from kinetoscope.runtime.footprint import MemoryPlan, plan_memory
 from kinetoscope.runtime.generator import VideoGenerator
 
 
@@ -41,9 +43,7 @@ class RunPlan:
         tokens: of one row.
         forwards: rows evaluated in the whole run: steps times branches.
         pflop: of all forwards, 1e15 operations.
-        weight_bytes: of all components in the dtypes they are computed in.
-        activation_bytes: estimate of the transformer's working memory: a few copies of the residual stream and one
-            feed-forward hidden layer, for all rows of a step.
+        memory: what is where, with the options of the generator.
     """
 
     params: SamplingParams
@@ -51,8 +51,17 @@ class RunPlan:
     tokens: int
     forwards: int
     pflop: float
-    weight_bytes: int
-    activation_bytes: int
+    memory: MemoryPlan
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all components in the dtypes they are computed in."""
+        return sum(self.memory.weights.values())
+
+    @property
+    def activation_bytes(self) -> int:
+        """Estimate of the transformer's working memory in one forward."""
+        return self.memory.activations
 
 
 def summarize(generator: VideoGenerator) -> list[ComponentSummary]:
@@ -89,22 +98,19 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
     tokens = pipeline.geometry.tokens(params.num_frames, params.height, params.width)
     branches = pipeline.rows(params)
     vae: dict[str, Any] = pipeline.model.config("vae")
-    width, hidden = pipeline.widths()
-    element = pipeline.args.dtype.itemsize
-    components = summarize(generator)
-    transformer_bytes = sum(c.parameters for c in components if c.name != "vae") * element
-    vae_bytes = sum(c.parameters for c in components if c.name == "vae") * 4
+    size = pipeline.geometry.latent_size(params.num_frames, params.height, params.width)
+    plan = pipeline.args.cfg
+    together = plan == "batched" or (plan == "auto" and branches * math.prod(size) <= BATCH_POSITIONS)
+    parameters = {c.name: c.parameters for c in summarize(generator)}
     return RunPlan(
         params=params,
-        latent_shape=(
-            vae["z_dim"] if "z_dim" in vae else vae["latent_channels"],
-            *pipeline.geometry.latent_size(params.num_frames, params.height, params.width),
-        ),
+        latent_shape=(vae["z_dim"] if "z_dim" in vae else vae["latent_channels"], *size),
         tokens=tokens,
         forwards=params.num_inference_steps * branches,
         pflop=pipeline.forward_flops(tokens) * params.num_inference_steps * branches / 1e15,
-        weight_bytes=transformer_bytes + vae_bytes,
-        activation_bytes=tokens * branches * (6 * width + hidden) * element,
+        memory=plan_memory(
+            pipeline, generator.options, parameters, tokens * (branches if together else 1), size, params.num_frames
+        ),
     )
 
 
