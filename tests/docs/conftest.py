@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kinetoscope.attention import BACKENDS, capabilities, table
+from kinetoscope.attention import BACKENDS, capabilities
 from kinetoscope.loading import components
 from kinetoscope.pipelines.presets import PIPELINES
 
@@ -15,7 +15,7 @@ from kinetoscope.pipelines.presets import PIPELINES
 @pytest.fixture(scope="module", autouse=True)
 def registries() -> Iterator[None]:
     """Backends, pipelines and loaders as they were."""
-    known: list[dict[str, Any]] = [BACKENDS, table._REFUSALS, PIPELINES, components._LOADERS]  # pyright: ignore
+    known: list[dict[str, Any]] = [BACKENDS, PIPELINES, components._LOADERS]  # pyright: ignore
     before = [dict(registry) for registry in known]
     yield
     for registry, entries in zip(known, before, strict=True):
