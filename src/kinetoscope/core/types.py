@@ -124,6 +124,28 @@ class ForwardBatch:
         """Number of samples B."""
         return len(self.prompts)
 
+    def samples(self) -> list[ForwardBatch]:
+        """One batch a sample, before any stage has run: its row of every tensor and its entry of every list."""
+        rows: dict[str, list[Any]] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                rows[f.name] = [value[i : i + 1] for i in range(self.size)]
+            elif f.name in ("prompts", "negative_prompts", "seeds"):
+                rows[f.name] = [[entry] for entry in value]
+        return [
+            replace(self, timings={}, logging_info={}, hooks=list(self.hooks), **{k: v[i] for k, v in rows.items()})
+            for i in range(self.size)
+        ]
+
+    @classmethod
+    def joined(cls, batches: Sequence[ForwardBatch]) -> ForwardBatch:
+        """What finished batches have in common as one batch: prompts, seeds, results; the rest is the first's."""
+        lists = {n: [entry for b in batches for entry in getattr(b, n)]
+                 for n in ("prompts", "negative_prompts", "seeds", "frames")}  # fmt: skip
+        latents = [b.latents for b in batches if b.latents is not None]
+        return replace(batches[0], latents=torch.cat(latents) if latents else None, **lists)
+
 
 @dataclass(frozen=True, slots=True)
 class ExecutionArgs:

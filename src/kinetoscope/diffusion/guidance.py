@@ -93,8 +93,8 @@ class Guidance:
             raise InputError(f"guidance: reuse={self.reuse} is outside (0, 1]; it is the fraction of full steps")
         if self.init < 0 or not self.norm >= 0 or not math.isfinite(self.eta) or not abs(self.momentum) < 1:
             raise InputError(
-                f"guidance: init={self.init}, norm={self.norm}, eta={self.eta}, momentum={self.momentum}: init and norm "
-                "must not be negative, eta must be finite, and momentum between -1 and 1"
+                f"guidance: init={self.init}, norm={self.norm}, eta={self.eta}, momentum={self.momentum}: init and "
+                "norm must not be negative, eta must be finite, and momentum between -1 and 1"
             )
 
     @classmethod

@@ -59,8 +59,7 @@ class DenoisingEngine:
         return _events(self.iterate_forwards(state))
 
     def iterate_forwards(self, state: StrategyState) -> Generator[Event | PendingForward, None, None]:
-        """As `iterate`, yielding each step's forward too before it is computed, to be answered (`PendingForward.output`)
-        or left alone."""
+        """As `iterate`, yielding each step's forward too before it is computed: answer it in its `output`, or not."""
         if isinstance(self.strategy, BlockDenoisingStrategy):
             items = self.strategy.block_plan(state).items
             return self._run(state, self._blocks(state, self.strategy, iter(items), len(items)))

@@ -22,19 +22,24 @@ Tree = Any
 """A tensor, or a tuple, list, NamedTuple or mapping of trees."""
 
 
-def take_rows(tree: Tree, rows: slice) -> Tree:
-    """`tree` with every tensor cut to `rows` along its first axis (views, no copies)."""
+def map_tree(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """`tree` with `change` done to every tensor; what is none stays."""
     if isinstance(tree, Tensor):
-        return tree[rows]
+        return change(tree)
     if isinstance(tree, Mapping):
-        return {k: take_rows(v, rows) for k, v in cast(Mapping[str, Tree], tree).items()}
+        return {k: map_tree(change, v) for k, v in cast(Mapping[str, Tree], tree).items()}
     if isinstance(tree, (tuple, list)):
-        parts = [take_rows(v, rows) for v in cast(Sequence[Tree], tree)]
+        parts = [map_tree(change, v) for v in cast(Sequence[Tree], tree)]
         if isinstance(tree, list):
             return parts
         kind = cast(Any, type(cast(object, tree)))
         return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
     return tree
+
+
+def take_rows(tree: Tree, rows: slice) -> Tree:
+    """`tree` with every tensor cut to `rows` along its first axis (views, no copies)."""
+    return map_tree(lambda x: x[rows], tree)
 
 
 def join_rows(trees: Sequence[Tree]) -> Tree:
@@ -63,8 +68,8 @@ class ModelInputs:
         branches: the branch of each group of `batch` rows, in order; R = len(branches) * batch.
         batch: samples a branch.
         conditioning: keyword arguments of the network that are trees of row-first tensors.
-        shared: keyword arguments of the network that are the same for every row. In those that change from step to step
-            the first axis is 1, which stands for all rows.
+        shared: keyword arguments of the network that are the same for every row of every step.
+        step: keyword arguments that are the same for every row of this step: trees of tensors whose first axis is 1.
     """
 
     latents: Tensor
@@ -73,6 +78,12 @@ class ModelInputs:
     batch: int
     conditioning: dict[str, Tree] = field(default_factory=dict[str, Tree])
     shared: dict[str, Tree] = field(default_factory=dict[str, Tree])
+    step: dict[str, Tree] = field(default_factory=dict[str, Tree])
+
+    @property
+    def arguments(self) -> dict[str, Tree]:
+        """All keyword arguments of the network."""
+        return {**self.conditioning, **self.shared, **self.step}
 
     def keep(self, branches: Sequence[str]) -> ModelInputs:
         """The rows of `branches`, which follow each other in these; itself where they are all."""
@@ -89,6 +100,7 @@ class ModelInputs:
             self.batch,
             {k: take_rows(v, rows) for k, v in self.conditioning.items()},
             self.shared,
+            self.step,
         )
 
 

@@ -17,6 +17,7 @@ from kinetoscope.engine.protocols import Event
 from kinetoscope.loading import ModelDir, load_component
 from kinetoscope.pipelines.lazy import Lazy
 from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
 
 
@@ -71,7 +72,10 @@ class ComposedPipeline:
 
     required: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ()
-    """What it does: "t2v", "i2v", "flf2v", "v2v", "vc" (continues a video), "control" (follows one), "camera", ..."""
+    """What it does: "t2v", "i2v", "flf2v", "v2v", "vc" (continues a video), "control" (follows one), "camera", ...
+
+    Of an open directory: what this one does of it, by the inputs that it takes.
+    """
     attention_roles: ClassVar[tuple[str, ...]] = ()
     extra_defaults: ClassVar[Mapping[str, Any]] = {}
     """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""
@@ -110,6 +114,7 @@ class ComposedPipeline:
             self._modules[name].peek()
         self.stages: dict[str, Stage] = {}
         self.create_stages()
+        self.tasks = self._own_tasks()  # pyright: ignore[reportAttributeAccessIssue] - the class's, narrowed
 
     # -- for subclasses -----------------------------------------------------------------------------------------------
 
@@ -126,6 +131,17 @@ class ComposedPipeline:
     def inputs(self) -> Mapping[str, bool]:
         """What a request may bring beside its prompt ("image", "last_image", "video", ...), and whether it must."""
         return {}
+
+    def _own_tasks(self) -> tuple[str, ...]:
+        """The class's tasks that this directory's inputs allow, and "i2v" where text-to-video may keep an image."""
+        inputs, tasks = self.inputs, list(type(self).tasks)
+        if "t2v" in tasks and inputs.get("image") is False and "i2v" not in tasks:
+            tasks.append("i2v")
+        if "last_image" not in inputs:
+            tasks = [t for t in tasks if t != "flf2v"]
+        elif inputs["last_image"]:
+            tasks = [t for t in tasks if t != "i2v"]
+        return tuple(tasks)
 
     def defaults(self) -> SamplingParams:
         """Sampling defaults of this model; every field a request needs has a value."""
@@ -260,6 +276,33 @@ class ComposedPipeline:
             batch.timings[name] = time.perf_counter() - start
             yield StageEvent("stage_end", name, batch.timings[name])
         return batch
+
+    def joins(self, batch: ForwardBatch) -> bool:
+        """Whether the samples of a batch would share the forwards of their steps as runs of their own."""
+        denoising = self.stages.get("denoising")
+        return isinstance(denoising, DenoisingStage) and denoising.joins(batch)
+
+    def iterate_together(
+        self, batches: Sequence[ForwardBatch]
+    ) -> Generator[StageEvent | Event, None, list[ForwardBatch]]:
+        """As `iterate` for several batches, stage by stage; in denoising their steps share forwards where they can.
+
+        The return value is the finished batches, each with the seconds that a stage took for all of them.
+        """
+        batches = list(batches)
+        for name, stage in self.stages.items():
+            yield StageEvent("stage_start", name)
+            start = time.perf_counter()
+            if isinstance(stage, DenoisingStage):
+                yield from stage.iterate_together(batches, self.args)
+            else:
+                for index, batch in enumerate(batches):
+                    batches[index] = yield from stage.iterate(batch, self.args)
+            seconds = time.perf_counter() - start
+            for batch in batches:
+                batch.timings[name] = seconds
+            yield StageEvent("stage_end", name, seconds)
+        return batches
 
     def run(self, batch: ForwardBatch) -> ForwardBatch:
         """Run all stages."""

@@ -460,11 +460,17 @@ class VideoGenerator:
                     hooks=list(plan.hooks),
                     **given,
                 )
-                run = self.pipeline.iterate(batch)
-                batch = yield from run if previews is None else previews.among(run, start)
+                if batch.size > 1 and self.pipeline.joins(batch):
+                    runs = self.pipeline.iterate_together(batch.samples())
+                    done = yield from runs if previews is None else previews.among(runs, start)
+                    batch = ForwardBatch.joined(done)
+                else:
+                    run = self.pipeline.iterate(batch)
+                    batch = yield from run if previews is None else previews.among(run, start)
+                    done = [batch] * batch.size
                 for index, path in enumerate(plan.paths[part]):
                     record = make_record(self.pipeline, options, batch, index, given)
-                    results.append(_finish(batch, index, path, record))
+                    results.append(_finish(batch, index, path, record, done[index].logging_info))
         return results
 
     def _batch_size(self, params: SamplingParams) -> int:
@@ -473,7 +479,9 @@ class VideoGenerator:
         return max(1, BATCH_TOKENS // (tokens * self.pipeline.rows(params)))
 
 
-def _finish(batch: ForwardBatch, index: int, path: Path | None, record: dict[str, Any]) -> GenerationResult:
+def _finish(
+    batch: ForwardBatch, index: int, path: Path | None, record: dict[str, Any], logging_info: dict[str, Any]
+) -> GenerationResult:
     """The result of one sample, its file written."""
     assert batch.latents is not None and batch.params.fps is not None
     timings = dict(batch.timings)
@@ -489,6 +497,6 @@ def _finish(batch: ForwardBatch, index: int, path: Path | None, record: dict[str
         seed=batch.seeds[index],
         prompt=batch.prompts[index],
         params=batch.params,
-        logging_info=batch.logging_info,
+        logging_info=logging_info,
         record=record,
     )

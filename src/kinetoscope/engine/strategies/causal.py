@@ -86,9 +86,9 @@ class Expert:
 
 @dataclass(slots=True, eq=False)
 class Rollout:
-    """A run between blocks: its experts, the branches of its rows, its size, the times of the steps and then of the passes over a block made and
-    over one given, the first frame of the next block, and the finished blocks (None in a stream: its caller has them).
-    """
+    """A run between blocks: its experts, the branches of its rows, its size, the times of the steps and then of the
+    passes over a block made and over one given, the first frame of the next block, and the finished blocks (None in a
+    stream: its caller has them)."""
 
     experts: list[Expert]
     branches: tuple[str, ...]
@@ -292,15 +292,15 @@ class CausalStrategy:
         own, branches = rollout.experts[expert], rollout.branches
         latents = state.latents.to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
         timestep = torch.full((len(latents),), rollout.times[index], device=latents.device)
-        shared = {"expert": expert, **own.shared, **take_rows(own.steps, slice(index, index + 1))}
-        return ModelInputs(latents, timestep, branches, batch, own.conditioning, shared)
+        shared, step = {"expert": expert, **own.shared}, take_rows(own.steps, slice(index, index + 1))
+        return ModelInputs(latents, timestep, branches, batch, own.conditioning, shared, step)
 
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
         """One forward of the rows' expert; it writes their keys and values."""
-        shared = dict(model_inputs.shared)
-        expert: int = shared.pop("expert")
+        arguments = model_inputs.arguments
+        expert: int = arguments.pop("expert")
         network = _rollout(state).experts[expert].network
-        return network(model_inputs.latents, model_inputs.timestep, **model_inputs.conditioning, **shared)
+        return network(model_inputs.latents, model_inputs.timestep, **arguments)
 
     def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
         """Classifier-free guidance in float32, by the expert's scale."""

@@ -141,9 +141,9 @@ class CosmosStrategy(StandardStrategy):
         rows = self._rows(state, step_idx, branches)
         latents = torch.cat(rows).to(state.args.dtype)
         timestep = state.tables["steps"]["timestep"][step_idx : step_idx + 1]
-        shared = state.tables["shared"] | self.parts.transformer.prepare_timesteps(timestep)
+        step = self.parts.transformer.prepare_timesteps(timestep)
         timestep = timestep.expand(len(latents), *timestep.shape[1:])
-        return ModelInputs(latents, timestep, branches, len(rows[0]), state.conditioning, shared)
+        return ModelInputs(latents, timestep, branches, len(rows[0]), state.conditioning, state.tables["shared"], step)
 
     def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
         """Clean estimates (EDM) or velocities of each branch with given frames restored, then guidance."""

@@ -7,7 +7,7 @@ guidance scales the unconditional row as CFG-Zero* does (arXiv 2503.18886); the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -117,8 +117,7 @@ class LongCatStrategy(StandardStrategy):
             if inputs.use_kv_cache:
                 cache = self._cache(condition, args, inputs.offload_kv_cache)
         state.tables["condition"] = frames
-        # Condition frames read no text, so the branches have equal caches, and one value is held for all of them.
-        state.tables["kv_cache"] = {} if cache is None else dict.fromkeys(state.guidance.branches, cache)
+        state.tables["kv_cache"] = cache  # condition frames read no text, so it is the same for all branches
         return state
 
     def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
@@ -129,19 +128,13 @@ class LongCatStrategy(StandardStrategy):
         """The frames that are forwarded, once for each branch; a timestep a frame."""
         assert state.scheduler is not None
         branches, condition = state.guidance.branches, state.tables["condition"]
-        cached = condition if state.tables["kv_cache"] else 0
+        cache = state.tables["kv_cache"]
+        cached = 0 if cache is None else condition
         latents = state.latents[:, :, cached:].to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
         timestep = state.scheduler.timesteps[step_idx].repeat(latents.shape[0], latents.shape[2])  # [R, T]
         timestep[:, : condition - cached] = 0
-        shared: dict[str, Tree] = {**state.tables["shared"], "num_cond_latents": condition}
+        shared: dict[str, Tree] = {**state.tables["shared"], "num_cond_latents": condition, "kv_cache": cache}
         return ModelInputs(latents, timestep, branches, state.latents.shape[0], state.conditioning, shared)
-
-    def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
-        """One forward of the transformer, with the cache of the rows' branch."""
-        if state.tables["kv_cache"]:
-            cache = state.tables["kv_cache"][model_inputs.branches[0]]
-            model_inputs = replace(model_inputs, shared={**model_inputs.shared, "kv_cache": cache})
-        return super().forward(state, model_inputs)
 
     def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
         """CFG with the unconditional row scaled to its projection on the conditional one; then the flow velocity."""

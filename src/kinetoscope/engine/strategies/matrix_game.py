@@ -303,13 +303,11 @@ class MatrixGameStrategy:
         play, latents = _play(state), state.latents.to(state.args.dtype)
         timestep = torch.full((latents.shape[0],), t, device=latents.device)
         step = take_rows(state.tables["steps"], slice(index, index + 1))
-        return ModelInputs(latents, timestep, (COND,), latents.shape[0], play.conditioning, {**play.shared, **step})
+        return ModelInputs(latents, timestep, (COND,), latents.shape[0], play.conditioning, play.shared, step)
 
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
         """One forward of the transformer, which writes the rows' keys and values into their memory."""
-        return self.parts.transformer(
-            model_inputs.latents, model_inputs.timestep, **model_inputs.conditioning, **model_inputs.shared
-        )
+        return self.parts.transformer(model_inputs.latents, model_inputs.timestep, **model_inputs.arguments)
 
     def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
         """The prediction itself, float32."""

@@ -120,7 +120,7 @@ class StandardStrategy:
             latents = latents.repeat(len(branches), 1, 1, 1, 1)
         timestep = state.scheduler.timesteps[step_idx].expand(len(branches) * batch)
         step = take_rows(state.tables["steps"], slice(step_idx, step_idx + 1))
-        return ModelInputs(latents, timestep, branches, batch, state.conditioning, state.tables["shared"] | step)
+        return ModelInputs(latents, timestep, branches, batch, state.conditioning, state.tables["shared"], step)
 
     def model_latents(self, state: StrategyState) -> Tensor:
         """What the network sees of the sample, [B, C', T, H, W]."""
@@ -135,9 +135,7 @@ class StandardStrategy:
 
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
         """One forward of the step's network."""
-        return self.network(state)(
-            model_inputs.latents, model_inputs.timestep, **model_inputs.conditioning, **model_inputs.shared
-        )
+        return self.network(state)(model_inputs.latents, model_inputs.timestep, **model_inputs.arguments)
 
     def cfg_combine(self, state: StrategyState, noise_pred: Tensor) -> Tensor:
         """Classifier-free guidance in float32."""

@@ -151,8 +151,8 @@ class ForcingStrategy(StandardStrategy):
         latents = latents.to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
         timestep = window.timesteps[step_idx].expand(len(latents), -1)
         step = take_rows(window.modulation, slice(step_idx, step_idx + 1))
-        shared = state.tables["shared"] | step
-        return ModelInputs(latents, timestep, branches, state.latents.shape[0], state.conditioning, shared)
+        batch, shared = state.latents.shape[0], state.tables["shared"]
+        return ModelInputs(latents, timestep, branches, batch, state.conditioning, shared, step)
 
     def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
         """One step of each frame that moves in this iteration, by the scheduler of its run of frames."""

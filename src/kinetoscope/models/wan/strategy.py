@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,13 +36,10 @@ class FirstFrameStrategy(StandardStrategy):
         timestep = inputs.timestep.view(-1, 1).repeat(1, frames)
         timestep[:, 0] = 0
         clean: Modulation = state.tables["steps"]["modulation"]
-        noisy: Modulation = inputs.shared["modulation"]
+        noisy: Modulation = inputs.step["modulation"]
         frame_wise = Modulation(*(torch.cat([c[-1:], n.expand(-1, frames - 1, *n.shape[2:])], 1)
                                   for c, n in zip(clean, noisy, strict=True)))  # fmt: skip
-        return ModelInputs(
-            inputs.latents, timestep.expand(rows, -1), inputs.branches, inputs.batch, inputs.conditioning,
-            inputs.shared | {"modulation": frame_wise},
-        )  # fmt: skip
+        return replace(inputs, timestep=timestep.expand(rows, -1), step={"modulation": frame_wise})
 
     def model_latents(self, state: StrategyState) -> Tensor:
         """The sample with the given frame in its place."""

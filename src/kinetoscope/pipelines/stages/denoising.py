@@ -11,8 +11,9 @@ from torch import Tensor
 from kinetoscope.core.errors import KinetoscopeError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
+from kinetoscope.engine.batching import StepBatcher
 from kinetoscope.engine.engine import DenoisingEngine
-from kinetoscope.engine.hooks.base import Hook
+from kinetoscope.engine.hooks.base import Hook, Interceptor
 from kinetoscope.engine.protocols import DenoisingStrategy, Event
 from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.pipelines.lazy import Lazy, resolve
@@ -80,6 +81,34 @@ class DenoisingStage(Stage):
         assert batch.latents is not None
         check_finite(batch.latents)
         return batch
+
+    def joins(self, batch: ForwardBatch) -> bool:
+        """Whether the samples of a batch would share forwards as runs of their own (`engine.batching`)."""
+        alone = any(isinstance(hook, Interceptor) for hook in [*self.hooks, *batch.hooks])
+        return isinstance(self.strategy_cls(self), StandardStrategy) and not alone
+
+    @torch.no_grad()
+    def iterate_together(self, batches: Sequence[ForwardBatch], args: ExecutionArgs) -> Generator[Event, None, None]:
+        """`iterate` of several batches at once, their steps in common forwards; `latents` are set in each.
+
+        Raises:
+            Exception: what ended one of them; the others end with it.
+        """
+        batcher = StepBatcher()
+        engines = [self.engine(batch) for batch in batches]
+        for engine, batch in zip(engines, batches, strict=True):
+            batcher.add(engine, engine.strategy.prepare(batch, args))
+        runs = list(batcher.runs)
+        for run, event in batcher.drain():
+            if run.error is not None:
+                break
+            yield event
+        for run in runs:
+            if run.error is not None:
+                raise run.error
+            batch = run.engine.strategy.postprocess(run.state)
+            assert batch.latents is not None
+            check_finite(batch.latents)
 
 
 def check_finite(latents: Tensor) -> None:
