@@ -12,9 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.loading.offload import Offload
 from kinetoscope.runtime import care
 from kinetoscope.runtime import compile as module
 from runtime.families import FAMILIES, LONG, SHORT, open_family
+from runtime.movers import Elsewhere
 
 KINDS = {"wan": 1, "causal": 5, "skyreels": 1, "cosmos": 1, "hunyuan": 2, "hunyuan15": 1, "ltx": 1, "longcat": 1}
 """Graphs of a family: one a kind of block. A causal block is cut where it reads and writes its cache, and its keys are
@@ -58,6 +60,35 @@ def test_a_length_that_is_not_told_recompiles(
     for prompt in (SHORT, LONG):
         generator.generate_video(prompt, **FAMILIES["wan"].request())
     assert compiles.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache": "fbcache:threshold=0.5,warmup=1", "cfg": "batched"},
+        {"cache": "fbcache:threshold=0.5,warmup=1", "cfg": "sequential"},
+        {"offload": "blocks"},
+        {"quantize": "int8"},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_together_with(
+    options: dict[str, Any], tmp_path: Path, compiles: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands around blocks, moves or replaces their weights: the bits of the same without compiling."""
+    monkeypatch.setattr(care, "Offload", lambda kind, device, _: Offload(kind, device, Elsewhere()))
+    request = FAMILIES["wan"].request
+    compiled, plain = (open_family("wan", tmp_path / "model", compile=c, **options) for c in (True, False))
+    compiled.generate_video(SHORT, **request(num_inference_steps=5))
+    graphs = compiles.frame_count
+    assert graphs >= 1
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        result = compiled.generate_video(LONG, **request(num_inference_steps=5, seed=8))
+    assert compiles.frame_count == graphs
+    expected = plain.generate_video(LONG, **request(num_inference_steps=5, seed=8))
+    assert torch.equal(result.latents, expected.latents)
+    if "cache" in options:
+        assert result.logging_info["step_cache"] == expected.logging_info["step_cache"]
 
 
 @pytest.mark.slow

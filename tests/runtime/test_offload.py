@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +14,9 @@ from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.loading.offload import HostMover, Offload, OffloadedBlocks, heavy_layers, slots
 from kinetoscope.runtime import care
 from runtime.families import FAMILIES, LONG, SHORT, open_family
+from runtime.movers import Elsewhere
 
 USUAL = ("wan", "wan-a14b", "causal", "cosmos", "hunyuan")
-
-
-class Elsewhere:
-    """A mover that leaves tensors without values behind, so that using a weight that is away cannot go unseen."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, Tensor] = {}
-        self.stand_ins: list[Tensor] = []
-        self.here = self.most = 0
-
-    def park(self, tensor: Tensor) -> Tensor:
-        stand_in = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            stand_in = nn.Parameter(stand_in, requires_grad=False)
-        self.kept[id(stand_in)] = tensor.detach().clone()
-        self.stand_ins.append(stand_in)
-        return stand_in
-
-    def bring(self, parked: Tensor) -> Tensor:
-        return self.kept[id(parked)].clone()
-
-    def ahead(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def sent(self) -> Any:
-        return None
-
-    def arrived(self, mark: Any, tensors: Any) -> None:
-        pass
 
 
 @pytest.fixture
