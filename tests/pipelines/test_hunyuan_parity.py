@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,25 @@ def test_damaged_text_parts_are_refused(tmp_path: Path) -> None:
     (path / "tokenizer_2" / "tokenizer_config.json").unlink()
     with pytest.raises(ModelLoadError, match=r"no tokenizer_config\.json"):
         build_pipeline(resolve_model(str(path)), ExecutionArgs()).get_module("tokenizer_2")
+
+
+def test_parts_of_another_kind_are_refused(tmp_path: Path) -> None:
+    """A tokenizer or processor whose own file does not say what model_index.json says; fast and slow are the same."""
+    from kinetoscope.core.errors import ModelLoadError
+
+    path = make_tiny_hunyuan_i2v(tmp_path, "token_replace")
+    index = path / "model_index.json"
+    values = json.loads(index.read_text())
+    index.write_text(json.dumps({**values, "tokenizer": ["transformers", "LlamaTokenizerFast"]}))
+    assert build_pipeline(resolve_model(str(path)), ExecutionArgs()).get_module("tokenizer")
+    index.write_text(json.dumps({**values, "tokenizer": ["transformers", "CLIPTokenizer"]}))
+    processor = path / "image_processor" / "preprocessor_config.json"
+    other = {**json.loads(processor.read_text()), "image_processor_type": "SiglipImageProcessor"}
+    processor.write_text(json.dumps(other))
+    pipeline = build_pipeline(resolve_model(str(path)), ExecutionArgs())
+    for name, words in (("tokenizer", "is of a LlamaTokenizer, .* is a CLIPTokenizer"), ("image_processor", "Siglip")):
+        with pytest.raises(ModelLoadError, match=words):
+            pipeline.get_module(name)
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

@@ -126,6 +126,17 @@ def test_an_expert_that_serves_no_step_is_not_loaded(tmp_path: Path) -> None:
     assert "transformer_2" not in generator.pipeline.loaded_modules()
 
 
+def test_a_directory_has_the_tasks_it_takes_inputs_for(pairs: dict[str, Any]) -> None:
+    assert {kind: ours.pipeline.tasks for kind, (ours, _) in pairs.items()} == {
+        "i2v": ("i2v",),
+        "flf2v": ("flf2v",),
+        "a14b": ("t2v", "v2v"),
+        "i2v-a14b": ("i2v", "flf2v"),
+        "ti2v": ("t2v", "v2v", "i2v"),
+        "ti2v-i2v": ("i2v",),
+    }
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [

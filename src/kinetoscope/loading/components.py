@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from kinetoscope.loading.weights import KeyMap, load_weights, rename_key, tensor
 
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ANY_CLASS = ("AutoTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Names of tokenizers that say nothing of their kind."""
 _LOADERS: dict[str, Loader] = {}
 _EMPTY: dict[str, Callable[[ModelDir, str], nn.Module]] = {}
 _NAMES: dict[str, tuple[KeyMap, Rename]] = {}
@@ -147,7 +150,7 @@ def load_tokenizer(model: ModelDir, name: str, dtype: torch.dtype, device: torch
     """A tokenizer of transformers.
 
     Raises:
-        ModelLoadError: its folder is empty, or does not say which tokenizer it holds.
+        ModelLoadError: its folder is empty, or does not say which tokenizer it holds, or says another one.
     """
     from transformers import AutoTokenizer
 
@@ -156,7 +159,23 @@ def load_tokenizer(model: ModelDir, name: str, dtype: torch.dtype, device: torch
         raise ModelLoadError(f"{folder} is empty; download the model again")
     if not (folder / TOKENIZER_CONFIG).is_file():  # transformers would guess, and leave out special tokens
         raise ModelLoadError(f"{folder} has no {TOKENIZER_CONFIG}; download the model again")
+    check_class(model, name, TOKENIZER_CONFIG, "tokenizer_class")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def check_class(model: ModelDir, name: str, file: str, field: str) -> None:
+    """Refuse a component whose own file says that it is of another kind than model_index.json.
+
+    Raises:
+        ModelLoadError: they name different classes; fast and slow ones of a kind are the same.
+    """
+    declared, path = model.components()[name], model.folder(name) / file
+    held = json.loads(path.read_text(encoding="utf-8")).get(field) if path.is_file() else None
+    kinds = {str(kind).removesuffix("Fast").removesuffix("Pil") for kind in (declared, held or declared)}
+    if len(kinds) > 1 and not kinds & set(ANY_CLASS):
+        raise ModelLoadError(
+            f"{path} is of a {held}, model_index.json says {name} is a {declared}; download the model again"
+        )
 
 
 def _load_scheduler(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> SchedulerAdapter:

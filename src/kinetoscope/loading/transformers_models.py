@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kinetoscope.core.errors import ModelLoadError
-from kinetoscope.loading.components import load_tokenizer, register_component
+from kinetoscope.loading.components import check_class, load_tokenizer, register_component
 from kinetoscope.loading.directory import ModelDir
 from kinetoscope.loading.weights import SHOWN
 
@@ -54,6 +54,7 @@ def register_image_processor(class_name: str) -> None:
     def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
         import transformers
 
+        check_class(model, name, "preprocessor_config.json", "image_processor_type")
         return getattr(transformers, class_name).from_pretrained(model.folder(name), local_files_only=True)
 
     register_component(class_name, load)
