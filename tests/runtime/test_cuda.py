@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kinetoscope import VideoGenerator
+from lora_files import factors, tensors, write
 from tiny import make_tiny_wan
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 8, "guidance_scale": 4.0}
@@ -34,3 +35,17 @@ def test_bfloat16_on_cuda_stays_near(tmp_path: Path) -> None:
     exact = VideoGenerator.from_pretrained(path, device="cpu").generate_video("a cat", **SMALL).latents
     got = VideoGenerator.from_pretrained(path, device="cuda").generate_video("a cat", **SMALL).latents
     assert (got - exact).norm() <= 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": "blocks"}, {"dtype": "bfloat16"}], ids=str)
+def test_lora_on_cuda_comes_and_goes(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = make_tiny_wan(tmp_path / "model")
+    file = write(tmp_path / "a.safetensors", tensors("kohya", factors(), 4.0))
+    expected = VideoGenerator.from_pretrained(path, device="cpu", lora=file).generate_video("a cat", **SMALL).latents
+    generator = VideoGenerator.from_pretrained(path, **{"device": "cuda", "dtype": "float32"} | options)
+    base = generator.generate_video("a cat", **SMALL).latents
+    generator.load_lora(file)
+    got = generator.generate_video("a cat", **SMALL).latents
+    assert (got - expected).norm() <= (0.05 if "dtype" in options else 1e-3) * expected.norm()
+    generator.unload_lora("a")
+    assert torch.equal(generator.generate_video("a cat", **SMALL).latents, base)

@@ -17,7 +17,7 @@ from kinetoscope.nn.lora import SidePath
 from lora_files import deltas, factors, tensors, write
 from tiny import make_tiny_wan
 
-SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "fps": 8}
+SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "fps": 8}
 PAIRS = {"one": factors(1), "two": factors(2, rank=2)}
 
 

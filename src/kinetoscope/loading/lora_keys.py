@@ -61,7 +61,7 @@ _REFUSED = (
     (re.compile(r"\.(oft_blocks|oft_diag|oft_R)"), "OFT"),
     (re.compile(r"\.(set_weight|reshape_weight)$"), "replaced weights"),
 )
-MASKS = 1 << 12
+MASKS = 1 << 10
 """Ways to read the underscores of a kohya name that are tried at most."""
 
 
