@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kinetoscope.core.context import ForwardContext, current_context, forward_co
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from pipelines.test_fast_wan import add_gates, make_directory
 from tiny import make_tiny_wan, perturb
 
 CPU = capabilities("cpu", torch.float32)
@@ -199,6 +201,22 @@ def test_a_schedule_through_the_engine(tiny: Path) -> None:
     assert not torch.allclose(sparse[0], dense[0], atol=1e-4)
     batched = latents(f"{spec},dense_steps=1", "batched")
     assert all((a - b).abs().max() < 1e-4 * b.std() for a, b in zip(batched, one_dense, strict=True))
+
+
+def test_gates_of_fast_wan_through_the_engine(tmp_path: Path) -> None:
+    """The gates that its files hold count under VSA, and under nothing else."""
+    plain = make_directory(tmp_path / "plain")
+    shutil.copytree(plain, tmp_path / "gates")
+    add_gates(tmp_path / "gates")
+    fields = {"height": 32, "width": 32, "num_frames": 5}
+
+    def made(name: str, attention: str) -> Tensor:
+        generator = VideoGenerator.from_pretrained(tmp_path / name, device="cpu", attention=attention)
+        return generator.generate_video("a red circle", **fields).latents
+
+    assert torch.equal(made("plain", "auto"), made("gates", "auto"))
+    spec = "vsa:sparsity=0.8,tile=1,1,1"
+    assert not torch.allclose(made("plain", spec), made("gates", spec), atol=1e-2)
 
 
 def test_settings_are_kept_and_refused_at_start(tiny: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -351,6 +352,12 @@ def test_wrong_settings(spec: str, says: str) -> None:
 def test_kernels_of_other_devices_refuse(kernel: str) -> None:
     with pytest.raises(CompositionError, match=f"kernel={kernel} is for CUDA"):
         resolve_attention(f"vsa:kernel={kernel}", CPU, WAN)
+
+
+@pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed")
+def test_triton_says_what_to_install() -> None:
+    with pytest.raises(CompositionError, match="pip install triton"):
+        resolve_attention("vsa:kernel=triton", capabilities("cuda", torch.float32), WAN)
 
 
 def test_layers_tell_their_grid() -> None:

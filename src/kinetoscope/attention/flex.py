@@ -44,6 +44,11 @@ def flex_dense_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | 
     return _call(*heads, score_mod=add_bias).transpose(1, 2)
 
 
+def flex_takes(*sizes: int) -> bool:
+    """Whether the kernels can work on tiles of these numbers of tokens."""
+    return all(size % 16 == 0 for size in sizes)
+
+
 def flex_tile_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, selected: Tensor) -> Tensor:
     """Exact attention of query tiles to the key tiles selected for them.
 
@@ -77,6 +82,8 @@ def flex_tile_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, se
         counts, order, BLOCK_SIZE=(size, key_size), mask_mod=is_selected,
         seq_lengths=(tiles * size, key_tiles * key_size),
     )  # fmt: skip
-    options = {} if bias is None else {"score_mod": add_bias}
+    options: dict[str, object] = {} if bias is None else {"score_mod": add_bias}
+    # A kernel's block must divide a tile: the largest power of two that does, up to 64.
+    options["kernel_options"] = {"BLOCK_M": min(64, size & -size), "BLOCK_N": min(64, key_size & -key_size)}
     out = _call(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), block_mask=mask, **options)
     return out.view(rows, heads, tiles, size, -1)

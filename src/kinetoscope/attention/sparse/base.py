@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from kinetoscope.attention.default import default_attention
-from kinetoscope.attention.flex import flex_tile_attention
+from kinetoscope.attention.flex import flex_takes, flex_tile_attention
 from kinetoscope.attention.parameters import Parameters
 from kinetoscope.attention.sparse.blocks import Others, attend_tiles
 from kinetoscope.attention.sparse.context import AttentionContext, Schedule, attention_context
@@ -97,6 +98,8 @@ class SparseAttention:
         """Why it cannot serve on a device type in a dtype; None where it can."""
         if device != "cuda" and self.kernel in ("flex", "triton"):
             return f"kernel={self.kernel} is for CUDA; use kernel=blocks"
+        if self.kernel == "triton" and find_spec("triton") is None:
+            return "kernel=triton needs the package triton; pip install triton, or use kernel=blocks"
         return None
 
     def __str__(self) -> str:
@@ -177,8 +180,11 @@ def others_of(k: Tensor, v: Tensor, key_bias: Tensor | None, tokens: int) -> Oth
 def attend_by(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, index: Tensor, others: Others | None
 ) -> Tensor:
-    """`attend_tiles` by a kernel: "blocks", "flex" or "triton" (in inference; it has no gradient)."""
-    if kernel == "flex" and others is None:
+    """`attend_tiles` by a kernel: "blocks", "flex" or "triton"; by "blocks" where the named one cannot.
+
+    "flex" takes tiles of a multiple of 16 tokens and no keys outside the grid, "triton" has no gradient.
+    """
+    if kernel == "flex" and others is None and (q.device.type == "cpu" or flex_takes(q.shape[3], k.shape[3])):
         selected = torch.zeros(*index.shape[:2], q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         return flex_tile_attention(q, k, v, bias, selected.scatter_(3, index, True))
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
