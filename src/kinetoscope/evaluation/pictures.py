@@ -53,12 +53,11 @@ def side_by_side(a: Array, b: Array, per_frame: Sequence[float] | None = None, f
         per_frame: similarity of each frame; the least similar one is shown. None: the one that differs most.
         fps: of the animation.
     """
-    difference = np.stack([np.abs(x.astype(np.float32) - y).mean(-1) for x, y in zip(a, b, strict=True)])  # [T, H, W]
-    badness = difference.mean((1, 2)) if per_frame is None else -np.asarray(per_frame)
-    brightest = max(float(difference.max()), _DARKEST)
-    hot = heat_map(difference / brightest)
-    chosen = _choose(len(a), int(badness.argmax()))
-    small = [[_small(v[t]) for t in range(len(v))] for v in (a, b, hot)]
+    differences = [_difference(x, y) for x, y in zip(a, b, strict=True)]
+    badness = [float(d.mean()) for d in differences] if per_frame is None else [-s for s in per_frame]
+    brightest = max(_DARKEST, *(float(d.max()) for d in differences))
+    chosen = _choose(len(a), int(np.argmax(badness)))
+    small = [[_small(f) for f in frames] for frames in (a, b, (heat_map(d / brightest) for d in differences))]
     return SideBySide(
         frames=chosen,
         a=tuple(_png(small[0][t]) for t in chosen),
@@ -68,6 +67,11 @@ def side_by_side(a: Array, b: Array, per_frame: Sequence[float] | None = None, f
         moving=_moving(small, fps),
         size=(small[0][0].height, small[0][0].width),
     )
+
+
+def _difference(a: Array, b: Array) -> Array:
+    """[H, W] mean absolute difference over the channels, in grey levels."""
+    return np.abs(a.astype(np.float32) - b).mean(-1)
 
 
 def heat_map(values: Array) -> Array:

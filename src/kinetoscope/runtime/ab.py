@@ -203,6 +203,7 @@ class _Run:
             "repeats": self.plan.repeats,
             "warmup": self.plan.warmup,
             "shared_components": self.shared,
+            "options": [dict(side.options) for side in self.sides],
             "versions": versions(),
         }
         return out
