@@ -14,6 +14,7 @@ from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.lora import LowRank
 from kinetoscope.nn import linear
 from kinetoscope.nn.lora import SidePath
+from kinetoscope.runtime.settings import parse_configuration
 from lora_files import deltas, factors, tensors, write
 from tiny import make_tiny_wan
 
@@ -219,3 +220,18 @@ def test_options_compose(tiny: Path, files: dict[str, Path], options: dict[str, 
     generator.unload_lora("one")
     base = VideoGenerator.from_pretrained(tiny, device="cpu", **options)
     assert torch.equal(latents(generator), latents(base))
+
+
+def test_lists_of_prompts_share_their_steps(tiny: Path, files: dict[str, Path]) -> None:
+    generator = VideoGenerator.from_pretrained(tiny, device="cpu", lora=files["one"])
+    prompts = ["a red cat", "a blue circle moving left on black"]
+    results = generator.generate_video(prompts, seed=3, **SMALL)
+    oracle = merged(tiny, ("transformer", deltas(PAIRS["one"]), 1.0))
+    for prompt, result in zip(prompts, results, strict=True):
+        expected = oracle.generate_video(prompt, seed=3, **SMALL).latents
+        assert (result.latents - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_a_configuration_as_text() -> None:
+    options = parse_configuration("lora=transformer_2=a.safetensors:0.5, cfg=batched").options
+    assert options == {"lora": "transformer_2=a.safetensors:0.5", "cfg": "batched"}
