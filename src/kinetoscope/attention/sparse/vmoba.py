@@ -7,6 +7,7 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kinetoscope.attention.parameters import Parameters
 from kinetoscope.attention.sparse.base import SparseAttention
@@ -15,6 +16,7 @@ from kinetoscope.attention.sparse.reference import vmoba_mask
 from kinetoscope.attention.sparse.tiles import TileLayout, Triple
 
 WHOLE = 2**31  # more than any axis has
+MASKED_BELOW = 2**22  # pairs of a query and a key up to which one masked product is faster than one a head and chunk
 
 
 class VideoMixtureOfBlocks(SparseAttention):
@@ -56,6 +58,8 @@ class VideoMixtureOfBlocks(SparseAttention):
         layout, tokens = context.layout, context.layout.tokens
         with torch.no_grad():
             picked = self._pick(layout, q, k[:, :tokens], self._count(context))  # [R, H, N, U]
+        if picked.shape[:2].numel() * tokens * k.shape[1] <= MASKED_BELOW:
+            return attend_masked(q, k, v, key_bias, layout, picked)
         return attend_picked(q, k, v, key_bias, layout, picked)
 
     def _pick(self, layout: TileLayout, q: Tensor, k: Tensor, count: int | None) -> Tensor:
@@ -102,6 +106,19 @@ def most_similar(scores: Tensor, own: Tensor, threshold: float) -> Tensor:
     reached = falling.cumsum(-1) / total
     before = torch.cat([torch.full_like(missing, -math.inf), reached[..., :-1]], dim=-1)
     return torch.zeros_like(share, dtype=torch.bool).scatter_(-1, order, before < missing)
+
+
+def attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, layout: TileLayout, picked: Tensor
+) -> Tensor:
+    """As `attend_picked`, by one product of all pairs and a mask: for few tokens."""
+    seen = picked[..., layout.position // layout.gather.shape[1]]  # [R, H, N, N]
+    mask = torch.zeros(seen.shape, device=q.device).masked_fill(~seen, -math.inf)
+    mask = F.pad(mask, (0, k.shape[1] - layout.tokens))
+    if key_bias is not None:
+        mask = mask + key_bias.float()[:, None, None]
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask.to(q.dtype)).transpose(1, 2)
 
 
 def attend_picked(
