@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.evaluation.compare import Comparison, Pair, Thresholds, compare_videos
@@ -60,7 +62,7 @@ def test_equal_videos_pass_everything_and_the_json_is_json() -> None:
     assert report["measures"]["psnr"] == {"mean": None, "worst": None}
     assert report["pairs"][0]["identical"] is True and report["pairs"][0]["ssim"] == 1.0
     page = html_report(comparison, tight, {"p": side_by_side(a, a)})
-    assert "equal, bit for bit" in page and "pass" in page
+    assert "equal, bit for bit" in page and "pass" in page and page.count("<img") == len(side_by_side(a, a).frames)
 
 
 def test_one_equal_pair_does_not_hide_another() -> None:
@@ -209,6 +211,11 @@ def test_pictures_show_the_worst_frame() -> None:
     shown = side_by_side(a, b)
     assert 17 in shown.frames and len(shown.frames) == len(shown.a) == len(shown.heat) == 6
     assert shown.size == (10, 256) and shown.brightest > 100
+    assert shown.moving is not None
+    with Image.open(io.BytesIO(shown.moving)) as moving:
+        assert moving.size == (3 * 256 + 8, 10)
+        stacked = np.asarray(moving.convert("RGB")).astype(int)
+        assert np.abs(stacked[:, :256] - stacked[:, 260:516]).mean() < 10  # A beside B, alike at first
     single = side_by_side(a[:1], b[:1])
     assert single.frames == (0,) and single.moving is None
 

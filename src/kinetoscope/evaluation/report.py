@@ -34,7 +34,8 @@ ul.failures { color: var(--fail); margin: 10px 0 0; padding-left: 20px; }
 .tile b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; } td, th { padding: 5px 10px; text-align: right;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
-tr:last-child td { border-bottom: 0; } td + td, th { white-space: nowrap; } td.bad { white-space: normal; }
+tr:last-child td { border-bottom: 0; } td + td, th { white-space: nowrap; }
+td.bad { white-space: normal; text-align: left; }
 td:first-child, th:first-child { text-align: left; }
 th { font-weight: 600; color: var(--soft); } .facts-table td + td { white-space: normal; word-break: break-word; }
 .a { color: var(--a); } .b { color: var(--b); }
@@ -198,6 +199,9 @@ def _card(pair: Pair, shown: SideBySide) -> str:
         )
         return f'<span class="side {side.lower()}">{side}</span>{images}'
 
+    rows = row("A", shown.a, "A")
+    if not same:
+        rows += row("B", shown.b, "B") + row("Δ", shown.heat, "difference")
     gradient = f"background: linear-gradient(90deg, {', '.join(heat_colours())})"
     scale = "equal, bit for bit" if same else f'0 <span class="scale" style="{gradient}"></span> {shown.brightest:.0f}'
     judged = ""
@@ -214,9 +218,9 @@ def _card(pair: Pair, shown: SideBySide) -> str:
     return f"""<div class="card"><b>{_e(pair.name)}</b>
 <div class="facts soft"><span>SSIM {number("ssim", s.mean_ssim)}</span><span>PSNR {number("psnr", s.psnr)}</span>
 <span>|A - B| in grey levels: {scale}</span>{judged}</div>
-<div class="strip" style="--n: {len(shown.frames)}">{row("A", shown.a, "A")}{row("B", shown.b, "B")}
-{row("Δ", shown.heat, "difference")}<span></span>{"".join(f"<span>{t}</span>" for t in shown.frames)}</div>
-{"" if same else _curve(s.ssim)}{moving}</div>"""
+<div class="strip" style="--n: {len(shown.frames)}">{rows}
+<span></span>{"".join(f"<span>{t}</span>" for t in shown.frames)}</div>
+{"" if same else _curve(s.ssim) + moving}</div>"""
 
 
 def _hits(judged: Mapping[str, bool]) -> str:
