@@ -67,7 +67,8 @@ class TaylorSeer(StepCache):
 
     def store(self, row: TaylorRow, look: Look, before: Tensor, after: Tensor) -> None:
         """New differences of every order that there are values for."""
-        value = after.float() if self.target == "output" else after.float() - before.float()
+        # a copy: what a captured graph returns is written over by its next run
+        value = after.to(torch.float32, copy=True) if self.target == "output" else after.float() - before.float()
         gap, factors = look.step.index - row.filled, [value]
         for past in row.factors[: self.highest]:
             factors.append((factors[-1] - past) / gap)
