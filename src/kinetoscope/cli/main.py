@@ -28,7 +28,7 @@ from kinetoscope.core.version import __version__
 
 COMMANDS = (generate, stream, models, info, replay, doctor, ab, explain, calibrate, fit_preview, train, evaluate)
 
-CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+CHATTY = ("torchao", "torch.utils._pytree", ".".join(("diffusers", "quantizers", "torchao")))
 """Loggers of optional packages that tell, each time they are imported, of kernels that were not built for here."""
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Protocol
 
 import torch
@@ -237,11 +237,11 @@ class OffloadedBlocks:
         handles: list[Any] = []
         for layer in heavy_layers(self._blocks[index]):
             alone: list[Slot] = []
-            handles.append(layer.register_forward_pre_hook(lambda m, _, i=index, a=alone: self._come_alone(i, m, a)))
-            handles.append(layer.register_forward_hook(lambda *_, a=alone: _go(a), always_call=True))
+            handles.append(layer.register_forward_pre_hook(partial(self._come_alone, index, alone)))
+            handles.append(layer.register_forward_hook(partial(_go, alone), always_call=True))
         self._guards[index] = handles
 
-    def _come_alone(self, index: int, layer: nn.Module, alone: list[Slot]) -> None:
+    def _come_alone(self, index: int, alone: list[Slot], layer: nn.Module, args: Any) -> None:
         if index in self._here:
             _, mark, brought = self._here[index]
             self._mover.arrived(mark, brought)
@@ -251,7 +251,7 @@ class OffloadedBlocks:
         alone.append(slot)
 
 
-def _go(alone: list[Slot]) -> None:
+def _go(alone: list[Slot], *call: Any) -> None:
     for slot in alone:
         slot.leave()
     alone.clear()

@@ -1,8 +1,8 @@
 """Weights of a transformer's blocks in 8 bits, by torchao.
 
-Only the linear layers inside the blocks are quantized: they are nearly all of the weights. Embeddings, modulation, norms,
-the output projection and whatever the family keeps in float32 stay as they are, since they are small and errors in them
-reach every token.
+Only the linear layers inside the blocks are quantized: they are nearly all of the weights. Embeddings, modulation,
+norms, the output projection and whatever the family keeps in float32 stay as they are, since they are small and errors
+in them reach every token.
 
 Every kind is lossy; `docs/memory-and-speed.md` says by how much.
 """
@@ -75,7 +75,7 @@ def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> N
 
 def quantized_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """(name, layer) of the linear layers that quantization stores in 8 bits."""
-    kept = set(getattr(transformer, "keep_in_float32", ()))
+    kept: set[str] = set(getattr(transformer, "keep_in_float32", ()))
     inside = {id(m) for block in _blocks(transformer) for m in block.modules()}
     for name, layer in transformer.named_modules():
         if isinstance(layer, nn.Linear) and id(layer) in inside and _may_be_coarse(name, layer, kept):
@@ -112,7 +112,7 @@ def _torchao(kind: str) -> tuple[Callable[..., Any], Any]:
     configs: dict[str, Callable[[], Any]] = {
         "int8": ao.Int8WeightOnlyConfig,
         "int8-dynamic": ao.Int8DynamicActivationInt8WeightConfig,
-        "fp8": ao.Float8WeightOnlyConfig,
+        "fp8": lambda: ao.Float8WeightOnlyConfig(),
         "fp8-dynamic": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
     }
     return ao.quantize_, configs[kind]()
