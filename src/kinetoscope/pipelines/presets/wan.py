@@ -50,7 +50,7 @@ class WanTextToVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "v2v")
-    attention_roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
 
     @property
     def frame_wise(self) -> bool:
