@@ -424,6 +424,16 @@ def test_rows_are_cut_where_they_can_be() -> None:
     assert isinstance(view, Tensor) and view.data_ptr() == text[1:].data_ptr()
 
 
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_join_between_blocks_is_no_block(first: int) -> None:
+    toy = Toy("streams")
+    batch = run(toy, [FBCache(0.2, first=first, last=1)])
+    ran = [block.rows for block in toy.networks[0]]
+    full = batch.logging_info["step_cache"]["rows"]
+    assert ran[:first] == [full] * first and ran[-1] == full
+    assert set(ran[first:-1]) == {full - batch.logging_info["step_cache"]["skipped"]} and min(ran) < full
+
+
 def test_blocks_that_always_run_leave_some_to_skip() -> None:
     with pytest.raises(CompositionError, match=rf"dbcache: first=8 and last=0 leave none of the {LAYERS} blocks"):
         run(Toy(), [DBCache()])

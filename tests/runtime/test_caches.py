@@ -36,6 +36,7 @@ PROMPT, NEGATIVE = "a red cat", "blue"
 FIELDS: dict[str, Any] = {
     "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "guidance_scale": 4.0
 }  # fmt: skip
+USUAL = ("wan", "wan-a14b", "causal", "hunyuan", "longcat")
 RATIOS = [1.0, *(1 + 0.02 * np.random.default_rng(0).standard_normal(STEPS - 1))]
 
 
@@ -154,7 +155,7 @@ def test_two_streams_of_tokens_as_in_diffusers(tmp_path: Path) -> None:
 # -- every family -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_every_family(name: str, tmp_path: Path) -> None:
     """A cache that skips nothing changes no bit; one that does is the same in one forward and in one a branch."""
     family = FAMILIES[name]
@@ -263,6 +264,8 @@ def test_options_that_cannot_be(tiny: Path, cache: str, error: type[KinetoscopeE
 def test_refused_with_both_names_when_the_model_is_opened(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(CompositionError, match=r"fbcache.*taylorseer|taylorseer.*fbcache"):
         VideoGenerator.from_pretrained(tiny, device="cpu", cache="fbcache", hooks=[TaylorSeer()])
+    with pytest.raises(CompositionError, match="dbcache: first=8 and last=0 leave none of the 4 blocks"):
+        VideoGenerator.from_pretrained(tiny, device="cpu", cache="dbcache")
     experts = make_tiny_wan(tmp_path, kind="a14b")
     with pytest.raises(CompositionError, match="'teacache' and the two experts"):
         VideoGenerator.from_pretrained(experts, device="cpu", cache="teacache")

@@ -51,6 +51,16 @@ def test_no_recompiles(name: str, tmp_path: Path, compiles: CompileCounterWithBa
     assert torch.equal(result.latents, plain.generate_video(SHORT, **request(seed=4)).latents)
 
 
+@pytest.mark.parametrize("cache", ["taylorseer:interval=2,warmup=1", "fbcache:threshold=0.5"])
+def test_a_step_cache_over_compiled_blocks(tmp_path: Path, compiles: CompileCounterWithBackend, cache: str) -> None:
+    """Where rows agree no graph is added, and the bits are those of blocks that are not compiled."""
+    request = FAMILIES["wan"].request(num_inference_steps=6)
+    compiled, plain = (open_family("wan", tmp_path / "model", compile=c, cache=cache) for c in (True, False))
+    result = compiled.generate_video(SHORT, **request)
+    assert compiles.frame_count == 1 and result.logging_info["step_cache"]["skipped"] > 0
+    assert torch.equal(result.latents, plain.generate_video(SHORT, **request).latents)
+
+
 def test_a_length_that_is_not_told_recompiles(
     tmp_path: Path, compiles: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,11 @@ def open_cache(text: str, model: ModelDir) -> tuple[StepCache, str]:
             raise InputError(f"cache={text!r}: {key}={value} is not a {_NAMES[wanted]}") from error
     file, digest = given.pop(FILE, None), given.pop(DIGEST, None)
     if name not in CALIBRATED:
-        return kind(**given), text
+        cache = kind(**given)
+        config = model.config("transformer")
+        if "num_layers" in config:
+            cache.check(config["num_layers"] + config.get("num_single_layers", 0))
+        return cache, text
     if name == "magcache":
         key, known = "ratios", _ratios(model, file)
     else:

@@ -21,7 +21,7 @@ from kinetoscope.engine.hooks.base import Forward, Interceptor
 from kinetoscope.engine.hooks.caches.rows import can_cut, cut_calls, join, tokens_of, with_tokens
 from kinetoscope.engine.hooks.notes import note
 from kinetoscope.engine.protocols import BlockContext, ModelInputs, StrategyState
-from kinetoscope.nn.stack import BlockCall, Hidden, run_calls
+from kinetoscope.nn.stack import BlockCall, Hidden, join_tokens, run_calls
 
 CACHES = frozenset({"teacache", "fbcache", "dbcache", "taylorseer", "magcache"})
 """Names of all step caches: at most one of them is on an engine."""
@@ -112,6 +112,17 @@ class StepCache(Interceptor):
         """What the blocks would make of a row `before` [1, N, d]."""
         raise NotImplementedError
 
+    def check(self, blocks: int) -> None:
+        """Refuse a network of so few blocks that there is none to leave out.
+
+        Raises:
+            CompositionError: the blocks that always run are all of them.
+        """
+        if self.first + self.last >= blocks:
+            raise CompositionError(
+                f"{self.name}: first={self.first} and last={self.last} leave none of the {blocks} blocks to skip"
+            )
+
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def on_run_start(self, state: StrategyState) -> None:
@@ -145,19 +156,18 @@ class StepCache(Interceptor):
         calls: Sequence[BlockCall],
     ) -> Hidden:
         """The tokens after all blocks, some of them estimated."""
-        end = len(calls) - self.last
-        if end <= self.first:
-            raise CompositionError(
-                f"{self.name}: first={self.first} and last={self.last} leave none of the {len(calls)} blocks to skip"
-            )
+        layers = [i for i, call in enumerate(calls) if call.block is not join_tokens]
+        self.check(len(layers))
+        start = layers[self.first - 1] + 1 if self.first else 0
+        end = layers[-self.last] if self.last else len(calls)
         run: CacheRun = state.scratch[self]
         rows = self._rows(run, keys, step, calls)
-        probe = run_calls(x, calls[: self.first])
+        probe = run_calls(x, calls[:start])
         look = Look(step, [branch for branch, _ in keys], x, probe, calls)
         decisions = [
             Decision(d.skip and row.filled >= 0, d.score) for row, d in zip(rows, self.decide(rows, look), strict=True)
         ]
-        middle = self._middle(run, rows, decisions, look, calls[self.first : end])
+        middle = self._middle(run, rows, decisions, look, calls[start:end], start)
         for row in rows:
             row.seen = step.index
         self._tell(state, keys, decisions)
@@ -183,15 +193,16 @@ class StepCache(Interceptor):
         decisions: Sequence[Decision],
         look: Look,
         calls: Sequence[BlockCall],
+        start: int,
     ) -> Hidden:
-        """The tokens after the blocks that may be left out: run for some rows, estimated for the others."""
+        """The tokens after `calls`, which begin at number `start`: run for some rows, estimated for the others."""
         before = tokens_of(look.probe)
         runs = [i for i, d in enumerate(decisions) if not d.skip]
         pieces: dict[int, Tensor] = {}
         if runs:
             chosen = runs if len(runs) < len(rows) and can_cut(calls, len(rows)) else list(range(len(rows)))
             x, cut = cut_calls(look.probe, calls, chosen, len(rows))
-            made = run_calls(x, cut, first=self.first)
+            made = run_calls(x, cut, first=start)
             run.streams = tuple(t.shape[1] for t in made) if isinstance(made, tuple) else None
             after = tokens_of(made)
             for place, i in enumerate(chosen):

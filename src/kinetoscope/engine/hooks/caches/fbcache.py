@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.engine.hooks.caches.base import Decision, Look, Row, StepCache, relative_changes
+from kinetoscope.engine.hooks.caches.rows import tokens_of
+from kinetoscope.nn.stack import Hidden
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ class FBCache(StepCache):
 
     def decide(self, rows: Sequence[ProbedRow], look: Look) -> list[Decision]:
         """By the change of what the first blocks add to the tokens of the video."""
-        added = _video(look.probe) - _video(look.before)
+        added = _added(look.before, look.probe)
         scores = relative_changes(added, [row.probe for row in rows])
         decisions: list[Decision] = []
         for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
@@ -93,6 +95,8 @@ class DBCache(FBCache):
         super().__init__(threshold, first, last, warmup, limit)
 
 
-def _video(x: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The tokens of the video, where those of the text are a stream of their own."""
-    return x[0] if isinstance(x, tuple) else x
+def _added(before: Hidden, after: Hidden) -> Tensor:
+    """What was added to the tokens of the video; to all of them, where those of the text are no stream of their own."""
+    if isinstance(before, tuple) and isinstance(after, tuple):
+        return after[0] - before[0]
+    return tokens_of(after) - tokens_of(before)
