@@ -125,7 +125,7 @@ class Names:
             "diff": (".weight", ""),  # the second: a table that is itself a parameter
             "diff_b": (".bias",),
             "up_bias": (".bias",),
-            "diff_m": (".modulation", ".scale_shift_table"),
+            "diff_m": (".modulation",),
         }.get(kind, (".weight",))
         for path in self._spellings(layer):
             for leaf in leaves:
