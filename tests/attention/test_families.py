@@ -138,6 +138,14 @@ def tiny_gated() -> tuple[WanTransformer3DModel, dict[str, Any]]:
     return model, inputs
 
 
+def test_gates_begin_at_zero() -> None:
+    """Training from nothing begins with the exact part of video sparse attention alone."""
+    model, _ = tiny_gated()
+    model.init_weights(torch.Generator().manual_seed(0))
+    gates = [block.to_gate_compress for block in model.blocks]
+    assert not any(gate.weight.any() or gate.bias.any() for gate in gates)  # pyright: ignore
+
+
 def test_gates_of_wan_are_used_by_vsa_alone() -> None:
     """O = O_s + gate O_c in each block, the gate a projection of what the queries are projected from."""
     model, inputs = tiny_gated()

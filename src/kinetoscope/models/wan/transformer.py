@@ -222,7 +222,8 @@ class WanTransformer3DModel(nn.Module):
         """Fill all parameters for training from nothing, from a CPU `generator`.
 
         Linear layers Xavier uniform with zero bias, text and time embeddings normal 0.02, modulation tables normal
-        d^-1/2, output projection zero: the initialisation of the original Wan code.
+        d^-1/2, output projection zero: the initialisation of the original Wan code; gates of video sparse attention
+        zero (arXiv 2505.13389).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
@@ -237,6 +238,9 @@ class WanTransformer3DModel(nn.Module):
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(parameter, std=self.config.dim**-0.5, generator=generator)
         nn.init.zeros_(self.proj_out.weight)
+        for block in self._blocks():
+            if block.gated:
+                nn.init.zeros_(block.to_gate_compress.weight)
 
     def prepare_conditioning(
         self,
