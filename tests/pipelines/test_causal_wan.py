@@ -171,6 +171,7 @@ def test_a_stream_is_the_offline_video(plain: Path) -> None:
         (21, {"local_attn_size": 4, "sink_size": 2}, "no room for the sink and a block of 3"),
         (21, {"sink_size": 19}, "no room"),
         (21, {"sink_size": [1]}, "sink_size="),
+        (21, {"scheduler": "euler"}, "no solver to choose"),
         (21, {"warp_denoising_step": "no"}, "warp_denoising_step='no' is neither true nor false"),
         (21, {"strength": 0.5}, "takes no video"),
     ],

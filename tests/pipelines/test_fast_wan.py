@@ -219,6 +219,7 @@ def test_two_experts(tmp_path: Path) -> None:
         ({"image": "picture.png"}, "takes no image"),
         ({"warp_denoising_step": "no"}, "warp_denoising_step='no' is neither true nor false"),
         ({"warp_denoising_step": 1}, "neither true nor false"),
+        ({"scheduler": "unipc"}, "scheduler='unipc': .* no solver to choose"),
         ({"strength": 0.5}, "takes no video"),
     ],
 )

@@ -242,6 +242,15 @@ def test_a_video_of_the_image_alone(image_pair: tuple[Any, Any]) -> None:
         our_run(image_pair[0], (1, 32, 32), image=torch.zeros(2, 3, 32, 32))
 
 
+def test_guidance_that_the_network_is_not_told(image_pair: tuple[Any, Any]) -> None:
+    ours = image_pair[0]
+    told = ours.config.guidance_embeds
+    assert ours.defaults().guidance_scale == (6.0 if told else 1.0)
+    if not told:
+        with pytest.raises(InputError, match=r"guidance_scale=6\.0: this network is not told it"):
+            our_run(ours, (5, 32, 32), image=torch.zeros(2, 3, 32, 32), guidance_scale=6.0)
+
+
 def test_presets() -> None:
     """Model cards and published scheduler configurations; see `spec.PRESETS`."""
     table = {

@@ -172,6 +172,12 @@ def test_bad_decoding(pair: tuple[ComposedPipeline, Any], value: Any) -> None:
         our_run(pair[0], [1], 25.0, **arguments(SIZES[2], 1.0), decode_timestep=value)
 
 
+def test_one_step_is_no_schedule(pair: tuple[ComposedPipeline, Any]) -> None:
+    """The published schedule stretches the noise levels between the first and the last: of one, diffusers makes NaN."""
+    with pytest.raises(InputError, match="num_inference_steps=1 is too few"):
+        our_run(pair[0], [1], 25.0, **arguments((1, 32, 32), 1.0) | {"num_inference_steps": 1})
+
+
 def test_a_video_of_the_image_alone(pair: tuple[ComposedPipeline, Any]) -> None:
     with pytest.raises(InputError, match="num_frames=1 are the image alone; ask for 5"):
         our_run(pair[0], [1], 25.0, **arguments((1, 32, 32), 1.0), image=torch.zeros(1, 3, 32, 32))

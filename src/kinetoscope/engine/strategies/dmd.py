@@ -25,7 +25,8 @@ def few_step_schedule(params: SamplingParams, boundary: float | None = None) -> 
     """The schedule a request asks for, for two experts where there is a `boundary` (a timestep).
 
     Raises:
-        InputError: no list of timesteps, a number of steps that is not the list's, no shift, or a warp that is no bool.
+        InputError: no list of timesteps, a number of steps that is not the list's, no shift, a solver,
+            or a warp that is neither true nor false.
     """
     extra: Mapping[str, Any] = params.extra or {}
     steps: Any = extra.get(STEPS)
@@ -36,6 +37,11 @@ def few_step_schedule(params: SamplingParams, boundary: float | None = None) -> 
         raise InputError(
             f"num_inference_steps={params.num_inference_steps}, but this model was distilled for the {count} timesteps "
             f"{steps}; to change them set {STEPS}"
+        )
+    if params.scheduler is not None:
+        raise InputError(
+            f"scheduler={params.scheduler!r}: this model was distilled for steps of its own; it has no solver to "
+            f"choose ({STEPS} sets other steps)"
         )
     if params.flow_shift is None:
         raise InputError("few-step denoising needs flow_shift")

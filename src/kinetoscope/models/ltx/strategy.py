@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
@@ -34,6 +35,9 @@ def start_schedule(
 
     Noise levels fall evenly from 1 to 1/S and are then shifted. Where the prototype's shift is dynamic, a `flow_shift`
     given by the user takes its place. Another solver takes the same shift as a fixed one.
+
+    Raises:
+        InputError: one step, where the schedule has none.
     """
     steps = params.num_inference_steps
     assert steps is not None
@@ -47,6 +51,8 @@ def start_schedule(
             steps, device
         )
     sigmas = [1.0 + (1.0 / steps - 1.0) * i / max(steps - 1, 1) for i in range(steps)]
+    if steps == 1 and chosen.config.get("shift_terminal"):  # stretches what lies between the first level and the last
+        raise InputError("num_inference_steps=1 is too few for this model's schedule; take 2 or more")
     return chosen.start(steps, device, sigmas=sigmas, mu=mu)
 
 

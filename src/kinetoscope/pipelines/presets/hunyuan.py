@@ -63,7 +63,8 @@ class HunyuanVideo(ComposedPipeline):
             temporal=vae.get("temporal_compression_ratio", 4),
             patch=config.patch,
         )
-        self.add_stage("validation", HunyuanValidationStage(self.geometry))
+        told = {"embeds_guidance": config.guidance_embeds}
+        self.add_stage("validation", HunyuanValidationStage(self.geometry, **told))
         self.add_stage("text_encoding", self._text_stage())
         self.add_stage("timesteps", TimestepPreparationStage(self._even_schedule()))
         self.add_stage("latents", LatentPreparationStage(self.geometry, config.latent_channels))
@@ -82,7 +83,9 @@ class HunyuanVideo(ComposedPipeline):
 
     def defaults(self) -> SamplingParams:
         """The directory's own defaults over the preset of its published name."""
-        preset = spec.PRESETS.get(self.model.name, spec.PRESETS[self.preset])
+        preset = spec.PRESETS.get(self.model.name) or spec.PRESETS[self.preset]
+        if not self.config.guidance_embeds:
+            preset = replace(preset, guidance_scale=1.0)
         shipped = replace(preset, flow_shift=None, scheduler=None)  # the directory's scheduler_config.json knows these
         own = SamplingParams(**self.model.defaults).over(shipped)
         return own.over(SamplingParams(extra=dict(self.extra_defaults)))
@@ -121,8 +124,9 @@ class HunyuanImageToVideo(HunyuanVideo):
                 f"{self.model.path}/transformer/config.json has no image_condition_type, so it takes no image"
             )
         self.add_stage("image_latents", HunyuanImageLatentStage(self.lazy("vae"), kind), after="latents")
+        told = {"embeds_guidance": self.config.guidance_embeds}
         concat = kind == "latent_concat"  # its first latent frame is the image and no part of the video
-        self.add_stage("validation", HunyuanValidationStage(self.geometry, int(concat), keeps_image=not concat))
+        self.add_stage("validation", HunyuanValidationStage(self.geometry, int(concat), keeps_image=not concat, **told))
         self._denoise_and_decode(HunyuanStrategy if concat else HunyuanFirstFrameStrategy, int(concat))
 
     def _text_stage(self) -> Stage:

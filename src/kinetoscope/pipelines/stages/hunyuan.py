@@ -32,10 +32,14 @@ class HunyuanValidationStage(InputValidationStage):
         geometry: of the model.
         skip: latent frames at the start that are no part of the video.
         keeps_image: whether the image is the first latent frame.
+        embeds_guidance: whether the network is told `guidance_scale`.
     """
 
-    def __init__(self, geometry: VideoGeometry, skip: int = 0, *, keeps_image: bool = False) -> None:
+    def __init__(
+        self, geometry: VideoGeometry, skip: int = 0, *, keeps_image: bool = False, embeds_guidance: bool = True
+    ) -> None:
         super().__init__(geometry, keeps_image=keeps_image)
+        self.embeds_guidance = embeds_guidance
         self.skip = skip
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
@@ -43,6 +47,11 @@ class HunyuanValidationStage(InputValidationStage):
         if self.skip and batch.params.num_frames == 1:
             least = 1 + self.geometry.temporal * self.skip
             raise InputError(f"num_frames=1: the first frame is the image and is left out; ask for {least} or more")
+        if not self.embeds_guidance and batch.params.guided:
+            raise InputError(
+                f"guidance_scale={batch.params.guidance_scale}: this network is not told it; use 1, and true_cfg_scale "
+                "for classifier-free guidance"
+            )
         value = (batch.params.extra or {}).get("true_cfg_scale", 1.0)
         if type(value) not in (int, float) or not 1.0 <= value <= MAX_GUIDANCE:
             raise InputError(
