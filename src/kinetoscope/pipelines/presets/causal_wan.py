@@ -32,7 +32,7 @@ class CausalWan(ComposedPipeline):
 
     Of the directory's scheduler nothing is used but what the preset says. With two transformers (Wan 2.2), or with an
     image, the first latent frame is a block of its own, and frames that do not fill the last block are left out: of 81
-    frames 73 are made.
+    frames 73 are made, which is what the result's parameters and its record say.
     """
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae")

@@ -104,7 +104,11 @@ class HunyuanVideo(ComposedPipeline):
 
 
 class HunyuanImageToVideo(HunyuanVideo):
-    """Prompt and first picture -> video. The transformer's `image_condition_type` says how the picture enters."""
+    """Prompt and first picture -> video. The transformer's `image_condition_type` says how the picture enters.
+
+    By "latent_concat" the picture's latent frame is denoised with the others and then left out, as published: a request
+    for 129 frames makes 125.
+    """
 
     required: ClassVar[tuple[str, ...]] = (*TEXT_PARTS, "image_processor", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("i2v",)
