@@ -49,3 +49,40 @@ def test_lora_on_cuda_comes_and_goes(tmp_path: Path, options: dict[str, Any]) ->
     assert (got - expected).norm() <= (0.05 if "dtype" in options else 1e-3) * expected.norm()
     generator.unload_lora("a")
     assert torch.equal(generator.generate_video("a cat", **SMALL).latents, base)
+
+
+@pytest.mark.parametrize("kind", ["components", "blocks"])
+def test_offload_changes_nothing(tmp_path: Path, kind: str) -> None:
+    path = make_tiny_wan(tmp_path, layers=4)
+    expected = VideoGenerator.from_pretrained(path, device="cuda", dtype="float32").generate_video("a cat", **SMALL)
+    generator = VideoGenerator.from_pretrained(path, device="cuda", dtype="float32", offload=kind)
+    for _ in range(2):
+        result = generator.generate_video("a cat", **SMALL)
+        assert torch.equal(result.latents, expected.latents) and (result.frames == expected.frames).all()
+    for part in generator.pipeline.loaded_modules().values():
+        assert not isinstance(part, torch.nn.Module) or not any(p.is_cuda for p in part.parameters())
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_blocks_agree(tmp_path: Path, mode: str) -> None:
+    path = make_tiny_wan(tmp_path, layers=3)
+    expected = VideoGenerator.from_pretrained(path, device="cuda", dtype="float32").generate_video("a cat", **SMALL)
+    generator = VideoGenerator.from_pretrained(path, device="cuda", dtype="float32", compile=mode)
+    generator.generate_video("a red circle moving left on black", **SMALL)
+    result = generator.generate_video("a cat", **SMALL)
+    assert (result.latents - expected.latents).abs().max() <= 1e-3 * expected.latents.std()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "fp8", "fp8-dynamic"])
+def test_eight_bits_stay_near(tmp_path: Path, kind: str) -> None:
+    """Alone, and with blocks that move."""
+    path = make_tiny_wan(tmp_path)
+    exact = VideoGenerator.from_pretrained(path, device="cuda").generate_video("a cat", **SMALL).latents
+    plain, moving = (
+        VideoGenerator.from_pretrained(path, device="cuda", quantize=kind, offload=offload)
+        .generate_video("a cat", **SMALL)
+        .latents
+        for offload in (None, "blocks")
+    )
+    assert (plain - exact).norm() <= 0.2 * exact.norm()
+    assert torch.equal(plain, moving)

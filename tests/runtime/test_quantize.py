@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.loading.offload import changed_parts
 from kinetoscope.loading.quantize import QUANTIZATIONS, check_quantization, quantize_blocks, quantized_layers
 from kinetoscope.nn.linear import Linear, linear_gelu
 from runtime.families import FAMILIES, LONG, open_family
@@ -123,6 +124,19 @@ def test_a_quantized_layer_is_never_taken_for_a_plain_one() -> None:
     assert quantize_blocks(one_block(layer), "int8") == 1
     assert layer.weight.element_size() == 4 and layer.weight.qdata.dtype == torch.int8
     torch.testing.assert_close(linear_gelu(layer, x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantized_weight_is_moved_by_its_parts(kind: str) -> None:
+    """Pinning and streams of offload work on plain tensors; what is put together again computes the same."""
+    layer, x = nn.Linear(32, 16).requires_grad_(False), torch.linspace(-1, 1, 64).view(2, 32)
+    quantize_blocks(one_block(layer), kind)
+    expected, seen = layer(x), list[torch.dtype]()
+    again = changed_parts(layer.weight, lambda part: seen.append(part.dtype) or part.clone())
+    assert {torch.int8, torch.float8_e4m3fn} & set(seen) and torch.float32 in seen
+    layer.weight = nn.Parameter(again, requires_grad=False)
+    assert torch.equal(layer(x), expected)
+    assert changed_parts(layer.weight, lambda part: None).dtype == torch.float32  # nothing to change
 
 
 def test_quantized_weights_go_on_and_off_the_device(path: Path) -> None:

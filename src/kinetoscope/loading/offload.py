@@ -66,7 +66,7 @@ class HostMover:
     def park(self, tensor: Tensor) -> Tensor:
         """On the CPU."""
         resting = tensor.to("cpu")
-        return _inner(resting, Tensor.pin_memory) if self._stream else resting
+        return changed_parts(resting, Tensor.pin_memory) if self._stream else resting
 
     def bring(self, parked: Tensor) -> Tensor:
         """On the device."""
@@ -87,16 +87,16 @@ class HostMover:
         computing = torch.cuda.current_stream(self.device)
         computing.wait_event(mark)
         for tensor in tensors:
-            _inner(tensor, lambda part: part.record_stream(computing))
+            changed_parts(tensor, lambda part: part.record_stream(computing))
 
 
-def _inner(tensor: Tensor, change: Callable[[Tensor], Any]) -> Tensor:
-    """`tensor`, or a tensor subclass by its parts (quantized weights), changed."""
+def changed_parts(tensor: Tensor, change: Callable[[Tensor], Any]) -> Tensor:
+    """`tensor`, or a tensor subclass by its parts (quantized weights), changed; as it was where `change` gives None."""
     if not hasattr(tensor, "__tensor_flatten__"):
         changed = change(tensor)
         return tensor if changed is None else changed
     names, context = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    parts = {name: _inner(getattr(tensor, name), change) for name in names}
+    parts = {name: changed_parts(getattr(tensor, name), change) for name in names}
     kind: Any = type(tensor)
     return kind.__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
 

@@ -43,7 +43,8 @@ QUANTIZATIONS: dict[str, QuantizationKind] = {
     "fp8-dynamic": QuantizationKind(8, True, "weights and inputs in float8; CUDA with bfloat16"),
 }
 SMALLEST = 16
-"""Layers narrower than this stay as they are: 8-bit products want multiples of it, and there is nothing to save."""
+"""Layers narrower than this stay as they are; on CUDA, where inputs are quantized too, so do those that are no multiple
+of it, which 8-bit products there want."""
 FP8_CAPABILITY = (8, 9)
 
 
@@ -73,12 +74,14 @@ def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> N
             raise CompositionError(f"quantize='fp8-dynamic' computes in bfloat16, not in dtype {dtype}; use fp8")
 
 
-def quantized_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, layer) of the linear layers that quantization stores in 8 bits."""
+def quantized_layers(transformer: nn.Module, multiple: int = 1) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of the linear layers that quantization stores in 8 bits: those whose sizes are multiples."""
     kept: set[str] = set(getattr(transformer, "keep_in_float32", ()))
     inside = {id(m) for block in _blocks(transformer) for m in block.modules()}
     for name, layer in transformer.named_modules():
-        if isinstance(layer, nn.Linear) and id(layer) in inside and _may_be_coarse(name, layer, kept):
+        if not isinstance(layer, nn.Linear) or id(layer) not in inside or not _may_be_coarse(name, layer, kept):
+            continue
+        if layer.in_features % multiple == 0 and layer.out_features % multiple == 0:
             yield name, layer
 
 
@@ -92,7 +95,8 @@ def quantize_blocks(transformer: nn.Module, kind: str, device: torch.device | No
     """
     quantize_, config = _torchao(kind)
     count = 0
-    for _, layer in quantized_layers(transformer):
+    strict = QUANTIZATIONS[kind].dynamic and device is not None and device.type == "cuda"
+    for _, layer in list(quantized_layers(transformer, SMALLEST if strict else 1)):
         home = layer.weight.device
         quantize_(layer, config, device=device)
         layer.to(home)
