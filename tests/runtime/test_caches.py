@@ -186,6 +186,15 @@ def test_a_prompt_is_the_same_alone_and_in_a_batch(ours: VideoGenerator, make: C
     assert 0 < share(together[0]) < 1
 
 
+def test_a_branch_that_guidance_stops_is_not_asked_for(tiny: Path, ours: VideoGenerator) -> None:
+    apart = VideoGenerator.from_pretrained(tiny, device="cpu", cfg="sequential", modules=ours.pipeline.loaded_modules())
+    fields = FIELDS | {"guidance": "cfg:reuse=0.5", "seed": 1, "trace": True}
+    got, expected = (g.generate_video(PROMPT, NEGATIVE, hooks=[TaylorSeer(3)], **fields) for g in (ours, apart))
+    asked = [[row["branch"] for row in step["cache"]] for step in got.logging_info["step_trace"]]
+    assert asked == [["uncond", "cond"]] * 8 + [["cond"]] * 8
+    assert (got.latents - expected.latents).abs().max() <= 1e-4 * got.latents.std()
+
+
 # -- blocks and streams -----------------------------------------------------------------------------------------------
 
 
