@@ -38,6 +38,7 @@ class CausalWan(ComposedPipeline):
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v")
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self"), Role("cross", key_bias=True))
+    text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     streams: ClassVar[bool] = True
     extra_defaults: ClassVar[Mapping[str, Any]] = {
         STEPS: [1000, 750, 500, 250],
@@ -56,12 +57,7 @@ class CausalWan(ComposedPipeline):
         """Validation, text, timesteps, latents, first frame, denoising, decoding."""
         config = self.config = CausalWanConfig.from_dict(self.model.config("transformer"))
         vae = self.model.config("vae")
-        self.geometry = VideoGeometry(
-            spatial=vae.get("scale_factor_spatial", 8),
-            temporal=vae.get("scale_factor_temporal", 4),
-            patch=config.patch_size,
-            max_positions=config.rope_max_seq_len,
-        )
+        self.geometry = VideoGeometry.of(vae, config.patch_size, max_positions=config.rope_max_seq_len)
         boundary, steps = self._boundary(), {**self.extra_defaults, **(self.defaults().extra or {})}[STEPS]
         self.alone = config.independent_first_frame or boundary is not None
         self.add_stage("validation", InputValidationStage(self.geometry))

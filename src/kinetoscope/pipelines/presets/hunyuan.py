@@ -58,11 +58,7 @@ class HunyuanVideo(ComposedPipeline):
         """Validation, text, timesteps, latents, denoising, decoding."""
         config = self.config = spec.HunyuanVideoConfig.from_dict(self.model.config("transformer"))
         vae = self.model.config("vae")
-        self.geometry = VideoGeometry(
-            spatial=vae.get("spatial_compression_ratio", 8),
-            temporal=vae.get("temporal_compression_ratio", 4),
-            patch=config.patch,
-        )
+        self.geometry = VideoGeometry.of(vae, config.patch)
         told = {"embeds_guidance": config.guidance_embeds}
         self.add_stage("validation", HunyuanValidationStage(self.geometry, **told))
         self.add_stage("text_encoding", self._text_stage())

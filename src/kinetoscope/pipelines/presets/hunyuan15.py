@@ -52,11 +52,7 @@ class HunyuanVideo15(ComposedPipeline):
         """Validation, text, timesteps, latents, denoising, decoding."""
         config = self.config = spec.HunyuanVideo15Config.from_dict(self.model.config("transformer"))
         vae = self.model.config("vae")
-        self.geometry = VideoGeometry(
-            spatial=vae.get("spatial_compression_ratio", 16),
-            temporal=vae.get("temporal_compression_ratio", 4),
-            patch=config.patch,
-        )
+        self.geometry = VideoGeometry.of(vae, config.patch, spatial=16)
         scheduler = Lazy[SchedulerAdapter](lambda: EvenSchedule.of(self.get_module("scheduler")))
         self.add_stage("validation", InputValidationStage(self.geometry))
         self.add_stage("text_encoding", Hunyuan15TextEncodingStage(*(self.lazy(name) for name in TEXT_PARTS)))

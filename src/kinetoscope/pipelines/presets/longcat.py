@@ -44,6 +44,7 @@ class LongCatVideo(ComposedPipeline):
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v", "vc", "refine")
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
+    text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     extra_defaults: ClassVar[Mapping[str, Any]] = EXTRA_DEFAULTS
 
     @property
@@ -55,11 +56,7 @@ class LongCatVideo(ComposedPipeline):
         """Validation, the request's own parameters, text, timesteps, latents, denoising, decoding."""
         config = self.config = spec.LongCatConfig.from_dict(self.model.config("transformer"))
         vae = self.model.config("vae")
-        self.geometry = VideoGeometry(
-            spatial=vae.get("scale_factor_spatial", 8),
-            temporal=vae.get("scale_factor_temporal", 4),
-            patch=config.patch_size,
-        )
+        self.geometry = VideoGeometry.of(vae, config.patch_size)
         scheduler = self.lazy("scheduler")
         self.add_stage("validation", InputValidationStage(self.geometry))
         self.add_stage("request", LongCatRequestStage())

@@ -53,6 +53,7 @@ class MatrixGameVideo(ComposedPipeline):
     required: ClassVar[tuple[str, ...]] = ("transformer", "vae", "image_encoder")
     tasks: ClassVar[tuple[str, ...]] = ("i2v",)
     attention_roles: ClassVar[tuple[str, ...]] = tuple(map(Role, ("self", "cross", "mouse", "keyboard")))
+    text_modes: ClassVar[tuple[str, ...]] = ()
 
     @property
     def inputs(self) -> Mapping[str, bool]:
@@ -75,12 +76,7 @@ class MatrixGameVideo(ComposedPipeline):
             ACTIONS: None,
         }
         vae = self.model.config("vae")
-        self.geometry = VideoGeometry(
-            spatial=vae.get("scale_factor_spatial", 8),
-            temporal=vae.get("scale_factor_temporal", 4),
-            patch=config.patch_size,
-            max_positions=config.rope_max_seq_len,
-        )
+        self.geometry = VideoGeometry.of(vae, config.patch_size, max_positions=config.rope_max_seq_len)
         block = config.num_frames_per_block if self.distilled else 1
         self.add_stage("validation", PlayValidationStage(self.geometry, config.out_channels, block))
         self.add_stage("actions", ActionStage(self.layout))

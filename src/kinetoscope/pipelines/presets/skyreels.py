@@ -34,6 +34,7 @@ class SkyReelsTextToVideo(ComposedPipeline):
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
+    text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     fallback: ClassVar[str] = "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers"
     """The published model whose settings a directory of another name gets."""
 
@@ -41,12 +42,7 @@ class SkyReelsTextToVideo(ComposedPipeline):
         """Validation, text, timesteps, latents and conditions, denoising, decoding."""
         config = self.config = spec.SkyReelsConfig.from_dict(self.model.config("transformer"))
         vae = self.vae_config = self.model.config("vae")
-        self.geometry = VideoGeometry(
-            spatial=vae.get("scale_factor_spatial", 8),
-            temporal=vae.get("scale_factor_temporal", 4),
-            patch=config.patch_size,
-            max_positions=config.rope_max_seq_len,
-        )
+        self.geometry = VideoGeometry.of(vae, config.patch_size, max_positions=config.rope_max_seq_len)
         self.add_stage("validation", InputValidationStage(self.geometry))
         self.add_stage(
             "text_encoding",

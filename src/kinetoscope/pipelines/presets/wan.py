@@ -51,6 +51,7 @@ class WanTextToVideo(ComposedPipeline):
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "v2v")
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
+    text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
 
     @property
     def frame_wise(self) -> bool:
@@ -66,12 +67,7 @@ class WanTextToVideo(ComposedPipeline):
         """Validation, text, timesteps, latents, conditions, denoising, decoding."""
         config = self.config = original.read_config(self.model.config("transformer"))
         vae = self.model.config("vae")
-        self.geometry = VideoGeometry(
-            spatial=vae.get("scale_factor_spatial", 8),
-            temporal=vae.get("scale_factor_temporal", 4),
-            patch=config.patch_size,
-            max_positions=config.rope_max_seq_len,
-        )
+        self.geometry = VideoGeometry.of(vae, config.patch_size, max_positions=config.rope_max_seq_len)
         self.add_stage("validation", InputValidationStage(self.geometry, keeps_image=self.frame_wise))
         self.add_stage(
             "text_encoding",

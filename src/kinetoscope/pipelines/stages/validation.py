@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
@@ -33,6 +35,22 @@ class VideoGeometry:
     temporal: int = 4
     patch: tuple[int, int, int] = (1, 2, 2)
     max_positions: int = 1024
+
+    @classmethod
+    def of(
+        cls,
+        vae: Mapping[str, Any],
+        patch: tuple[int, int, int],
+        *,
+        spatial: int = 8,
+        temporal: int = 4,
+        max_positions: int = 1024,
+    ) -> VideoGeometry:
+        """With the factors of a VAE's published configuration under either of their names, or else those given."""
+        given = {"spatial": spatial, "temporal": temporal}
+        for axis, default in given.items():
+            given[axis] = vae.get(f"scale_factor_{axis}", vae.get(f"{axis}_compression_ratio", default))
+        return cls(given["spatial"], given["temporal"], patch, max_positions)
 
     def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T, H, W) of the latents."""
