@@ -85,7 +85,7 @@ class SparseAttention:
         raise NotImplementedError
 
     def mask(self, context: AttentionContext, q: Tensor, k: Tensor) -> Tensor:
-        """The keys that `attend` sees, written independently: [R or 1, H or 1, N, N] bool from q, k [R, N, H, D]."""
+        """The keys that `attend` sees, written apart: q, k [R, N, H, D] -> [R or 1, H or 1, N, N] on the CPU."""
         raise NotImplementedError
 
     def add_rest(
@@ -141,7 +141,7 @@ class SparseAttention:
             out = out if rest is None else out[:, :tokens]
         else:
             if self.kernel == "reference":
-                mask = self.mask(context, *video[:2]).to(q.device)
+                mask = self.mask(context, *(x.detach().cpu() for x in video[:2])).to(q.device)
                 out = masked_attention(video[0], k, v, mask, key_bias, context.others)
             else:
                 out = self.attend(context, video[0], k, v, key_bias)

@@ -95,7 +95,7 @@ def vsa_coarse(q: Tensor, k: Tensor, v: Tensor, grid: Triple, tile: Triple) -> T
     groups = members(grid, tile)
     scores = torch.einsum("rhgd,rhkd->rhgk", means(q, groups), means(k, groups)) * q.shape[-1] ** -0.5
     coarse = scores.softmax(-1) @ means(v, groups)  # [R, H, G, D]
-    out = torch.zeros(q.shape, dtype=torch.float32)
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for number, group in enumerate(groups):
         out[:, group] = coarse[:, :, number].unsqueeze(1)
     return out.to(q.dtype)
