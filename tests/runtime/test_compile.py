@@ -21,7 +21,7 @@ from runtime.movers import Elsewhere
 KINDS = {"wan": 1, "causal": 5, "skyreels": 1, "cosmos": 1, "hunyuan": 2, "hunyuan15": 1, "ltx": 1, "longcat": 1}
 """Graphs of a family: one a kind of block. A causal block is cut where it reads and writes its cache, and its keys are
 first alone and then of changing number."""
-USUAL = ("wan", "causal", "hunyuan", "ltx")
+USUAL = ("wan", "causal", "hunyuan")
 
 
 @pytest.fixture
@@ -76,7 +76,6 @@ def test_a_length_that_is_not_told_recompiles(
     "options",
     [
         {"cache": "fbcache:threshold=0.5,warmup=1", "cfg": "batched"},
-        {"cache": "fbcache:threshold=0.5,warmup=1", "cfg": "sequential"},
         {"offload": "blocks"},
         {"quantize": "int8"},
     ],

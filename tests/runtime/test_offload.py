@@ -16,7 +16,7 @@ from kinetoscope.runtime import care
 from runtime.families import FAMILIES, LONG, SHORT, open_family
 from runtime.movers import Elsewhere
 
-USUAL = ("wan", "wan-a14b", "causal", "cosmos", "hunyuan")
+USUAL = ("wan", "wan-a14b", "cosmos")
 
 
 @pytest.fixture

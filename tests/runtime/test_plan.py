@@ -23,7 +23,7 @@ from kinetoscope.runtime.plan import plan_run
 from runtime.families import FAMILIES, LONG, SHORT, open_family
 from tiny import make_tiny_wan
 
-USUAL = ("wan", "cosmos", "hunyuan", "longcat")
+USUAL = ("wan", "longcat")
 SIZE: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 17}
 
 
@@ -73,12 +73,11 @@ def test_activations(name: str, tmp_path: Path, record_property: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["whole", "streaming", "tiled"])
-@pytest.mark.parametrize("frames", [9, 33])
-def test_decoding(tmp_path: Path, mode: str, frames: int, record_property: Any) -> None:
+def test_decoding(tmp_path: Path, mode: str, record_property: Any) -> None:
     generator = VideoGenerator.from_pretrained(make_tiny_wan(tmp_path), device="cpu", vae=mode)
     vae: Any = generator.pipeline.get_module("vae")
     stage: Any = generator.pipeline.stages["decoding"]
-    latents = torch.zeros(16, *generator.pipeline.geometry.latent_size(frames, 64, 64))
+    latents = torch.zeros(16, *generator.pipeline.geometry.latent_size(33, 64, 64))
     with torch.no_grad(), PeakMemory([*vae.parameters(), *vae.buffers(), latents]) as memory:
         stage.decode(latents)
     planned = decode_peak("AutoencoderKLWan", generator.pipeline.model.config("vae"), tuple(latents.shape[1:]), mode)
