@@ -47,6 +47,7 @@ class SparseLinearAttention(SparseAttention):
         theirs = tile_layout(line, (self.key_block, 1, 1), q.device)
         keys = theirs.split(k[:, :tokens])
         with torch.no_grad():
+            # It moves all scores of a query block alike, so it decides ties of rounding alone.
             centre = k[:, :tokens].float().mean(1)[:, :, None]  # [R, H, 1, D]
             scores = mine.mean(mine.split(q)) @ (theirs.mean(keys) - centre).transpose(2, 3)  # [R, H, T, U]
             index = scores.topk(self._kept(context), dim=-1, sorted=False).indices
