@@ -231,7 +231,7 @@ def test_an_attention_backend_that_cannot_serve_is_refused(tiny: Path, monkeypat
     from dataclasses import replace
 
     from kinetoscope.attention import capabilities
-    from kinetoscope.runtime import generator as module
+    from kinetoscope.runtime import opening as module
 
     def without_chunked(device: str, dtype: torch.dtype) -> Any:
         return replace(capabilities(device, dtype), refused={"chunked": "this test says so"})

@@ -103,6 +103,11 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--cfg", default="auto", help="guidance branches: auto, sequential or batched (default: auto)")
     group.add_argument(
+        "--text-mode",
+        metavar="MODE",
+        help="padded or true_length: whether padding of the prompt is read (default: as trained)",
+    )
+    group.add_argument(
         "--cache", metavar="SPEC", help="a step cache, for instance fbcache:threshold=0.05 (see docs/caches.md)"
     )
     group.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow first step)")
@@ -124,7 +129,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 
 def compute_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `from_pretrained` that `add_compute_options` gave."""
-    names = ("device", "dtype", "threads", "attention", "cfg", "cache", "compile", "lora", "perf_logging")
+    names = ("device", "dtype", "threads", "attention", "cfg", "text_mode", "cache", "compile", "lora", "perf_logging")
     memory = ("quantize", "offload", "vae")
     return {name: getattr(args, name) for name in (*names, *memory)} | {"compile": args.compile_mode or args.compile}
 

@@ -158,6 +158,7 @@ class ExecutionArgs:
             weights' dtype.
         cfg: "sequential" (one forward a branch), "batched" (all rows in one forward) or "auto".
         attention: role -> attention function, from `attention.resolve_attention`.
+        text_mode: "padded" or "true_length" instead of what the model was trained with (`nn.text_padding`).
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -165,3 +166,4 @@ class ExecutionArgs:
     autocast: bool = False
     cfg: str = "auto"
     attention: Mapping[str, AttentionFn] = field(default_factory=dict[str, AttentionFn])
+    text_mode: str | None = None

@@ -1,4 +1,4 @@
-"""Attention to zero padding that a model learned, without computing it token by token."""
+"""What cross-attention makes of text beyond its true length: the padding that a model learned, or nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,44 @@ from kinetoscope.core.errors import InputError
 
 TEXT_MULTIPLE = 32
 """Text tokens are kept in this multiple; softmax over fewer is 8 times slower on a CPU."""
+
+
+PADDED, TRUE_LENGTH = "padded", "true_length"
+
+
+def read_text(text: Tensor, lengths: Tensor, mode: str = PADDED) -> tuple[Tensor, Tensor | None]:
+    """Text of few tokens, and the bias of its keys, that stand for the whole under a text mode.
+
+    Args:
+        text: [R, L, D], zero beyond each row's length.
+        lengths: [R] true lengths.
+        mode: "padded": the zeros are attended to, as models do that were trained so; "true_length": they are not.
+
+    Raises:
+        InputError: a length is not in [0, L] ([1, L] for "true_length").
+    """
+    return mask_padding(text, lengths) if mode == TRUE_LENGTH else fold_padding(text, lengths)
+
+
+def mask_padding(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Text cut to the longest of `lengths`, in multiples, and the bias that hides what is beyond a row's own.
+
+    Args:
+        text: [R, L, D].
+        lengths: [R] true lengths.
+
+    Returns:
+        text [R, L', D] with L' <= L, and the bias of its keys [R, L'] float32.
+
+    Raises:
+        InputError: a length is not in [1, L].
+    """
+    total, longest = text.shape[1], int(lengths.max())
+    if int(lengths.min()) < 1 or longest > total:
+        raise InputError(f"text_lengths must be in [1, {total}], the text given; got {lengths.tolist()}")
+    kept = min(-(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE, total)
+    beyond = torch.arange(kept, device=text.device) >= lengths.to(text.device).unsqueeze(1)
+    return text[:, :kept], torch.zeros(beyond.shape, device=text.device).masked_fill(beyond, -math.inf)
 
 
 def fold_padding(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:

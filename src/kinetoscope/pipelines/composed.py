@@ -77,6 +77,8 @@ class ComposedPipeline:
     Of an open directory: what this one does of it, by the inputs that it takes.
     """
     attention_roles: ClassVar[tuple[str, ...]] = ()
+    text_modes: ClassVar[tuple[str, ...]] = ("true_length",)
+    """How the text beyond a prompt's true length may be read (`nn.text_padding`); the first is what was trained."""
     extra_defaults: ClassVar[Mapping[str, Any]] = {}
     """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""
     streams: ClassVar[bool] = False

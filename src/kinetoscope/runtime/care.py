@@ -15,7 +15,8 @@ from kinetoscope.loading.offload import OFFLOADS, Mover, Offload
 from kinetoscope.loading.quantize import check_quantization, quantize_blocks
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.decoding import VAE_MODES, DecodingStage
-from kinetoscope.runtime.compile import CUDA_GRAPHS, check_compile, compile_blocks, compile_mode
+from kinetoscope.runtime.compile import check_compile, compile_blocks, compile_mode
+from kinetoscope.runtime.composition import check_pairs
 
 CPU = torch.device("cpu")
 VAE = "vae"
@@ -61,35 +62,11 @@ class Care:
         if vae not in VAE_MODES:
             raise ConfigError(f"unknown vae mode {vae!r}; known: {', '.join(VAE_MODES)}")
         self.vae = vae
-        self._check_pairs(compile, offload, dict(modules or {}))
+        check_pairs({
+            "quantize": quantize, "autocast": args.autocast, "offload": offload, "vae": vae, "compile": compile,
+            "modules": [n for n, m in (modules or {}).items() if isinstance(m, nn.Module)],
+        })  # fmt: skip
         self.offload = None if offload is None else Offload(offload, args.device, mover)
-
-    def _check_pairs(self, compile: bool | str, offload: str | None, modules: Mapping[str, Any]) -> None:
-        """Refuse settings that do not work together, naming both."""
-        quantize = self.quantize
-        if quantize is not None and self.args.autocast:
-            raise CompositionError(
-                f"quantize={quantize!r} and autocast cannot be used together: autocast keeps weights in float32"
-            )
-        if quantize is not None and (given := [n for n in modules if is_transformer(n)]):
-            raise CompositionError(
-                f"quantize={quantize!r} and modules= cannot be used together for {', '.join(given)}: what is given is "
-                "used as it is"
-            )
-        if self.vae == "tiled" and VAE in modules:
-            raise CompositionError(
-                "vae='tiled' and modules= cannot be used together for vae: other pipelines would decode in tiles too"
-            )
-        if offload is not None and (given := [n for n, m in modules.items() if isinstance(m, nn.Module)]):
-            raise CompositionError(
-                f"offload={offload!r} and modules= cannot be used together for {', '.join(given)}: shared weights "
-                "would leave while another pipeline uses them"
-            )
-        if offload is not None and self.mode in CUDA_GRAPHS:
-            raise CompositionError(
-                f"offload={offload!r} and compile={compile!r} cannot be used together: CUDA graphs replay "
-                "addresses of weights, which offloading changes; use compile='default'"
-            )
 
     def attach(self, pipeline: ComposedPipeline) -> None:
         """Let the pipeline decode as asked.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,58 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinetoscope.attention import capabilities, resolve_attention
-from kinetoscope.core.config import settings
-from kinetoscope.core.errors import ConfigError, InputError
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
-from kinetoscope.engine.hooks import Hook, PerfLoggingHook
-from kinetoscope.engine.hooks.base import arrange
-from kinetoscope.engine.protocols import Event
-from kinetoscope.engine.rows import CFG_PLANS
-from kinetoscope.loading import ModelDir, resolve_model
-from kinetoscope.media import Clip, Picture, write_video
-from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
-from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
+from kinetoscope.core.errors import InputError
+from kinetoscope.core.types import ForwardBatch, SamplingParams
+from kinetoscope.engine.hooks import Hook
+from kinetoscope.loading import ModelDir
+from kinetoscope.media import Clip, Picture
+from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.validation import check_params
-from kinetoscope.runtime.caches import open_cache
-from kinetoscope.runtime.care import Care
-from kinetoscope.runtime.device import resolve_device, resolve_dtype
 from kinetoscope.runtime.lora import Lora, Loras, LoraSpec, lora_specs
-from kinetoscope.runtime.preview import PreviewEvent, Previews, load_preview_map
-from kinetoscope.runtime.record import make_record
+from kinetoscope.runtime.opening import open_pipeline
+from kinetoscope.runtime.preview import Previews
 from kinetoscope.runtime.request import VideoPlan, VideoRequest
+from kinetoscope.runtime.running import (
+    GenerationResult,
+    RunEvent,
+    open_previews,
+    plan_request,
+    run_plan,
+    usual_batch_size,
+)
 from kinetoscope.runtime.session import Session, session_batch
 
-BATCH_TOKENS = 2048
-"""Prompts of a list share a run while its rows have at most this many tokens; beyond, a batch only costs memory."""
-
-RunEvent = StageEvent | Event | PreviewEvent
-
-
-@dataclass(slots=True)
-class GenerationResult:
-    """One generated video.
-
-    Attributes:
-        frames: uint8 [T, H, W, 3].
-        latents: float32 [C, T, H, W] on the CPU: the final sample in the transformer's normalised space, as diffusers'
-            `output_type="latent"`.
-        path: the written file, if one was asked for.
-        timings: stage -> seconds of the run that made it (shared by the prompts of one batch); "writing" is the file's.
-        seed, prompt, params: what made it.
-        logging_info: what hooks report: `denoising_perf`, `step_trace`.
-        record: everything `replay` needs; also stored in the mp4.
-    """
-
-    frames: np.ndarray[Any, Any]
-    latents: Tensor
-    path: Path | None
-    timings: dict[str, float]
-    seed: int
-    prompt: str
-    params: SamplingParams
-    logging_info: dict[str, Any] = field(default_factory=dict[str, Any])
-    record: dict[str, Any] = field(default_factory=dict[str, Any])
+__all__ = ["GenerationResult", "RunEvent", "VideoGenerator"]
 
 
 class VideoGenerator:
@@ -90,6 +58,7 @@ class VideoGenerator:
         scheduler: str | None = None,
         attention: str | Mapping[str, str] = "auto",
         cfg: str = "auto",
+        text_mode: str | None = None,
         cache: str | None = None,
         compile: bool | str = False,
         quantize: str | None = None,
@@ -112,6 +81,8 @@ class VideoGenerator:
             scheduler: "unipc", "euler" or "dpm++" instead of the directory's own.
             attention: a backend for all roles, or role -> backend; "auto" chooses and `kinetoscope doctor` says why.
             cfg: "sequential", "batched" or "auto": how the branches of guidance are executed.
+            text_mode: "padded" or "true_length": whether the padding of short prompts is attended to; None: as the
+                model was trained. Another than that makes other videos.
             cache: a step cache with its settings, for instance "fbcache:threshold=0.05" (docs/caches.md); lossy.
             compile: compile the transformer's blocks with `torch.compile`: True, or a mode ("default",
                 "reduce-overhead", "max-autotune"); needs a C++ compiler or Triton, and the first step takes seconds to
@@ -134,46 +105,12 @@ class VideoGenerator:
             ConfigError: an unknown device, dtype, scheduler or plan.
             CompositionError: a named attention backend cannot serve on this device and dtype.
         """
-        place = resolve_device(device)
-        number = resolve_dtype(dtype, place)
-        if cfg not in CFG_PLANS:
-            raise ConfigError(f"unknown cfg plan {cfg!r}; known: {', '.join(CFG_PLANS)}")
-        if threads is not None:
-            if threads < 1:
-                raise ConfigError(f"threads={threads} is not a positive number")
-            torch.set_num_threads(threads)
-        directory = model if isinstance(model, ModelDir) else resolve_model(str(model))
-        roles = pipeline_class(directory).attention_roles
-        table = resolve_attention(attention, capabilities(place.type, number), roles)
-        watch = settings().denoising_perf_logging if perf_logging is None else perf_logging
-        hooks = [*hooks, *([PerfLoggingHook()] if watch else [])]
-        if cache is not None:
-            step_cache, cache = open_cache(cache, directory)
-            hooks = arrange([*hooks, step_cache])
-        args = ExecutionArgs(place, number, autocast=autocast, cfg=cfg, attention=table)
-        care = Care(args, compile=compile, quantize=quantize, offload=offload, vae=vae, modules=modules)
-        pipeline = build_pipeline(
-            directory,
-            args,
-            hooks=hooks,
-            modules=modules,
-            care=care,
-        )
-        care.attach(pipeline)
-        generator = cls(
-            pipeline,
-            {
-                "scheduler": scheduler,
-                "attention": attention if isinstance(attention, str) else dict(attention),
-                "cfg": cfg,
-                "cache": cache,
-                "compile": compile,
-                "quantize": quantize,
-                "offload": offload,
-                "vae": vae,
-                "autocast": autocast,
-            },
-        )
+        pipeline, options = open_pipeline(
+            model, device, dtype, attention=attention, cfg=cfg, text_mode=text_mode, cache=cache, compile=compile,
+            quantize=quantize, offload=offload, vae=vae, autocast=autocast, hooks=hooks, perf_logging=perf_logging,
+            threads=threads, modules=modules,
+        )  # fmt: skip
+        generator = cls(pipeline, {"scheduler": scheduler, **options})
         generator.defaults()  # refuses an unknown scheduler, or bad defaults of the directory, now
         for spec in lora_specs(lora):
             generator.load_lora(**spec)
@@ -324,32 +261,10 @@ class VideoGenerator:
             OutputError: the output cannot be written (asked before anything is computed).
         """
         request = VideoRequest(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_frames,
-            fps,
-            num_inference_steps,
-            guidance_scale,
-            seed,
-            latents,
-            output_path,
-            guidance_rescale,
-            guidance,
-            flow_shift,
-            scheduler,
-            trace,
-            hooks,
-            batch_size,
-            image,
-            last_image,
-            video,
-            strength,
-            guidance_scale_2,
-            preview,
-            extra,
-        )
+            prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps, guidance_scale, seed, latents,
+            output_path, guidance_rescale, guidance, flow_shift, scheduler, trace, hooks, batch_size, image, last_image,
+            video, strength, guidance_scale_2, preview, extra,
+        )  # fmt: skip
         events = self._run(request)
         while True:
             try:
@@ -431,72 +346,13 @@ class VideoGenerator:
                 yield session.step()
 
     def _run(self, request: VideoRequest) -> Generator[RunEvent, None, list[GenerationResult]]:
-        pipeline = self.pipeline
-        follows = "control" in pipeline.tasks
-        plan = request.plan(self.defaults(), pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
-                            continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
-        pipeline.check(plan.params)
-        previews = None
-        if request.preview is not False:
-            path = None if request.preview is True else Path(request.preview)
-            previews = Previews(load_preview_map(pipeline.model, path))
-            plan.hooks.append(previews.hook)
-        return self._run_plan(plan, request.batch_size or self._batch_size(plan.params), previews)
+        plan = plan_request(self.pipeline, self.defaults(), request)
+        previews = open_previews(self.pipeline, request, plan)
+        return self._run_plan(plan, request.batch_size or usual_batch_size(self.pipeline, plan.params), previews)
 
     def _run_plan(
-        self, plan: VideoPlan, size: int, previews: Previews | None
+        self, plan: VideoPlan, size: int, previews: Previews | None = None
     ) -> Generator[RunEvent, None, list[GenerationResult]]:
-        results: list[GenerationResult] = []
         with self._loras.run():
             options = dict(self.options)  # LoRAs may be set for later runs before this one ends
-            for start in range(0, len(plan.prompts), size):
-                part = slice(start, start + size)
-                given: dict[str, Any] = {name: value[part] for name, value in plan.given().items()}
-                batch = ForwardBatch(
-                    plan.params,
-                    plan.prompts[part],
-                    plan.negative_prompts[part],
-                    plan.seeds[part],
-                    hooks=list(plan.hooks),
-                    **given,
-                )
-                if batch.size > 1 and self.pipeline.joins(batch):
-                    runs = self.pipeline.iterate_together(batch.samples())
-                    done = yield from runs if previews is None else previews.among(runs, start)
-                    batch = ForwardBatch.joined(done)
-                else:
-                    run = self.pipeline.iterate(batch)
-                    batch = yield from run if previews is None else previews.among(run, start)
-                    done = [batch] * batch.size
-                for index, path in enumerate(plan.paths[part]):
-                    record = make_record(self.pipeline, options, batch, index, given)
-                    results.append(_finish(batch, index, path, record, done[index].logging_info))
-        return results
-
-    def _batch_size(self, params: SamplingParams) -> int:
-        assert params.num_frames and params.height and params.width
-        tokens = self.pipeline.geometry.tokens(params.num_frames, params.height, params.width)
-        return max(1, BATCH_TOKENS // (tokens * self.pipeline.rows(params)))
-
-
-def _finish(
-    batch: ForwardBatch, index: int, path: Path | None, record: dict[str, Any], logging_info: dict[str, Any]
-) -> GenerationResult:
-    """The result of one sample, its file written."""
-    assert batch.latents is not None and batch.params.fps is not None
-    timings = dict(batch.timings)
-    if path is not None:
-        start = time.perf_counter()
-        write_video(path, batch.frames[index], batch.params.fps, metadata=record)
-        timings["writing"] = time.perf_counter() - start
-    return GenerationResult(
-        frames=batch.frames[index],
-        latents=batch.latents[index].float().cpu(),
-        path=path,
-        timings=timings,
-        seed=batch.seeds[index],
-        prompt=batch.prompts[index],
-        params=batch.params,
-        logging_info=logging_info,
-        record=record,
-    )
+            return (yield from run_plan(self.pipeline, options, plan, size, previews))

@@ -165,7 +165,7 @@ def conditioning_of(
         extra: further tensors [B, ...] by the transformer's names for them, which condition every branch alike.
     """
     embeds, lengths = stack_text(batch, branches)
-    more: dict[str, Tree] = {}
+    more: dict[str, Tree] = {} if args.text_mode is None else {"text_mode": args.text_mode}
     for name, value in {"image_embeds": batch.image_embeds, **(extra or {})}.items():
         if value is not None:
             more[name] = value.to(args.device, args.dtype).repeat(len(branches), *[1] * (value.ndim - 1))

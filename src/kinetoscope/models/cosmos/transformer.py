@@ -24,7 +24,7 @@ from kinetoscope.nn.patches import LearnedPositions, LinearPatchEmbedding, token
 from kinetoscope.nn.rope import split_rope_dims
 from kinetoscope.nn.rope_halves import apply_rope_halves, halves_rope_table
 from kinetoscope.nn.stack import BlockCall, run_blocks
-from kinetoscope.nn.text_padding import fold_padding
+from kinetoscope.nn.text_padding import PADDED, read_text
 
 NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
@@ -229,7 +229,7 @@ class CosmosTransformer3DModel(nn.Module):
         return self.transformer_blocks
 
     def prepare_conditioning(
-        self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None = None
+        self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None = None, text_mode: str = PADDED
     ) -> dict[str, TextContext]:
         """Keys and values of the text for all blocks, once a run.
 
@@ -237,6 +237,7 @@ class CosmosTransformer3DModel(nn.Module):
             encoder_hidden_states: [R, L, c].
             text_lengths: [R] true lengths where every token beyond is zero: Predict 1 and 2 attend to that padding,
                 which is then folded into one token. None: use all L tokens as they are.
+            text_mode: whether the zeros are attended to (`nn.text_padding.read_text`).
 
         Raises:
             InputError: a length is not in [0, L], or lengths were given to a model that projects its text.
@@ -245,7 +246,7 @@ class CosmosTransformer3DModel(nn.Module):
         if text_lengths is not None:
             if self.config.use_crossattn_projection:
                 raise InputError("this Cosmos model reads all tokens of its text encoder; it takes no text_lengths")
-            text, key_bias = fold_padding(text, text_lengths)
+            text, key_bias = read_text(text, text_lengths, text_mode)
         text = text.to(self.proj_out.weight.dtype)
         if self.config.use_crossattn_projection:
             text = self.crossattn_proj(text)

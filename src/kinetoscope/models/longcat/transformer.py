@@ -24,7 +24,7 @@ from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.swiglu import SwiGLU
-from kinetoscope.nn.text_padding import fold_padding
+from kinetoscope.nn.text_padding import PADDED, TRUE_LENGTH, read_text
 
 EPS = 1e-6
 
@@ -236,7 +236,7 @@ class LongCatVideoTransformer3DModel(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def prepare_conditioning(
-        self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None = None
+        self, *, encoder_hidden_states: Tensor, text_lengths: Tensor | None = None, text_mode: str = PADDED
     ) -> dict[str, TextContext]:
         """Keys and values of the text for all blocks, once a run.
 
@@ -246,18 +246,18 @@ class LongCatVideoTransformer3DModel(nn.Module):
         Args:
             encoder_hidden_states: [R, L, caption_channels].
             text_lengths: [R] true lengths; None: all L tokens are text.
+            text_mode: whether the zeros are attended to (`nn.text_padding.read_text`).
 
         Raises:
             InputError: a length is not in [0, L].
         """
         text, key_bias, padding = encoder_hidden_states, None, None
         if text_lengths is not None:
-            if self.config.text_tokens_zero_pad:
-                text, key_bias = fold_padding(text, text_lengths)
+            if not self.config.text_tokens_zero_pad:
+                text_mode = TRUE_LENGTH
+            text, key_bias = read_text(text, text_lengths, text_mode)
             positions = torch.arange(text.shape[1], device=text.device)
             padding = positions >= text_lengths.to(text.device).unsqueeze(1)  # [R, L']
-            if not self.config.text_tokens_zero_pad:
-                key_bias = torch.zeros(padding.shape, device=text.device).masked_fill(padding, -math.inf)
         embedded = self.y_embedder(text.to(self.x_embedder.proj.weight.dtype))  # [R, L', d]
         if padding is not None:
             embedded = embedded.masked_fill(padding.unsqueeze(-1), 0.0)

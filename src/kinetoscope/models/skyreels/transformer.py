@@ -24,7 +24,7 @@ from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
 from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.stack import BlockCall, run_blocks
-from kinetoscope.nn.text_padding import fold_padding
+from kinetoscope.nn.text_padding import PADDED, read_text
 
 SLOW_FPS = 16
 """The frame rate that has an embedding of its own; all others share one."""
@@ -225,6 +225,7 @@ class SkyReelsV2Transformer3DModel(nn.Module):
         *,
         encoder_hidden_states: Tensor,
         text_lengths: Tensor | None = None,
+        text_mode: str = PADDED,
         image_embeds: Tensor | None = None,
     ) -> dict[str, TextContext]:
         """Keys and values of text and image for all blocks, once a run.
@@ -233,6 +234,7 @@ class SkyReelsV2Transformer3DModel(nn.Module):
             encoder_hidden_states: [R, L, text_dim]; zero padding is attended to, as the model learned.
             text_lengths: [R] true lengths; every token beyond must be zero, and is folded into one. None: use all L
                 tokens as they are.
+            text_mode: whether the zeros are attended to (`nn.text_padding.read_text`).
             image_embeds: [R, I, image_dim] for models that read image features.
 
         Raises:
@@ -243,7 +245,7 @@ class SkyReelsV2Transformer3DModel(nn.Module):
             raise InputError(f"this SkyReels-V2 transformer {needs} image features (image_dim={self.config.image_dim})")
         bias = None
         if text_lengths is not None:
-            encoder_hidden_states, bias = fold_padding(encoder_hidden_states, text_lengths)
+            encoder_hidden_states, bias = read_text(encoder_hidden_states, text_lengths, text_mode)
         embedder, dtype = self.condition_embedder, self.proj_out.weight.dtype
         text = embedder.text_embedder(encoder_hidden_states.to(dtype))  # [R, L', d]
         pairs = [block.attn2.project(text) for block in self._blocks()]

@@ -24,7 +24,7 @@ from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
 from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.stack import BlockCall, run_blocks
-from kinetoscope.nn.text_padding import fold_padding
+from kinetoscope.nn.text_padding import PADDED, read_text
 
 Grid = tuple[int, int, int]
 """Tokens of a video along time, height, width."""
@@ -247,6 +247,7 @@ class WanTransformer3DModel(nn.Module):
         *,
         encoder_hidden_states: Tensor,
         text_lengths: Tensor | None = None,
+        text_mode: str = PADDED,
         image_embeds: Tensor | None = None,
         camera: Tensor | None = None,
         reference: Tensor | None = None,
@@ -254,11 +255,12 @@ class WanTransformer3DModel(nn.Module):
         """Keys and values of text and image for all blocks, and the tokens of control models, once a run.
 
         Wan attends to its zero padding: the tokens beyond the true length are part of what it learned. With
-        `text_lengths` they are not computed one by one (`nn.text_padding.fold_padding`).
+        `text_lengths` they are not computed one by one (`nn.text_padding`).
 
         Args:
             encoder_hidden_states: [R, L, text_dim].
             text_lengths: [R] true lengths; every token beyond must be zero. None: use all L tokens as they are.
+            text_mode: whether the zeros are attended to (`nn.text_padding.read_text`).
             image_embeds: [R, I, image_dim] for models that read image features.
             camera: [R, in_dim_control_adapter, T, H, W] rays of every pixel of the video's frames, those of a latent
                 frame on channels, for models with a control adapter; None: the camera is not told.
@@ -270,7 +272,7 @@ class WanTransformer3DModel(nn.Module):
         """
         key_bias = None
         if text_lengths is not None:
-            encoder_hidden_states, key_bias = fold_padding(encoder_hidden_states, text_lengths)
+            encoder_hidden_states, key_bias = read_text(encoder_hidden_states, text_lengths, text_mode)
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))  # [R, L', d]
         pairs = [block.attn2.project(text) for block in self._blocks()]

@@ -48,6 +48,7 @@ class Cosmos(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
+    text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     convention: ClassVar[Convention]
     preset: ClassVar[str]
     """The published model whose defaults a directory of another name gets."""
@@ -183,6 +184,7 @@ class Cosmos25Predict(Cosmos):
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v", "vc")
     convention: ClassVar[Convention] = spec.CONVENTION_25
     preset: ClassVar[str] = "nvidia/Cosmos-Predict2.5-2B"
+    text_modes: ClassVar[tuple[str, ...]] = ()
     extra_defaults: ClassVar[Mapping[str, Any]] = {
         "conditional_frame_timestep": 0.0001,
         "num_latent_conditional_frames": 2,

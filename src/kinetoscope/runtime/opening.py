@@ -1,0 +1,88 @@
+"""A model directory opened with settings: what each setting asks for, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kinetoscope.attention import capabilities, resolve_attention
+from kinetoscope.core.config import settings
+from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.core.types import ExecutionArgs
+from kinetoscope.engine.hooks import Hook, PerfLoggingHook
+from kinetoscope.engine.hooks.base import arrange
+from kinetoscope.engine.rows import CFG_PLANS
+from kinetoscope.loading import ModelDir, resolve_model
+from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
+from kinetoscope.runtime.caches import open_cache
+from kinetoscope.runtime.care import Care
+from kinetoscope.runtime.device import resolve_device, resolve_dtype
+
+
+def open_pipeline(
+    model: str | Path | ModelDir,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    *,
+    attention: str | Mapping[str, str],
+    cfg: str,
+    text_mode: str | None,
+    cache: str | None,
+    compile: bool | str,
+    quantize: str | None,
+    offload: str | None,
+    vae: str,
+    autocast: bool,
+    hooks: Sequence[Hook],
+    perf_logging: bool | None,
+    threads: int | None,
+    modules: Mapping[str, Any] | None,
+) -> tuple[ComposedPipeline, dict[str, Any]]:
+    """The pipeline, and the settings as a replay record keeps them. See `VideoGenerator.from_pretrained`."""
+    place = resolve_device(device)
+    number = resolve_dtype(dtype, place)
+    if cfg not in CFG_PLANS:
+        raise ConfigError(f"unknown cfg plan {cfg!r}; known: {', '.join(CFG_PLANS)}")
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads={threads} is not a positive number")
+        torch.set_num_threads(threads)
+    directory = model if isinstance(model, ModelDir) else resolve_model(str(model))
+    kind = pipeline_class(directory)
+    _check_text_mode(text_mode, kind, directory.name)
+    table = resolve_attention(attention, capabilities(place.type, number), kind.attention_roles)
+    watch = settings().denoising_perf_logging if perf_logging is None else perf_logging
+    hooks = [*hooks, *([PerfLoggingHook()] if watch else [])]
+    if cache is not None:
+        step_cache, cache = open_cache(cache, directory)
+        hooks = arrange([*hooks, step_cache])
+    trained = kind.text_modes[:1] == (text_mode,)
+    args = ExecutionArgs(
+        place, number, autocast=autocast, cfg=cfg, attention=table, text_mode=None if trained else text_mode
+    )
+    care = Care(args, compile=compile, quantize=quantize, offload=offload, vae=vae, modules=modules)
+    pipeline = build_pipeline(directory, args, hooks=hooks, modules=modules, care=care)
+    care.attach(pipeline)
+    return pipeline, {
+        "attention": attention if isinstance(attention, str) else dict(attention),
+        "cfg": cfg,
+        "text_mode": text_mode,
+        "cache": cache,
+        "compile": compile,
+        "quantize": quantize,
+        "offload": offload,
+        "vae": vae,
+        "autocast": autocast,
+    }
+
+
+def _check_text_mode(mode: str | None, kind: type[ComposedPipeline], name: str) -> None:
+    if mode not in (None, "padded", "true_length"):
+        raise ConfigError(f"unknown text_mode {mode!r}; known: padded, true_length")
+    if mode is not None and mode not in kind.text_modes:
+        reads = f"reads its text as {' or '.join(kind.text_modes)}" if kind.text_modes else "has no such choice"
+        raise CompositionError(f"text_mode={mode!r} and {name} cannot be used together: the model {reads}")
