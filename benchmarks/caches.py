@@ -32,7 +32,7 @@ SETTINGS = (
     "magcache:limit=1",
     "teacache:threshold=0.12",
     "fbcache:threshold=0.2,limit=1,warmup=4",
-    "dbcache:first=2,threshold=0.2,limit=1,warmup=6",
+    "dbcache:first=1,threshold=0.2,limit=2,warmup=6",
 )
 """What docs/caches.md recommends for the embedded model."""
 CALIBRATION_SEED = 5000
