@@ -116,6 +116,6 @@ def test_a_wrong_guidance_sign_would_be_seen(pair: tuple[VideoGenerator, Any], m
     ours, oracle = pair
     theirs = oracle_run(oracle, "latent", (5, 32, 32), 5.0, [3])[0]
     monkeypatch.setattr(
-        Guidance, "combine", lambda self, p: p["uncond"].float() - self.scale * (p["cond"] - p["uncond"]).float()
+        Guidance, "combine", lambda self, p, *_: p["uncond"].float() - self.scale * (p["cond"] - p["uncond"]).float()
     )
     assert (our_run(ours, (5, 32, 32), 5.0, [3])[0].latents - theirs).abs().max() > 1e-3 * theirs.std()
