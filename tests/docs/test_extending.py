@@ -143,26 +143,25 @@ def test_strategy_is_the_loop_written_out(gen: VideoGenerator) -> None:
 
 
 def test_guidance_by_hand() -> None:
-    """c = (2, 0), u = (1, -3): the change (1, 3) has the part (1, 0) along c."""
-    kind = snippet("A guidance")["ProjectedGuidance"]
+    """c = (2, 0), u = (1, -3), so c - u = (1, 3); the scales are 3, 2 and 1."""
+    guidance = snippet("A guidance")["FadingGuidance"](3.0)
     rows = {"cond": torch.tensor([[2.0, 0.0]]), "uncond": torch.tensor([[1.0, -3.0]])}
-    assert kind(3.0, eta=0.0).combine(rows).tolist() == [[2.0, 6.0]]
-    assert kind(3.0, eta=0.5).combine(rows).tolist() == [[3.0, 6.0]]
-    assert kind(3.0, eta=1.0).combine(rows).tolist() == [[4.0, 6.0]]
-    assert kind(1.0).branches == ("cond",) and kind(1.0).combine(rows).tolist() == [[2.0, 0.0]]
+    assert [guidance.combine(rows, i, 3).tolist() for i in range(3)] == [[[4.0, 6.0]], [[3.0, 3.0]], [[2.0, 0.0]]]
+    assert [guidance.needed(i, 3, None) for i in range(3)] == [("uncond", "cond")] * 2 + [("cond",)]
 
 
-@pytest.mark.parametrize(("eta", "equal"), [(1.0, True), (0.2, False)])
-def test_guidance_of_eta_one_is_the_reference(gen: VideoGenerator, path: Path, eta: float, equal: bool) -> None:
-    names = snippet("A guidance")
-
-    class Strategy(names["ProjectedStrategy"]):
-        def make_guidance(self, batch: Any) -> Any:
-            return names["ProjectedGuidance"](batch.params.guidance_scale, eta=eta)
-
+def test_guidance_is_the_loop_written_out(gen: VideoGenerator) -> None:
+    plain = Plain(gen)
+    x = plain.start
+    for i, (s, following) in enumerate(zip(plain.sigmas, plain.sigmas[1:], strict=False)):
+        c, u = plain.predict(x, i, "cond"), plain.predict(x, i, "uncond")
+        weight = SCALE + (1 - SCALE) * i / (STEPS - 1)
+        x = x + (following - s) * (u + weight * (c - u))
+    ordinary = latents_of(gen)
     stage: Any = gen.pipeline.stages["denoising"]
-    stage.strategy_cls = Strategy
-    assert close(latents_of(gen), oracle_latents(path)) is equal
+    stage.strategy_cls = snippet("A guidance")["FadingStrategy"]
+    got = latents_of(gen, trace=False)
+    assert close(got, x[0]) and not close(got, ordinary)
 
 
 # -- hook --------------------------------------------------------------------------------------------------------------

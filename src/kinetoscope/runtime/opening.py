@@ -59,13 +59,13 @@ def open_pipeline(
     hooks = [*hooks, *([PerfLoggingHook()] if watch else [])]
     if cache is not None:
         step_cache, cache = open_cache(cache, directory)
-        hooks = arrange([*hooks, step_cache])
+        hooks.append(step_cache)
     trained = kind.text_modes[:1] == (text_mode,)
     args = ExecutionArgs(
         place, number, autocast=autocast, cfg=cfg, attention=table, text_mode=None if trained else text_mode
     )
     care = Care(args, compile=compile, quantize=quantize, offload=offload, vae=vae, modules=modules)
-    pipeline = build_pipeline(directory, args, hooks=hooks, modules=modules, care=care)
+    pipeline = build_pipeline(directory, args, hooks=arrange(hooks), modules=modules, care=care)
     care.attach(pipeline)
     return pipeline, {
         "attention": attention if isinstance(attention, str) else dict(attention),
