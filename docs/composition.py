@@ -38,7 +38,7 @@ def page() -> str:
     settings += [(f"`{s.text}`", "exact" if s.exact else "lossy", s.what) for s in SETTINGS]
     refused = [("refused together", "because")]
     refused += [(f"`{c.first}` and `{c.second}`".replace("|", "` or `"), c.why) for c in CONFLICTS]
-    refused += [(f"two of the step caches {', '.join(CACHES)}", "each would answer for the other's steps")]
+    refused += [(f"two of the step caches {', '.join(sorted(CACHES))}", "each would answer for the other's steps")]
     models = [
         ("setting", "refused for", "because"),
         *((f"`{a}`" if "=" in a else a, b, c) for a, b, c in MODEL_CONFLICTS),
