@@ -1,8 +1,13 @@
-"""Pictures of the camera's rays as tokens."""
+"""Pictures of the camera's rays as tokens, and what control models add to those of the video."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
+
+from kinetoscope.core.errors import InputError
 
 
 class ResidualConvolutions(nn.Module):
@@ -39,3 +44,20 @@ class CameraAdapter(nn.Module):
         frames = x.transpose(1, 2)  # [R, T, C, H, W]
         out = self.residual_blocks(self.conv(self.fold(frames.flatten(0, 1))))  # [R T, d, h, w]
         return out.unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+
+class Controls(NamedTuple):
+    """What control models add to the tokens; rows first."""
+
+    camera: Tensor | None = None  # [R, d, T', H', W'] added to the tokens
+    reference: Tensor | None = None  # [R, d, 1, H', W'] a frame before the first
+
+
+def add_controls(x: Tensor, controls: Controls) -> Tensor:
+    """[R, d, T', H', W'] -> the same with a camera, one frame more with a reference"""
+    if controls.camera is not None:
+        if controls.camera.shape != x.shape:
+            told, grid = list(controls.camera.shape[2:]), list(x.shape[2:])
+            raise InputError(f"the camera's rays make tokens {told}, the video {grid}; give every frame its rays")
+        x = x + controls.camera
+    return x if controls.reference is None else torch.cat([controls.reference, x], 2)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kinetoscope.attention import attention
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.wan.config import WanConfig
-from kinetoscope.nn.camera import CameraAdapter
+from kinetoscope.nn.camera import CameraAdapter, Controls, add_controls
 from kinetoscope.nn.embeddings import ConditionEmbedder
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
@@ -44,13 +44,6 @@ class Modulation(NamedTuple):
 
     blocks: Tensor  # [R or 1, F, layers, 6, d]: shift, scale, gate of self-attention, then of the feed-forward layer
     out: Tensor  # [R or 1, F, 2, d]: shift, scale of the last norm
-
-
-class Controls(NamedTuple):
-    """What control models add to the tokens; rows first."""
-
-    camera: Tensor | None = None  # [R, d, T', H', W'] added to the tokens
-    reference: Tensor | None = None  # [R, d, 1, H', W'] a frame before the first
 
 
 class SelfAttention(nn.Module):
@@ -173,16 +166,6 @@ class WanTransformerBlock(nn.Module):
 def _ones(modulation: Tensor) -> Tensor:
     """The 1 of both scales of a modulation [..., 6, d], as [6, 1]."""
     return modulation.new_tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).unsqueeze(-1)
-
-
-def _add_controls(x: Tensor, controls: Controls) -> Tensor:
-    """[R, d, T', H', W'] -> the same with a camera, one frame more with a reference"""
-    if controls.camera is not None:
-        if controls.camera.shape != x.shape:
-            told, grid = list(controls.camera.shape[2:]), list(x.shape[2:])
-            raise InputError(f"the camera's rays make tokens {told}, the video {grid}; give every frame its rays")
-        x = x + controls.camera
-    return x if controls.reference is None else torch.cat([controls.reference, x], 2)
 
 
 class WanTransformer3DModel(nn.Module):
@@ -367,7 +350,7 @@ class WanTransformer3DModel(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(latents.to(dtype)).to(dtype)  # [R, d, T', H', W']
         if controls is not None:
-            x = _add_controls(x, controls)
+            x = add_controls(x, controls)
         frames, height, width = grid = x.shape[2:]
         groups = modulation.out.shape[1]
         x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
