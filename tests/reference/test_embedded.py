@@ -53,13 +53,14 @@ def test_diffusers_loads_it_and_makes_the_same_video() -> None:
     assert np.abs(result.frames - video * 255.0).max() <= 1.0
 
 
-def test_it_shows_the_colours_it_is_told() -> None:
-    """Colour and background; shape and motion do not follow reliably yet (model card)."""
+def test_it_shows_what_it_is_told() -> None:
+    """Colour, motion and background; shapes do not follow reliably yet (model card)."""
     world = get_world("shapes")
     results = VideoGenerator.from_pretrained("tiny-t2v", device="cpu").generate_video(PROMPTS, seed=1)
     seen = [world.judge(r.frames) for r in results]
     assert [s["colour"] for s in seen] == ["red", "blue"]
     assert [s["background"] for s in seen] == ["black", "white"]
+    assert [s["motion"] for s in seen] == ["moving left", "moving up"]
     assert all(flicker(r.frames) < 2 for r in results)
 
 

@@ -120,7 +120,7 @@ def test_the_shipped_recipe_reads() -> None:
     [
         ("vae.encoder.optimizer.step=3", "did you mean steps"),
         ("seed=many", "seed"),
-        ("transformer.batch=0", "transformer.batch"),
+        ("transformer.clips=0", "transformer.clips"),
         ("nonsense", "section.key=value"),
         ("seed.x=1", "seed is a value"),
         ("vae.config=[", "not valid YAML"),
@@ -176,7 +176,7 @@ MINIATURE = {
         "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "freq_dim": 16,
         "text_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2],
     },
-    "transformer.optimizer.steps": 4, "transformer.batch": 2, "transformer.clips": 4,
+    "transformer.optimizer.steps": 4, "transformer.batches": [{"frames": 5, "batch": 2}, {"frames": 9, "batch": 2, "start": 0.5}], "transformer.clips": 4,
     "defaults": {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "num_inference_steps": 2, "guidance_scale": 2.0},
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from kinetoscope.train.basis import Basis
 from kinetoscope.train.loop import step_generator
 from kinetoscope.train.recipe import TransformerSection, WorldSection
 from kinetoscope.train.text import encode_text
-from kinetoscope.train.vae import Clips
+from kinetoscope.train.vae import Clips, pick_kind
 from kinetoscope.worlds import get_world
 
 BATCH = 32
@@ -69,6 +69,7 @@ class FlowTask:
     ) -> None:
         self.section = section
         self.latents = latents
+        self.temporal = (world.num_frames - 1) // max(latents.shape[2] - 1, 1)  # frames a latent frame
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         source = get_world(world.name)
         self.specs = [source.sample(i, height=16, width=16, num_frames=1).spec for i in range(len(latents))]
@@ -78,8 +79,10 @@ class FlowTask:
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Mean squared velocity error over a batch."""
-        picked = torch.randint(0, len(self.latents), (self.section.batch,), generator=generator)
-        x0 = torch.from_numpy(np.asarray(self.latents[picked.numpy()], dtype=np.float32))
+        kind = pick_kind(self.section.batches, step / self.section.optimizer.steps, generator)
+        picked = torch.randint(0, len(self.latents), (kind.batch,), generator=generator)
+        chosen = self.latents[picked.numpy(), :, : 1 + (kind.frames - 1) // self.temporal]
+        x0 = torch.from_numpy(np.asarray(chosen, dtype=np.float32))
         states, lengths = self.encode(self.sentences(picked, generator))
         noise = randn(x0.shape, generator)
         levels = torch.sigmoid(self.section.logit_mean + self.section.logit_std * randn((len(x0),), generator))

@@ -117,6 +117,7 @@ class TransformerSection(Section):
 
     Attributes:
         config: fields of the published Wan transformer configuration.
+        batches: kinds of batches; those of fewer frames take the beginning of clips.
         clips: clips rendered and encoded once; each epoch words its captions anew.
         shift: of the training noise levels.
         caption_dropout: fraction of samples that read the empty prompt.
@@ -125,7 +126,7 @@ class TransformerSection(Section):
 
     config: dict[str, Any]
     optimizer: OptimizerSection
-    batch: Positive = 64
+    batches: list[ClipMix]
     clips: Positive = 8192
     shift: float = Field(3.0, gt=0)
     caption_dropout: float = Field(0.1, ge=0, lt=1)

@@ -26,7 +26,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "checkered": ((156, 156, 156), (204, 204, 204)),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES: dict[str, float] = {"small": 0.12, "large": 0.2}  # radius / shorter side
+SIZES: dict[str, float] = {"small": 0.17, "large": 0.26}  # radius / shorter side
 
 EXTENT = 1.12  # the farthest point of any outline from its centre, in radii
 _CELL = 0.125  # width of a stripe or check / shorter side

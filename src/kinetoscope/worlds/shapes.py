@@ -47,6 +47,7 @@ _MOTION_WORDS: dict[str, tuple[str, ...]] = {
 }
 _SIZE_WORDS: dict[str, tuple[str, ...]] = {"small": ("small", "little"), "large": ("large", "big")}
 _MIN_SIDE = 16
+_JITTER = 0.08  # of a path from the middle / shorter side
 
 
 def _article(words: str) -> str:
@@ -104,33 +105,36 @@ def _split() -> dict[str, tuple[ShapeSpec, ...]]:
 
 
 def _path(
-    motion: str, rng: np.random.Generator, u: np.ndarray, reach_y: float, reach_x: float
+    motion: str, rng: np.random.Generator, u: np.ndarray, reach_y: float, reach_x: float, jitter: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets (y, x) of the shape from the middle of the frame at clip times `u`, within +-reach of each axis."""
+    """Offsets (y, x) of the shape from the middle of the frame at clip times `u`, within +-reach of each axis.
+
+    Every motion passes near the middle and starts near the same place of its path: what the sentence leaves open is
+    less than a shape's radius, so that a small model learns the motion rather than where to begin.
+    """
     zero = np.zeros_like(u)
+    away_y, away_x = rng.uniform(-1, 1, 2) * np.minimum(jitter, (reach_y, reach_x))
     if motion.startswith("circling"):
-        radius = rng.uniform(0.6, 0.95) * min(reach_y, reach_x)
+        radius = rng.uniform(0.75, 0.95) * min(reach_y, reach_x)
         sense = 1 if motion == "circling clockwise" else -1  # y points down, so growing angles turn clockwise
-        angle = rng.uniform(0, 2 * np.pi) + sense * 2 * np.pi * rng.uniform(0.95, 1.3) * u
+        start = -np.pi / 2 + rng.uniform(-0.5, 0.5)  # near the top
+        angle = start + sense * 2 * np.pi * rng.uniform(0.95, 1.15) * u
         rest_y, rest_x = reach_y - radius, reach_x - radius
-        return (
-            rng.uniform(-rest_y, rest_y) + radius * np.sin(angle),
-            rng.uniform(-rest_x, rest_x) + radius * np.cos(angle),
-        )
+        y, x = np.clip(away_y, -rest_y, rest_y), np.clip(away_x, -rest_x, rest_x)
+        return y + radius * np.sin(angle), x + radius * np.cos(angle)
     if motion == "standing still":
-        return zero + rng.uniform(-reach_y, reach_y), zero + rng.uniform(-reach_x, reach_x)
+        return zero + away_y, zero + away_x
     if motion == "bouncing up and down":
-        height = rng.uniform(0.6, 0.95) * 2 * reach_y
-        ground = rng.uniform(-reach_y + height, reach_y)
-        phase = (rng.uniform(0, 1) + rng.uniform(1.7, 2.2) * u) % 1.0
-        return ground - height * 4 * phase * (1 - phase), zero + rng.uniform(-reach_x, reach_x)
+        height = rng.uniform(0.75, 0.95) * 2 * reach_y
+        ground = reach_y - rng.uniform(0, 1) * (2 * reach_y - height)
+        phase = (rng.uniform(-0.08, 0.08) + rng.uniform(1.85, 2.15) * u) % 1.0
+        return ground - height * 4 * phase * (1 - phase), zero + away_x
     along_x = motion in ("moving left", "moving right")
-    reach, across = (reach_x, reach_y) if along_x else (reach_y, reach_x)
-    distance = rng.uniform(0.6, 0.95) * 2 * reach
+    reach, across = (reach_x, away_y) if along_x else (reach_y, away_x)
+    distance = rng.uniform(0.75, 0.95) * 2 * reach
     sign = 1 if motion in ("moving right", "moving down") else -1
     along = rng.uniform(-1, 1) * (reach - distance / 2) + sign * distance * (u - 0.5)
-    fixed = zero + rng.uniform(-across, across)
-    return (fixed, along) if along_x else (along, fixed)
+    return (zero + across, along) if along_x else (along, zero + across)
 
 
 class ShapesWorld:
@@ -166,7 +170,7 @@ class ShapesWorld:
         side = stamp.shape[-1]
         extent = radius * EXTENT + 1
         u = np.arange(num_frames) / max(num_frames - 1, 1)
-        y, x = _path(spec.motion, rng, u, height / 2 - extent, width / 2 - extent)
+        y, x = _path(spec.motion, rng, u, height / 2 - extent, width / 2 - extent, _JITTER * short)
         # Positions in eighths of a pixel, of the corner of the stamp that puts its centre at (y, x).
         steps_y = np.floor((y + height / 2 - side // 2) * SUB).astype(int)
         steps_x = np.floor((x + width / 2 - side // 2) * SUB).astype(int)
