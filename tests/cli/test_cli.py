@@ -73,7 +73,8 @@ def test_replay_is_bit_for_bit(tiny: Path, tmp_path: Path, capsys: pytest.Captur
 def test_info_and_models_and_doctor(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(tiny), "--size", "64x64", "--frames", "33", "--steps", "10"]) == 0
     told = capsys.readouterr().out
-    for part in ("transformer", "AutoencoderKLWan", "16 x 9 x 8 x 8", "144 a row, 20 rows", "PFLOP", "one forward, about"):
+    parts = ("transformer", "AutoencoderKLWan", "16 x 9 x 8 x 8", "144 a row, 20 rows", "PFLOP", "one forward, about")
+    for part in parts:
         assert part in told
     assert main(["models"]) == 0
     assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in capsys.readouterr().out

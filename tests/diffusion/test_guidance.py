@@ -145,7 +145,7 @@ def test_the_cosine_gate_leaves_the_unconditional_branch_out_for_good() -> None:
         ("cgf", "did you mean cfg"), ("apg:etta=1", "did you mean eta"), ("cfg:eta=1", "of 'apg', not of 'cfg'"),
         ("apg:dims=xyz", "letters of cthw"), ("cfg:start=0.5,stop=0.5", "empty"), ("cfg:reuse=0", "reuse"),
         ("cfg:cosine=2", "cosine"), ("apg:momentum=1", "momentum"), ("cfg-zero:init=1.5", "whole number"),
-        ("cfg:start", "key=value"), ("cfg:start=a", "not a number"), ("cfg:start=nan", "window"), 
+        ("cfg:start", "key=value"), ("cfg:start=a", "not a number"), ("cfg:start=nan", "window"),
         (":", "names nothing"),
         ("apg:norm=-1", "negative"), ("apg:eta=inf", "finite"),
     ],

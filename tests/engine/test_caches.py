@@ -480,7 +480,7 @@ def test_calibration_measures_what_is_reused() -> None:
     hook, state = CacheCalibration(), bare_state()
     sizes = {0: 1.0, 1: 2.0, 2: 1.0, 4: 7.0, 5: 7.0}
     for index, size in sizes.items():
-        stack(hook, state, index, torch.randn(1, 2, 3), [BlockCall(block, {"time": torch.full((1, 1), size)})])
+        stack(hook, state, index, torch.ones(1, 2, 3), [BlockCall(block, {"time": torch.full((1, 1), size)})])
     rounded = [(m.step, m.branch, *(round(v, 4) for v in m[2:] if v is not None)) for m in hook.measured]
     assert rounded == [(1, "cond", 2.0, 1.0, 1.0), (2, "cond", 0.5, 0.5, 0.5), (5, "cond", 1.0, 0.0, 0.0)]
 

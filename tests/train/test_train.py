@@ -176,7 +176,8 @@ MINIATURE = {
         "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "freq_dim": 16,
         "text_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2],
     },
-    "transformer.optimizer.steps": 4, "transformer.batches": [{"frames": 5, "batch": 2}, {"frames": 9, "batch": 2, "start": 0.5}], "transformer.clips": 4,
+    "transformer.optimizer.steps": 4, "transformer.clips": 4,
+    "transformer.batches": [{"frames": 1, "batch": 4}, {"frames": 5, "batch": 2, "start": 0.5}],
     "defaults": {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "num_inference_steps": 2, "guidance_scale": 2.0},
 }  # fmt: skip
 
@@ -200,6 +201,9 @@ def test_parts_side_by_side_make_the_same_model(tmp_path: Path) -> None:
         assert (together / file).read_bytes() == (apart / file).read_bytes()
     with pytest.raises(ConfigError, match="unknown part vae"):
         run_recipe(RECIPE, miniature(apart), parts=["vae"])
+    too_long = [*miniature(tmp_path / "long"), "transformer.batches=[{frames: 9, batch: 1}]"]
+    with pytest.raises(ConfigError, match="batches of 9 frames from clips of 5"):
+        run_recipe(RECIPE, too_long, parts=["transformer"])
 
 
 def test_a_recipe_from_start_to_finish(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ class StepTraceHook(Hook):
     """Appends one dictionary a step to `batch.logging_info["step_trace"]`, fit for JSON.
 
     Keys: `step`, `block` (None outside block runs), `timestep`, `sigma` (None where the run has no scheduler),
-    `rows` (branches of each forward), `why` (what chose these forwards), `guidance_scale`, `cond_norm`, `uncond_norm`, `cosine` (per sample; None for a
-    branch that was not evaluated), `latent_std`, `ms`. Norms are Euclidean over a sample.
+    `rows` (branches of each forward), `why` (what chose these forwards), `guidance_scale`, `cond_norm`, `uncond_norm`,
+    `cosine` (per sample; None for a branch that was not evaluated), `latent_std`, `ms`. Norms are Euclidean over a
+    sample.
     What other hooks say of a step (`hooks.notes`) follows: of a step cache `cache`, one object a row with its `branch`,
     `sample`, whether its blocks were `skipped`, and the `score` that decided it.
     """

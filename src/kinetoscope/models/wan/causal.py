@@ -142,7 +142,7 @@ class CausalSelfAttention(SelfAttention):
         q, k, v = self.project(x, place.table)  # [R, N, H, D] each
         if place.cache is not None:
             frames = (-1, place.cache.tokens)
-            k, v = remember(self, place, k.unflatten(1, frames), v.unflatten(1, frames))
+            k, v = remember(self, place, k.unflatten(1, frames), v.unflatten(1, frames))  # pyright: ignore[reportCallIssue]
             k, v = k.flatten(1, 2), v.flatten(1, 2)  # [R, N', H, D]
         if place.rows is None:
             out = attention(q, k, v, role="self")
