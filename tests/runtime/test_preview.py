@@ -161,7 +161,8 @@ def test_a_map_that_is_missing_broken_or_of_another_vae_is_refused(tiny: Path, t
 
 def test_the_embedded_model_ships_its_map() -> None:
     """If this fails after the model was replaced: `kinetoscope fit-preview tiny-t2v --clips 64`."""
-    assert load_preview_map(resolve_model("tiny-t2v")).channels == 16
+    model = resolve_model("tiny-t2v")
+    assert load_preview_map(model).channels == model.config("vae")["z_dim"]
 
 
 def test_preview_files(tmp_path: Path) -> None:
