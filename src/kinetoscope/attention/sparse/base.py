@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ def _uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     return cast(Callable[P, T], torch.compiler.disable(function))
 
 
-class SparseAttention:
+class SparseAttention(ABC):
     """A sparse kind with its settings. Calls of it over a grid are sparse; calls without one are dense.
 
     A kind that is approximated away at a step (`Schedule`) is computed by the default dense backend, so at full density
@@ -72,21 +73,21 @@ class SparseAttention:
         self.read(given)
         given.finish()
 
+    @abstractmethod
     def read(self, given: Parameters) -> None:
         """Read the parameters of the kind."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tile(self, grid: Triple, layer: int) -> Triple:
         """The tiles of a grid in a block of the transformer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(self, context: AttentionContext, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
         """The exact part: the grid's queries [R, N, H, D] over the keys [R, N + others, H, D] they see."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mask(self, context: AttentionContext, q: Tensor, k: Tensor) -> Tensor:
         """The keys that `attend` sees, written apart: q, k [R, N, H, D] -> [R or 1, H or 1, N, N] on the CPU."""
-        raise NotImplementedError
 
     def add_rest(
         self, context: AttentionContext, out: Tensor, q: Tensor, k: Tensor, v: Tensor, trained: Trained

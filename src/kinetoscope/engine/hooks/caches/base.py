@@ -8,6 +8,7 @@ of guidance are the same in one forward and in two.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -75,7 +76,7 @@ class CacheRun:
     streams: tuple[int, ...] | None = None
 
 
-class StepCache(Interceptor):
+class StepCache(Interceptor, ABC):
     """Leaves out blocks of steps that would add about what they added before; a subclass says when, and what instead.
 
     Lossy. All memory is in the run, so runs interleave; it is dropped at the start of a block, when another expert
@@ -100,17 +101,17 @@ class StepCache(Interceptor):
 
     # -- for subclasses -----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def decide(self, rows: Sequence[Any], look: Look) -> list[Decision]:
         """One decision a row; a row whose blocks never ran is run whatever is decided."""
-        raise NotImplementedError
 
+    @abstractmethod
     def store(self, row: Any, look: Look, before: Tensor, after: Tensor) -> None:
         """Remember a row [1, N, d] before and after the blocks that may be left out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def estimate(self, row: Any, look: Look, before: Tensor) -> Tensor:
         """What the blocks would make of a row `before` [1, N, d]."""
-        raise NotImplementedError
 
     def check(self, blocks: int) -> None:
         """Refuse a network of so few blocks that there is none to leave out.
