@@ -97,6 +97,18 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rates[50] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
 
 
+def test_a_restart_continues_a_finished_training() -> None:
+    once = OptimizerSection(steps=100, learning_rate=1.0, warmup=10)
+    longer = OptimizerSection(steps=160, restarts=[100], learning_rate=1.0, warmup=10)
+    second = OptimizerSection(steps=60, learning_rate=1.0, warmup=10)
+    expected = [learning_rate(once, s) for s in range(100)] + [learning_rate(second, s) for s in range(60)]
+    assert [learning_rate(longer, s) for s in range(160)] == expected
+    assert learning_rate(once.model_copy(update={"restarts": [100]}), 99) == expected[99]
+    for wrong in ([50, 50], [90, 40]):
+        with pytest.raises(ValueError, match="restarts must rise"):
+            OptimizerSection(steps=160, restarts=wrong, learning_rate=1.0)
+
+
 def test_steps_have_generators_of_their_own() -> None:
     draws = [torch.rand(4, generator=step_generator(0, s)) for s in (0, 1, 0)]
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
@@ -176,8 +188,8 @@ MINIATURE = {
         "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "freq_dim": 16,
         "text_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2],
     },
-    "transformer.optimizer.steps": 4, "transformer.clips": 4,
-    "transformer.batches": [{"frames": 1, "batch": 4}, {"frames": 5, "batch": 2, "start": 0.5}],
+    "transformer.optimizer.steps": 4, "transformer.optimizer.restarts": [2], "transformer.clips": 4,
+    "transformer.batches": [{"frames": 1, "batch": 4}, {"frames": 5, "batch": 2, "start": 2}],
     "defaults": {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "num_inference_steps": 2, "guidance_scale": 2.0},
 }  # fmt: skip
 

@@ -82,7 +82,7 @@ class FlowTask:
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Mean squared velocity error over a batch."""
-        kind = pick_kind(self.section.batches, step / self.section.optimizer.steps, generator)
+        kind = pick_kind(self.section.batches, step, generator)
         picked = torch.randint(0, len(self.latents), (kind.batch,), generator=generator)
         chosen = self.latents[picked.numpy(), :, : 1 + (kind.frames - 1) // self.temporal]
         x0 = torch.from_numpy(np.asarray(chosen, dtype=np.float32))

@@ -62,9 +62,10 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def learning_rate(section: OptimizerSection, step: int) -> float:
-    """Linear warm-up, then cosine decay to `final_fraction` of the highest."""
-    warm = min(1.0, (step + 1) / max(section.warmup, 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / section.steps))
+    """Linear warm-up, then cosine decay to `final_fraction` of the highest, in every cycle."""
+    begin, end = section.cycle(step)
+    warm = min(1.0, (step - begin + 1) / max(section.warmup, 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - begin) / (end - begin)))
     return section.learning_rate * warm * (section.final_fraction + (1 - section.final_fraction) * cosine)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kinetoscope.core.errors import ConfigError
 
@@ -26,6 +27,9 @@ class OptimizerSection(Section):
 
     Attributes:
         steps: updates.
+        restarts: updates after which warm-up and decay begin anew (arXiv 1608.03983). Adding a restart at the end of
+            a finished training continues it, and the recipe still tells the whole of it. Those at `steps` or later
+            have no effect.
         learning_rate: the highest.
         warmup: updates from zero to it.
         final_fraction: the last learning rate as a fraction of the highest.
@@ -34,6 +38,7 @@ class OptimizerSection(Section):
     """
 
     steps: Positive
+    restarts: list[Positive] = []
     learning_rate: float = Field(gt=0)
     warmup: int = Field(50, ge=0)
     final_fraction: float = Field(0.02, ge=0, le=1)
@@ -41,6 +46,17 @@ class OptimizerSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> OptimizerSection:
+        if any(a >= b for a, b in itertools.pairwise(self.restarts)):
+            raise ValueError(f"restarts must rise, got {self.restarts}")
+        return self
+
+    def cycle(self, step: int) -> tuple[int, int]:
+        """First update, and the one after the last, of the cycle that `step` is in."""
+        marks = [0, *(r for r in self.restarts if r < self.steps), self.steps]
+        return max(m for m in marks[:-1] if m <= step), min(m for m in marks[1:] if m > step)
 
 
 class WorldSection(Section):
@@ -54,12 +70,12 @@ class WorldSection(Section):
 
 
 class ClipMix(Section):
-    """One kind of VAE batch, drawn with a probability proportional to `weight` once `start` of the training is over."""
+    """One kind of batch, drawn with a probability proportional to `weight` once `start` updates are over."""
 
     frames: Positive
     batch: Positive
     weight: float = Field(1.0, gt=0)
-    start: float = Field(0.0, ge=0, lt=1)
+    start: int = Field(0, ge=0)
 
 
 class EncoderSection(Section):

@@ -89,12 +89,12 @@ class Clips:
         w = self.section
         return to_video([self.world.sample(seed, height=w.height, width=w.width, num_frames=w.num_frames).frames])
 
-    def batch(self, kinds: Sequence[ClipMix], done: float, generator: torch.Generator) -> Tensor:
+    def batch(self, kinds: Sequence[ClipMix], step: int, generator: torch.Generator) -> Tensor:
         """[B, 3, t, H, W]: windows of clips at random times, of a random kind (see `pick_kind`).
 
         Raises ConfigError if the kind has more frames than a clip.
         """
-        kind = pick_kind(kinds, done, generator)
+        kind = pick_kind(kinds, step, generator)
         room = self.section.num_frames - kind.frames
         if room < 0:
             raise ConfigError(f"batches of {kind.frames} frames from clips of {self.section.num_frames}")
@@ -115,7 +115,7 @@ class EncoderTask:
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Mean squared error of the normalised latents of one batch of one kind; 1 is to know nothing."""
-        video = self.clips.batch(self.section.batches, step / self.section.optimizer.steps, generator)
+        video = self.clips.batch(self.section.batches, step, generator)
         return {"total": (encode(self.vae, video) - self.basis.latents(video)).square().mean()}
 
 
@@ -130,7 +130,7 @@ class DecoderTask:
 
     def losses(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """l1, l2 and their weighted total on one batch of one kind."""
-        video = self.clips.batch(self.section.batches, step / self.section.optimizer.steps, generator)
+        video = self.clips.batch(self.section.batches, step, generator)
         latents = self.basis.latents(video)
         latents = latents + self.section.noise * randn(latents.shape, generator)
         error = decode_unclamped(self.vae, latents).float() - video
@@ -151,8 +151,8 @@ def psnr(vae: Any, clips: Clips, seeds: Sequence[int]) -> float:
     return float(-10 * torch.log10(torch.stack(errors).mean()))
 
 
-def pick_kind(kinds: Sequence[ClipMix], done: float, generator: torch.Generator) -> ClipMix:
-    """A kind of batch, by weight, among those that have started when the share `done` of the training is over."""
-    started = [k for k in kinds if done >= k.start]
+def pick_kind(kinds: Sequence[ClipMix], step: int, generator: torch.Generator) -> ClipMix:
+    """A kind of batch, by weight, among those that have started."""
+    started = [k for k in kinds if step >= k.start]
     weights = torch.tensor([k.weight for k in started])
     return started[int(torch.multinomial(weights, 1, generator=generator))]
