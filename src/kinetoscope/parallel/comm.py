@@ -1,0 +1,81 @@
+"""The few things processes say to each other, with a count of what they send.
+
+A group of one sends nothing. Every call is made by all processes of its group, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kinetoscope.parallel.groups import Group
+
+SENT: Counter[str] = Counter()
+"""Bytes this process has sent to others, by the name of the group; `SENT.clear()` starts again."""
+
+
+def _count(group: Group, sent: int) -> None:
+    SENT[group.name] += sent
+
+
+def all_to_all(x: Tensor, group: Group, scatter: int, gather: int) -> Tensor:
+    """`x` cut along `scatter` into one part a process, which get them; what came is joined along `gather`.
+
+    `x.shape[scatter]` must divide by the size of the group.
+    """
+    if group.size == 1:
+        return x
+    parts = torch.stack(x.tensor_split(group.size, dim=scatter))  # [P, ...], contiguous
+    got = torch.empty_like(parts)
+    dist.all_to_all_single(got, parts, group=group.handle)
+    _count(group, parts[0].nbytes * (group.size - 1))
+    return torch.cat(got.unbind(0), dim=gather)
+
+
+def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The parts of all processes, of one shape, joined along `dim`."""
+    if group.size == 1:
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(group.size)]
+    dist.all_gather(parts, x, group=group.handle)
+    _count(group, x.nbytes * (group.size - 1))
+    return torch.cat(parts, dim=dim)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum over all processes, in place; counted as a ring sends it: twice all but one part."""
+    if group.size == 1:
+        return x
+    dist.all_reduce(x, group=group.handle)
+    _count(group, 2 * x.nbytes * (group.size - 1) // group.size)
+    return x
+
+
+def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
+    """`x` of process `source` of the group, in place; the source is counted as sending it to each of the others."""
+    if group.size == 1:
+        return x
+    dist.broadcast(x, src=group.ranks[source], group=group.handle)
+    if group.index == source:
+        _count(group, x.nbytes * (group.size - 1))
+    return x
+
+
+def pass_on(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """Give `tensors` to the next process of the ring, and get those of the one before."""
+    if group.size == 1:
+        return list(tensors)
+    after, before = (group.ranks[(group.index + step) % group.size] for step in (1, -1))
+    sent = [t.contiguous() for t in tensors]
+    got = [torch.empty_like(t) for t in sent]
+    work = [dist.P2POp(dist.isend, t, after, group.handle) for t in sent]
+    work += [dist.P2POp(dist.irecv, t, before, group.handle) for t in got]
+    for request in dist.batch_isend_irecv(work):
+        request.wait()
+    _count(group, sum(t.nbytes for t in sent))
+    return got
