@@ -1,4 +1,4 @@
-"""All benchmarks, results in benchmarks/results: `python -m benchmarks`."""
+"""The benchmarks of one processor, results in benchmarks/results: `python -m benchmarks [NAME ...]`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import sys
 
 from benchmarks.measure import RESULTS
 
-SCRIPTS = ("attention", "engine_overhead", "vs_diffusers")  # each in its own process, so that none warms up another
+SCRIPTS = (
+    "attention",
+    "engine_overhead",
+    "vs_diffusers",
+    "memory",
+    "caches",
+    "settings",
+)  # each in its own process, so that none warms up another
 
 
 def main() -> int:
-    """Run each script; the exit status is the first that is not zero."""
-    for script in SCRIPTS:
+    """Run the scripts that are named, or all; the exit status is the first that is not zero."""
+    if unknown := [name for name in sys.argv[1:] if name not in SCRIPTS]:
+        sys.stderr.write(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(SCRIPTS)}\n")
+        return 2
+    for script in sys.argv[1:] or SCRIPTS:
         command = [sys.executable, "-m", f"benchmarks.{script}", "--json-out", str(RESULTS)]
         if status := subprocess.run(command, check=False).returncode:
             return status

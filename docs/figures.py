@@ -1,6 +1,6 @@
-"""Puts what was measured into README.md: `python docs/figures.py`, after `make bench` and `kinetoscope eval --card`.
+"""Puts what was measured into README.md and docs: `python docs/figures.py`, after `make bench` and `eval --card`.
 
-The scores are the model card's, the times those of benchmarks/results; a test holds that the README says the same.
+The scores are the model card's, the others those of benchmarks/results; a test holds that the pages say the same.
 `python docs/figures.py gif` also makes the moving picture, from the embedded model.
 """
 
@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kinetoscope.loading import resolve_model
+
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 CARD = ROOT / "src/kinetoscope/reference/models/tiny-t2v/README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 GIF = ROOT / "docs" / "images" / "tiny-t2v.gif"
@@ -53,9 +58,7 @@ def scores() -> str:
 def speed() -> str:
     """Times beside diffusers', and what the engine costs."""
     lines: list[str] = []
-    file = RESULTS / "vs_diffusers.json"
-    if file.exists():
-        result = json.loads(file.read_text(encoding="utf-8"))
+    if result := _result("vs_diffusers"):
         lines += [
             f"`make bench` on {result['device']}, {result['threads']} threads, torch {result['torch']}, diffusers "
             f"{result['diffusers']}; medians of alternating pairs on the same weights.",
@@ -68,9 +71,8 @@ def speed() -> str:
             for (part, what), label in PARTS.items()
             if (r := result.get(part, {}).get(what))
         ]
-    file = RESULTS / "engine_overhead.json"
-    if file.exists():
-        cost = json.loads(file.read_text(encoding="utf-8"))["auto"]["overhead_us_a_step"]
+    if overhead := _result("engine_overhead"):
+        cost = overhead["auto"]["overhead_us_a_step"]
         lines += [
             "",
             f"Beyond network, guidance and scheduler the engine costs {cost:.0f} microseconds a step.",
@@ -78,13 +80,79 @@ def speed() -> str:
     return "\n".join(lines).strip()
 
 
+def caches() -> str:
+    """Every step cache at its documented setting."""
+    result = _result("caches")
+    if result is None:
+        return ""
+    lines = [f"{_where(result)}; {result['videos']} videos of {result['steps']} steps:", "",
+             "| setting | faster | rows left out | SSIM, median and worst |", "|---|---|---|---|"]  # fmt: skip
+    for r in result["caches"]:
+        share = statistics.fmean(r["skipped"]) / r["rows"]
+        lines.append(
+            f"| `{r['cache']}` | {r['speedup']:.1f}x | {share:.0%} | {r['ssim_median']:.3f}, {r['ssim_worst']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def settings(group: str) -> str:
+    """What the settings of a group change of a video, and how much faster they are."""
+    result = _result("settings")
+    rows = (result or {}).get("groups", {}).get(group)
+    if not result or not rows:
+        return ""
+    against = f"against `{rows[0]['a']}`" if rows[0]["a"] else "against the default"
+    count, steps = rows[0]["pairs"], rows[0]["steps"]
+    heads = ("setting", "SSIM, mean and worst", "worst PSNR", "latents apart, in std", "attributes right", "time")
+    lines = [
+        f"{_where(result)}; {against}, {count} video{'s' * (count > 1)} of {steps} steps (attributes of the prompt "
+        "that the video shows, before -> after; time, before / after):",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    for r in rows:
+        cells = [
+            f"`{r['b']}`",
+            f"{r['ssim']['mean']:.4f}, {r['ssim']['worst']:.4f}",
+            "equal" if r["psnr"] is None else f"{r['psnr']:.1f} dB",
+            f"{r['latent_difference']:.2g}",
+            " -> ".join(f"{share:.2f}" for share in r["prompt_following"]),
+            f"{r['faster']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "picture": picture,
+    "scores": scores,
+    "speed": speed,
+    "caches": caches,
+    **{name: partial(settings, name) for name in ("exact", "text", "guidance", "quantize", "sparse", "bfloat16")},
+}
+
+
 def filled(text: str) -> str:
     """`text` with every part between `<!-- figures NAME -->` and `<!-- end -->` written anew."""
-    for name, make in {"picture": picture, "scores": scores, "speed": speed}.items():
+    for name, make in SECTIONS.items():
         block = re.compile(rf"(<!-- figures {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        body = make()
-        text = block.sub(lambda m, body=body: m[1] + (body + "\n" if body else "") + m[2], text)
+        if block.search(text):
+            body = make()
+            text = block.sub(lambda m, body=body: m[1] + (body + "\n" if body else "") + m[2], text)
     return text
+
+
+def _result(name: str) -> dict[str, Any] | None:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _where(result: dict[str, Any]) -> str:
+    present = resolve_model(result["model"]).fingerprint() == result["model_hash"]
+    model = f"`{result['model']}`" if present else f"an earlier `{result['model']}` ({result['model_hash'][:8]})"
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    return f"`python -m benchmarks.{result['benchmark']}` on {model}, {result['device']}, {threads}"
 
 
 def make_gif() -> None:
@@ -116,4 +184,7 @@ def _time(seconds: float) -> str:
 if __name__ == "__main__":
     if "gif" in sys.argv[1:]:
         make_gif()
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        if (new := filled(old)) != old:
+            page.write_text(new, encoding="utf-8")
