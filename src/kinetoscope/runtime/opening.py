@@ -16,11 +16,13 @@ from kinetoscope.engine.hooks import Hook, PerfLoggingHook
 from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.rows import CFG_PLANS
 from kinetoscope.loading import ModelDir, resolve_model
+from kinetoscope.parallel import Groups
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
 from kinetoscope.runtime.caches import open_cache
 from kinetoscope.runtime.care import Care
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
+from kinetoscope.runtime.parallel import check_layout, parallel_hooks
 
 
 def open_pipeline(
@@ -41,9 +43,15 @@ def open_pipeline(
     perf_logging: bool | None,
     threads: int | None,
     modules: Mapping[str, Any] | None,
+    groups: Groups | None = None,
 ) -> tuple[ComposedPipeline, dict[str, Any]]:
-    """The pipeline, and the settings as a replay record keeps them. See `VideoGenerator.from_pretrained`."""
-    place = resolve_device(device)
+    """The pipeline, and the settings as a replay record keeps them. See `VideoGenerator.from_pretrained`.
+
+    Args:
+        groups: this process's place in a layout of several, each of which opens the same model with the same settings;
+            its device is used then.
+    """
+    place = resolve_device(device if groups is None else groups.device)
     number = resolve_dtype(dtype, place)
     if cfg not in CFG_PLANS:
         raise ConfigError(f"unknown cfg plan {cfg!r}; known: {', '.join(CFG_PLANS)}")
@@ -53,6 +61,11 @@ def open_pipeline(
         torch.set_num_threads(threads)
     directory = model if isinstance(model, ModelDir) else resolve_model(str(model))
     kind = pipeline_class(directory)
+    if groups is not None:
+        check_layout(groups.config, directory, {
+            "attention": attention, "cfg": cfg, "text_mode": text_mode, "cache": cache, "compile": compile,
+            "quantize": quantize, "offload": offload, "vae": vae, "autocast": autocast, "modules": modules,
+        })  # fmt: skip
     _check_text_mode(text_mode, kind, directory.name)
     table = resolve_attention(attention, capabilities(place.type, number), kind.attention_roles)
     watch = settings().denoising_perf_logging if perf_logging is None else perf_logging
@@ -60,6 +73,8 @@ def open_pipeline(
     if cache is not None:
         step_cache, cache = open_cache(cache, directory)
         hooks.append(step_cache)
+    if groups is not None:
+        hooks += parallel_hooks(groups, kind)
     trained = kind.text_modes[:1] == (text_mode,)
     args = ExecutionArgs(
         place, number, autocast=autocast, cfg=cfg, attention=table, text_mode=None if trained else text_mode

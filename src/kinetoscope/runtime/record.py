@@ -75,7 +75,9 @@ def make_record(
         "dtype": dtype_name(pipeline.args.dtype),
         "threads": torch.get_num_threads(),
         "interceptors": [
-            h.name for h in [*pipeline.hooks, *batch.hooks] if isinstance(h, Interceptor) and h.name != cache
+            h.name
+            for h in [*pipeline.hooks, *batch.hooks]
+            if isinstance(h, Interceptor) and h.name != cache and not h.from_options
         ],
         "versions": versions(),
         "frames_sha256": digest or frames_digest(batch.frames[index]),

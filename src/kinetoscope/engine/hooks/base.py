@@ -22,11 +22,13 @@ class Hook:
         name: how users and messages call it.
         order: hooks with a smaller order start earlier and end later (the outer layers of an onion).
         conflicts: names of hooks that cannot be on the same engine.
+        from_options: made by an option of the generator, which makes it again when a video is replayed.
     """
 
     name: ClassVar[str] = ""
     order: ClassVar[int] = 100
     conflicts: ClassVar[frozenset[str]] = frozenset()
+    from_options: ClassVar[bool] = False
 
     def on_run_start(self, state: StrategyState) -> None:
         """Before the first step or block."""

@@ -1,0 +1,112 @@
+"""What a layout of devices does to a pipeline, and which layouts a model can have: checked before anything loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.engine.hooks import Hook
+from kinetoscope.loading import ModelDir
+from kinetoscope.parallel import Groups, ParallelConfig
+from kinetoscope.pipelines.composed import ComposedPipeline
+
+HEADS = ("num_attention_heads", "num_heads")
+"""What configurations of transformers call the number of heads."""
+MOST_BRANCHES = 3
+"""Branches that guidance evaluates at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A kind of parallelism and an option of the generator that are refused together.
+
+    Attributes:
+        degree: field of `ParallelConfig`.
+        option: "NAME", or "NAME=VALUE|VALUE" where only some values conflict.
+        why: they do.
+    """
+
+    degree: str
+    option: str
+    why: str
+
+
+CONFLICTS: tuple[Conflict, ...] = (
+    Conflict("tp", "offload", "the shares of the weights are made as they load, and stay"),
+    Conflict("fsdp", "offload", "the shares of the weights are made as they load, and stay"),
+    Conflict("fsdp", "compile=reduce-overhead|max-autotune", "CUDA graphs replay addresses of weights, which move"),
+)
+
+
+def parallel_hooks(groups: Groups, kind: type[ComposedPipeline]) -> list[Hook]:
+    """The hooks that share out the forwards of a layout.
+
+    Args:
+        groups: this process's place in it.
+        kind: of the pipeline.
+
+    Raises:
+        CompositionError: a degree that the family has no scheme for.
+    """
+    return []
+
+
+def check_layout(config: ParallelConfig, model: ModelDir, options: Mapping[str, Any]) -> None:
+    """Refuse a layout that cannot work, before anything loads.
+
+    Args:
+        config: the layout.
+        model: its directory.
+        options: of `VideoGenerator.from_pretrained`, those that are set.
+
+    Raises:
+        ConfigError: heads that do not divide, or degrees beyond what there is to share.
+        CompositionError: an option that a degree does not go together with; the message names both.
+    """
+    if config.cfg > MOST_BRANCHES:
+        raise ConfigError(f"parallel: cfg={config.cfg}, but guidance has at most {MOST_BRANCHES} branches to share out")
+    for name in ("transformer", "transformer_2"):
+        if name not in model.components() or config.tp == 1:
+            continue
+        values = model.config(name)
+        heads = next((values[n] for n in HEADS if n in values), None)
+        if isinstance(heads, int) and heads % config.tp:
+            raise ConfigError(
+                f"parallel: tp={config.tp} does not divide the {heads} attention heads of {model.name}'s {name}; "
+                f"use {_nearest_divisor(heads, config.tp)}, or ulysses, which takes any number"
+            )
+    for conflict in CONFLICTS:
+        degree = config.as_dict().get(conflict.degree)
+        name, _, wanted = conflict.option.partition("=")
+        value = options.get(name)
+        if degree is None or value is None or value is False or (wanted and value not in wanted.split("|")):
+            continue
+        raise CompositionError(
+            f"parallel {conflict.degree}={str(degree).lower()} and {name}={value!r} cannot be used together: "
+            f"{conflict.why}"
+        )
+
+
+def check_devices(config: ParallelConfig, device: torch.device) -> None:
+    """Refuse a layout of more GPUs than this machine has; the CPU carries any number of processes.
+
+    Raises:
+        ConfigError: says how many there are.
+    """
+    if device.type == "cuda" and config.world > torch.cuda.device_count():
+        raise ConfigError(
+            f"parallel {config} is a layout of {config.world} devices, and this machine has "
+            f"{torch.cuda.device_count()}; several machines are for executor='ray' or 'torchrun'"
+        )
+
+
+def _nearest_divisor(heads: int, degree: int) -> str:
+    """ "tp=4", or "tp=2 or 4": the divisors of `heads` around `degree`."""
+    divisors = [d for d in range(1, heads + 1) if heads % d == 0]
+    below = max(d for d in divisors if d < degree)
+    above = [d for d in divisors if d > degree][:1]
+    return "tp=" + " or ".join(str(d) for d in (below, *above))
