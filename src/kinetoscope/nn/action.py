@@ -173,7 +173,7 @@ class ActionModule(nn.Module):
         super().__init__()
         self.attend = attend
         dim, heads, bias = config.img_hidden_size, config.heads_num, config.qkv_bias
-        self.heads = heads
+        self.head_dim = config.keyboard_hidden_dim // heads  # the mouse's too, where there is one
         if config.enable_mouse:
             width = config.mouse_hidden_dim
             self.mouse_mlp = nn.Sequential(
@@ -207,7 +207,7 @@ class ActionModule(nn.Module):
         rows, frames, tokens = x.shape[:3]
         turns = mouse.to(x.dtype).flatten(2).unsqueeze(2).expand(-1, -1, tokens, -1)  # [R, F, M, 2 W]
         qkv = self.t_qkv(self.mouse_mlp(torch.cat([x, turns], dim=-1)))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(3)  # [R, F, M, H, D] each
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(3)  # [R, F, M, H, D] each
         table = rope.repeat_interleave(tokens, dim=0)  # [F M, D/2]
         q = apply_rope(self.img_attn_q_norm(q).flatten(1, 2), table).unflatten(1, (frames, tokens))
         k = apply_rope(self.img_attn_k_norm(k).flatten(1, 2), table).unflatten(1, (frames, tokens))
@@ -220,8 +220,8 @@ class ActionModule(nn.Module):
     def _press(self, x: Tensor, keyboard: Tensor, rope: Tensor, memory: ActionMemory | None) -> Tensor:
         frames, tokens = x.shape[1:3]
         keys = self.keyboard_embed(keyboard.to(x.dtype)).flatten(2)  # [R, F, W h]
-        k, v = self.keyboard_attn_kv(keys).unflatten(-1, (2, self.heads, -1)).unbind(2)  # [R, F, H, D] each
-        q = self.key_attn_q_norm(self.mouse_attn_q(x).unflatten(-1, (self.heads, -1)))  # [R, F, M, H, D]
+        k, v = self.keyboard_attn_kv(keys).unflatten(-1, (2, -1, self.head_dim)).unbind(2)  # [R, F, H, D] each
+        q = self.key_attn_q_norm(self.mouse_attn_q(x).unflatten(-1, (-1, self.head_dim)))  # [R, F, M, H, D]
         q = apply_rope(q.flatten(1, 2), rope.repeat_interleave(tokens, dim=0))  # [R, F M, H, D]
         k = apply_rope(self.key_attn_k_norm(k), rope)
         if memory is not None:

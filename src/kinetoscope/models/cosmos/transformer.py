@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor) -> Tensor:
         """[R, F, M, d] -> [R, N, H, D]"""
-        return self.norm_q(self.to_q(x).view(x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim))
+        return self.norm_q(self.to_q(x).flatten(1, 2).unflatten(-1, (-1, self.head_dim)))
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values: [R, L, c] -> two of [R, L, H, D]"""
@@ -77,7 +77,7 @@ class SelfAttention(Attention):
         """[R, F, M, d] -> [R, F, M, d]"""
         keys, values = self.project(x.flatten(1, 2))
         q, k = apply_rope_halves(self.query(x), rope), apply_rope_halves(keys, rope)  # [R, N, H, D] each
-        return self.to_out(attention(q, k, values, role="self", grid=grid).reshape(x.shape))
+        return self.to_out(attention(q, k, values, role="self", grid=grid).reshape(*x.shape[:-1], -1))
 
 
 class CrossAttention(Attention):
@@ -85,7 +85,8 @@ class CrossAttention(Attention):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None) -> Tensor:
         """[R, F, M, d] -> [R, F, M, d]"""
-        return self.to_out(attention(self.query(x), keys, values, role="cross", key_bias=key_bias).reshape(x.shape))
+        out = attention(self.query(x), keys, values, role="cross", key_bias=key_bias)
+        return self.to_out(out.reshape(*x.shape[:-1], -1))
 
 
 class GELULinear(nn.Module):

@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[R, T, M, d] -> queries, keys (both normed, not rotated) and values [R, N, H, D]"""
-        q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3, x.shape[-1] // self.head_dim, self.head_dim).unbind(2)
+        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         return self.q_norm(q), self.k_norm(k), v
 
     def forward(
@@ -81,7 +81,7 @@ class SelfAttention(nn.Module):
             out = torch.cat([clean, noisy], dim=1)
         else:
             out = attention(q, k, v, role="self", grid=grid if cache is None else None)
-        return self.proj(out.reshape(x.shape))
+        return self.proj(out.reshape(*x.shape[:-1], -1))
 
 
 class CrossAttention(nn.Module):
@@ -103,8 +103,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None) -> Tensor:
         """[R, T, M, d] -> [R, T, M, d]"""
-        q = self.q_norm(self.q_linear(x).view(x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim))
-        return self.proj(attention(q, keys, values, role="cross", key_bias=key_bias).reshape(x.shape))
+        q = self.q_norm(self.q_linear(x).flatten(1, 2).unflatten(-1, (-1, self.head_dim)))
+        return self.proj(attention(q, keys, values, role="cross", key_bias=key_bias).reshape(*x.shape[:-1], -1))
 
 
 class LongCatSingleStreamBlock(nn.Module):
@@ -150,7 +150,7 @@ class LongCatSingleStreamBlock(nn.Module):
         normed = self.mod_norm_attn(x, shift_a, 1 + scale_a)
         q, k, v = self.attn.project(normed)
         out = attention(apply_rope(q, rope), apply_rope(k, rope), v, role="self")
-        x = gated_add(x, self.attn.proj(out.reshape(x.shape)), gate_a)
+        x = gated_add(x, self.attn.proj(out.reshape(*x.shape[:-1], -1)), gate_a)
         x = gated_add(x, self.ffn(self.mod_norm_ffn(x, shift_f, 1 + scale_f)), gate_f)
         return x, KeyValue(k, v)
 

@@ -47,6 +47,14 @@ class Modulation(NamedTuple):
     embedded: Tensor  # [R or 1, F, d]
 
 
+class WideRotation(nn.Module):
+    """Rotation of all heads as one; a module, so that a device with some of the heads can be given their part."""
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """x [R, N, d], rope [N, d/2] -> [R, N, d]"""
+        return apply_rope(x.unsqueeze(2), rope).squeeze(2)
+
+
 class Attention(nn.Module):
     """Attention with an RMS norm over all heads; rotary positions run over the whole width, not each head's."""
 
@@ -61,6 +69,7 @@ class Attention(nn.Module):
         self.to_k = Linear(dim, dim, bias=bias)
         self.to_v = Linear(dim, dim, bias=bias)
         self.to_out = nn.Sequential(Linear(dim, dim, bias=config.attention_out_bias))
+        self.rotate = WideRotation()
 
     def project(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values without positions: [R, L, d] -> two of [R, L, H, D]"""
@@ -70,8 +79,7 @@ class Attention(nn.Module):
     def over_video(self, x: Tensor, rope: Tensor, grid: tuple[int, int, int] | None = None) -> Tensor:
         """Self-attention: [R, N, d] -> [R, N, d]"""
         heads = (-1, self.head_dim)
-        q = apply_rope(self.norm_q(self.to_q(x)).unsqueeze(2), rope).squeeze(2)  # [R, N, d], one head of width d
-        k = apply_rope(self.norm_k(self.to_k(x)).unsqueeze(2), rope).squeeze(2)
+        q, k = self.rotate(self.norm_q(self.to_q(x)), rope), self.rotate(self.norm_k(self.to_k(x)), rope)
         q, k, v = (t.unflatten(-1, heads) for t in (q, k, self.to_v(x)))
         out = attention(q, k, v, role=self.role, grid=grid)
         return self.to_out(out.flatten(2))

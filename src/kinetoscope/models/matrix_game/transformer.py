@@ -99,11 +99,11 @@ class Attention(nn.Module):
             frames = (x.shape[1], x.shape[2])
             k, v = memory.update(layer, k.unflatten(1, frames), v.unflatten(1, frames), start)
             k, v = k.flatten(1, 2), v.flatten(1, 2)  # [R, N', H, D]
-        return self.to_out(attention(q, k, v, role="self").reshape(x.shape))
+        return self.to_out(attention(q, k, v, role="self").reshape(*x.shape[:-1], -1))
 
     def image(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Cross-attention: [R, F, M, d] -> [R, F, M, d]"""
-        return self.to_out(attention(self.queries(x), keys, values, role="cross").reshape(x.shape))
+        return self.to_out(attention(self.queries(x), keys, values, role="cross").reshape(*x.shape[:-1], -1))
 
 
 class MatrixGameBlock(nn.Module):
@@ -211,16 +211,20 @@ class MatrixGameTransformer3DModel(nn.Module):
         tokens = math.prod(self._grid((1, *latent_shape[-2:])))
         weight = self.proj_out.weight
 
-        def ring(layers: int, tokens: int, heads: int, width: int) -> RingCache:
-            shape = (rows, frames, tokens, heads, width // heads)
+        def ring(layers: int, tokens: int, width: int, head_dim: int) -> RingCache:
+            shape = (rows, frames, tokens, width // head_dim, head_dim)
             dt = dtype or weight.dtype
             return RingCache.allocate(layers, shape, sink=config.sink_size, dtype=dt, device=weight.device)
 
-        layers, heads = len(action.blocks), action.heads_num
+        # Widths are those of the layers here: where heads are shared out, a device remembers its own.
+        width = self._blocks()[0].attn1.to_k.out_features
+        module = next((b.action_model for b in self._blocks() if b.action_model is not None), None)
+        keys = 0 if module is None else module.mouse_attn_q.out_features
+        layers, size = len(action.blocks), 1 if module is None else module.head_dim
         return Memory(
-            ring(config.num_layers, tokens, config.num_attention_heads, config.dim),
-            ring(layers, 1, heads, action.keyboard_hidden_dim) if layers else None,
-            ring(layers, tokens, heads, action.mouse_hidden_dim) if layers and action.enable_mouse else None,
+            ring(config.num_layers, tokens, width, config.attention_head_dim),
+            ring(layers, 1, keys, size) if layers else None,
+            ring(layers, tokens, keys, size) if layers and action.enable_mouse else None,
         )
 
     def prepare_conditioning(self, *, image_embeds: Tensor) -> dict[str, ImageContext]:

@@ -148,7 +148,7 @@ class CausalSelfAttention(SelfAttention):
             out = attention(q, k, v, role="self")
         else:
             out = torch.cat([self._attend(q, k, v, *row) for row in place.rows], dim=1)
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(out.reshape(*x.shape[:-1], -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Span, keys: tuple[Span, ...]) -> Tensor:
         """Attention of some queries to some keys: [R, n, H, D]"""
@@ -210,7 +210,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         height, width = latent_shape[-2:]
         self._rope((1, height, width))  # refuses a size that does not divide
         tokens = (height // config.patch_size[1]) * (width // config.patch_size[2])
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        head_dim = config.attention_head_dim
+        heads = self._blocks()[0].attn1.to_k.out_features // head_dim  # its own, where heads are shared out
         weight = self.proj_out.weight
         size = limit if frames is None else min(limit, max(frames, sink + 1))
         return RingCache.allocate(
