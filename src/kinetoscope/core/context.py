@@ -7,14 +7,21 @@ across a `yield`, so interleaved runs do not see each other's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 AttentionFn = Callable[..., Tensor]
+
+Span = tuple[int, int]
+"""Consecutive tokens [start, stop)."""
+
+Rows = Sequence[tuple[Span, tuple[Span, ...]]]
+"""Consecutive queries and the keys that they attend to, in order; together all queries. Token numbers of the whole
+sequence, also where this process has a part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,70 @@ class StepInfo:
     block: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SharedAttention:
+    """An attention whose tokens are shared out among processes; see `attention.attention` for the arguments.
+
+    Attributes:
+        q: [R, n + L, H, D] queries of the tokens that this process has, and of L that every process has (text).
+        k, v: [R, lead + n + L, H, D].
+        lead: keys before those of the tokens, which every process has.
+        key_bias: [R, lead + N + L] of the whole sequence.
+        rows: of the whole sequence.
+        gate: [R, n, H, D], for sparse kinds.
+        memory: (k, v) of this step -> those that its queries see, as a K/V cache gives them.
+        sparse: what the kind is called where it needs all tokens in one place; "" for plain softmax attention.
+        local: (q, k, v, key_bias, rows, gate) -> the attention of tensors that are all here, by the chosen backend.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lead: int
+    key_bias: Tensor | None
+    rows: Rows | None
+    gate: Tensor | None
+    memory: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    sparse: str
+    local: Callable[[Tensor, Tensor, Tensor, Tensor | None, Rows | None, Tensor | None], Tensor]
+
+
+class TokenShare(Protocol):
+    """The part of a video's `tokens` that this process has: `own` from `start` on, those beyond the end being padding.
+
+    The shares of all processes are of one size and follow each other in the order of their ranks.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def own(self) -> int: ...
+
+    @property
+    def start(self) -> int: ...
+
+    def take(self, x: Tensor, axis: int) -> Tensor:
+        """The own part of the first `tokens` entries along `axis`, and all of what follows them."""
+        ...
+
+    def gather(self, x: Tensor, axis: int) -> Tensor:
+        """The parts of all processes, without padding."""
+        ...
+
+    def attend(self, call: SharedAttention) -> Tensor:
+        """[R, n + L, H, D] attention over the tokens of all processes."""
+        ...
+
+
+class TokenShard(Protocol):
+    """Who shares the tokens of a row (`parallel.sequence`)."""
+
+    def share(self, tokens: int) -> TokenShare:
+        """The part of a video of so many tokens that this process computes."""
+        ...
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """Facts of the current forward.
@@ -43,12 +114,16 @@ class ForwardContext:
         step: the step that this forward is part of; None for a pass that is no step (a clean pass that fills a cache).
         stack: runs the transformer's blocks instead of the plain loop (`nn.stack.run_blocks`), for step caches.
         layer: number of the block that is running.
+        shard: shares out the tokens that blocks are run on (`nn.stack.run_calls`); None: all are computed here.
+        share: while blocks run on a part of the tokens, which part.
     """
 
     attention: Mapping[str, AttentionFn] = field(default_factory=dict[str, AttentionFn])
     step: StepInfo | None = None
     stack: Callable[..., Any] | None = None
     layer: int = 0
+    shard: TokenShard | None = None
+    share: TokenShare | None = None
 
 
 _STACK: list[ForwardContext] = []

@@ -23,11 +23,15 @@ from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
 from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.text_padding import PADDED, read_text
 
 Grid = tuple[int, int, int]
 """Tokens of a video along time, height, width."""
+
+TOKENS = TokenAxes(each={"rope": 0}, groups={"modulation": 1})
+"""Which arguments of a block go with its tokens."""
 
 
 class TextContext(NamedTuple):
@@ -61,17 +65,16 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: [R, F, M, d] -> three of [R, N, H, D]"""
-        heads = (x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
-        q = apply_rope(self.norm_q(self.to_q(x)).view(heads), rope)
-        k = apply_rope(self.norm_k(self.to_k(x)).view(heads), rope)
-        return q, k, self.to_v(x).view(heads)
+        q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x)), self.to_v(x)
+        q, k, v = (t.flatten(1, 2).unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
     def forward(
         self, x: Tensor, rope: Tensor, grid: Grid | None = None, gate: Callable[[], Tensor] | None = None
     ) -> Tensor:
         """[R, F, M, d] -> [R, F, M, d]; see `attention` for grid and gate."""
         q, k, v = self.project(x, rope)
-        return self.to_out(attention(q, k, v, role="self", grid=grid, gate=gate).reshape(x.shape))
+        return self.to_out(attention(q, k, v, role="self", grid=grid, gate=gate).reshape(*x.shape[:-1], -1))
 
 
 class CrossAttention(nn.Module):
@@ -111,11 +114,11 @@ class CrossAttention(nn.Module):
         image: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """[R, F, M, d] -> [R, F, M, d]"""
-        q = self.norm_q(self.to_q(x)).view(x.shape[0], -1, x.shape[-1] // self.head_dim, self.head_dim)
+        q = self.norm_q(self.to_q(x)).flatten(1, 2).unflatten(-1, (-1, self.head_dim))
         out = attention(q, keys, values, role="cross", key_bias=key_bias)
         if image is not None:
             out = out + attention(q, *image, role="cross")
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(out.reshape(*x.shape[:-1], -1))
 
 
 class WanTransformerBlock(nn.Module):
@@ -358,7 +361,7 @@ class WanTransformer3DModel(nn.Module):
         images = text.image or [None] * len(self.blocks)
         calls = [
             BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "modulation": table, "image": image},
-                      {"rope": rope, "grid": (frames, height, width)})
+                      {"rope": rope, "grid": (frames, height, width)}, TOKENS)
             for block, k, v, image, table in zip(self.blocks, text.keys, text.values, images, tables, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, F, M, d]
