@@ -10,8 +10,10 @@ import torch
 
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.engine.hooks import Hook
+from kinetoscope.engine.hooks.sequence import SequenceParallel
 from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import Groups, ParallelConfig
+from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.pipelines.composed import ComposedPipeline
 
 HEADS = ("num_attention_heads", "num_heads")
@@ -52,7 +54,10 @@ def parallel_hooks(groups: Groups, kind: type[ComposedPipeline]) -> list[Hook]:
     Raises:
         CompositionError: a degree that the family has no scheme for.
     """
-    return []
+    hooks: list[Hook] = []
+    if groups.sequence.size > 1:
+        hooks.append(SequenceParallel(SequenceShard.of(groups)))
+    return hooks
 
 
 def check_layout(config: ParallelConfig, model: ModelDir, options: Mapping[str, Any]) -> None:
