@@ -11,10 +11,10 @@ DEV := $(VENV)/.dev
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test slow gpu lint format bench clean
+.PHONY: help setup demo test test-distributed slow gpu lint format bench clean
 help:
 	@echo "make demo    a video from the embedded model"
-	@echo "make test    the quick tests        make slow | gpu    the others"
+	@echo "make test    the quick tests        make slow | gpu | test-distributed    the others"
 	@echo "make lint    style, layers, types   make format        rewrite in that style"
 	@echo "make bench   the numbers of the README, as JSON in benchmarks/results"
 	@echo "make clean   remove what was made here, .venv included"
@@ -39,10 +39,14 @@ demo: $(BASE)
 
 # One process a core, one thread each: two processes with two threads each make each other many times slower.
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical -m "not slow and not gpu and not distributed"
+
+# Several processes a test, so one test after another.
+test-distributed: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m distributed
 
 slow: $(DEV)
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not distributed"
 
 gpu: $(DEV)
 	$(BIN)/python -m pytest -q -m gpu

@@ -156,7 +156,8 @@ class ExecutionArgs:
         dtype: what the transformer computes in.
         autocast: run the transformer under `torch.autocast(dtype)`, for weights kept in float32; off computes in the
             weights' dtype.
-        cfg: "sequential" (one forward a branch), "batched" (all rows in one forward) or "auto".
+        cfg: "sequential" (one forward a branch), "batched" (all rows in one forward) or "auto"; "parallel" where
+            devices share the branches.
         attention: role -> attention function, from `attention.resolve_attention`.
         text_mode: "padded" or "true_length" instead of what the model was trained with (`nn.text_padding`).
     """

@@ -70,6 +70,7 @@ class ModelInputs:
         conditioning: keyword arguments of the network that are trees of row-first tensors.
         shared: keyword arguments of the network that are the same for every row of every step.
         step: keyword arguments that are the same for every row of this step: trees of tensors whose first axis is 1.
+        whole: the branches of the rows that these were taken from, in order; their own where nothing was left out.
     """
 
     latents: Tensor
@@ -79,6 +80,10 @@ class ModelInputs:
     conditioning: dict[str, Tree] = field(default_factory=dict[str, Tree])
     shared: dict[str, Tree] = field(default_factory=dict[str, Tree])
     step: dict[str, Tree] = field(default_factory=dict[str, Tree])
+    whole: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or self.branches
 
     @property
     def arguments(self) -> dict[str, Tree]:
@@ -101,6 +106,7 @@ class ModelInputs:
             {k: take_rows(v, rows) for k, v in self.conditioning.items()},
             self.shared,
             self.step,
+            self.whole,
         )
 
 

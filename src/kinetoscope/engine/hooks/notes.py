@@ -26,6 +26,12 @@ def note(state: StrategyState, key: str, records: Sequence[Any]) -> None:
     held.by_key.setdefault(key, []).extend(records)
 
 
+def renote(state: StrategyState, key: str, records: Sequence[Any]) -> None:
+    """`note`, in the place of what was said of the current step under `key`."""
+    note(state, key, ())
+    state.scratch[_NOTES].by_key[key] = list(records)
+
+
 def notes_of(state: StrategyState) -> Mapping[str, list[Any]]:
     """key -> what was said of the current step."""
     held: _Notes | None = state.scratch.get(_NOTES)
