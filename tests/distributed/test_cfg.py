@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from distributed.opened import open_among
 from distributed.ranks import run_ranks
 from engine.fakes import FakeBlockStrategy, FakeStrategy, make_batch
 from engine.test_caches import MAKERS, SEEDS, Toy
-from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.diffusion.guidance import Guidance
@@ -26,10 +25,13 @@ from kinetoscope.engine.hooks.caches import CacheCalibration
 from kinetoscope.engine.hooks.cfg_parallel import CFGParallel, shares
 from kinetoscope.engine.protocols import StrategyState
 from kinetoscope.engine.rows import PARALLEL
-from kinetoscope.parallel import Groups
+from kinetoscope.loading import resolve_model
+from kinetoscope.parallel import Groups, ParallelConfig
 from kinetoscope.parallel.comm import SENT
 from kinetoscope.parallel.groups import Group
-from runtime.families import FAMILIES
+from kinetoscope.runtime.parallel import check_layout
+from runtime.families import FAMILIES, edit
+from tiny import make_tiny_wan
 
 STEPS = 6
 SINGLE = Group("cfg", 1, 0, (0,), None)
@@ -202,12 +204,10 @@ CACHE = {None: {}, "taylorseer:interval=2,warmup=1": {"num_inference_steps": 4}}
 def generate(folder: Path, family: str, cache: str | None, groups: Groups | None) -> dict[str, Any]:
     """Two videos of a family; by one device, or with its branches shared. (Without any interceptor the two would be
     runs of their own, whose matrix products are of other sizes.)"""
-    hooks = [CFGParallel(SINGLE if groups is None else groups.cfg)]
-    generator = VideoGenerator.from_pretrained(
-        folder / family, device="cpu", dtype="float32", cfg="sequential", cache=cache, hooks=hooks
-    )
-    if groups is not None:
-        generator.pipeline.args = replace(generator.pipeline.args, cfg=PARALLEL)
+    if groups is None:
+        generator = open_among(None, folder / family, cfg="sequential", cache=cache, hooks=[CFGParallel(SINGLE)])
+    else:
+        generator = open_among(groups, folder / family, cache=cache)
     fields = FAMILIES[family].request(trace=True, **GUIDED[family], **(CACHE[cache] if family != "causal" else {}))
     fields |= fields.pop("extra", {})
     SENT.clear()
@@ -245,3 +245,21 @@ def test_two_families(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_every_family(tmp_path: Path) -> None:
     check_families(tmp_path, [f for f in GUIDED if f not in ("wan-a14b", "causal")])
+
+
+@pytest.mark.parametrize(
+    ("parallel", "family", "options", "message"),
+    [
+        ("cfg=2", "wan", {"cfg": "batched"}, "parallel cfg=2 and cfg='batched' cannot be used together"),
+        ("cfg=2,fsdp=true", "wan", {"cache": "fbcache"}, "cfg=2,fsdp=true and cache='fbcache' cannot be used together"),
+        ("cfg=2", "fast", {}, r"cfg=2 and \S+ cannot be used together: it is distilled and has one branch"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    tmp_path: Path, parallel: str, family: str, options: dict[str, Any], message: str
+) -> None:
+    make_tiny_wan(tmp_path)
+    if family == "fast":
+        edit(tmp_path / "model_index.json", _class_name="WanDMDPipeline")
+    with pytest.raises(CompositionError, match=message):
+        check_layout(ParallelConfig.of(parallel), resolve_model(str(tmp_path)), options)

@@ -15,6 +15,7 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.protocols import Event
 from kinetoscope.loading import ModelDir, load_component
+from kinetoscope.loading.components import Place
 from kinetoscope.pipelines.lazy import Lazy
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
@@ -35,6 +36,10 @@ class ComponentCare(Protocol):
 
     def home(self, name: str) -> torch.device:
         """Where a component's weights are read to."""
+        ...
+
+    def place(self, name: str) -> Place | None:
+        """What shares a component out among devices before its weights are read; None: this one has all of it."""
         ...
 
     def loaded(self, name: str, module: Any) -> None:
@@ -77,10 +82,14 @@ class ComposedPipeline:
     Of an open directory: what this one does of it, by the inputs that it takes.
     """
     attention_roles: ClassVar[tuple[str, ...]] = ()
+    text_tokens: ClassVar[int] = 0
+    """Tokens of the text (or image features) that a row reads, at most."""
     text_modes: ClassVar[tuple[str, ...]] = ("true_length",)
     """How the text beyond a prompt's true length may be read (`nn.text_padding`); the first is what was trained."""
     extra_defaults: ClassVar[Mapping[str, Any]] = {}
     """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""
+    guided: ClassVar[bool] = True
+    """Whether guidance may ask for an unconditional row."""
     streams: ClassVar[bool] = False
     """Whether it makes videos block by block for as long as wanted (`runtime.session.Session`)."""
     block_inputs: ClassVar[tuple[str, ...]] = ()
@@ -229,7 +238,8 @@ class ComposedPipeline:
         def load() -> Any:
             care = self._care
             home = care.home(name) if care else self.args.device
-            module = load_component(self.model, name, dtype=self.args.dtype, device=home)
+            place = care.place(name) if care else None
+            module = load_component(self.model, name, dtype=self.args.dtype, device=home, place=place)
             if care:
                 care.loaded(name, module)
             for listener in self.load_listeners:

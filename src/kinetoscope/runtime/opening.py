@@ -14,7 +14,7 @@ from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.engine.hooks import Hook, PerfLoggingHook
 from kinetoscope.engine.hooks.base import arrange
-from kinetoscope.engine.rows import CFG_PLANS
+from kinetoscope.engine.rows import CFG_PLANS, PARALLEL
 from kinetoscope.loading import ModelDir, resolve_model
 from kinetoscope.parallel import Groups
 from kinetoscope.pipelines.composed import ComposedPipeline
@@ -76,10 +76,11 @@ def open_pipeline(
     if groups is not None:
         hooks += parallel_hooks(groups, kind)
     trained = kind.text_modes[:1] == (text_mode,)
+    plan = cfg if groups is None or groups.cfg.size == 1 else PARALLEL
     args = ExecutionArgs(
-        place, number, autocast=autocast, cfg=cfg, attention=table, text_mode=None if trained else text_mode
+        place, number, autocast=autocast, cfg=plan, attention=table, text_mode=None if trained else text_mode
     )
-    care = Care(args, compile=compile, quantize=quantize, offload=offload, vae=vae, modules=modules)
+    care = Care(args, compile=compile, quantize=quantize, offload=offload, vae=vae, modules=modules, groups=groups)
     pipeline = build_pipeline(directory, args, hooks=arrange(hooks), modules=modules, care=care)
     care.attach(pipeline)
     return pipeline, {

@@ -10,11 +10,13 @@ import torch
 
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.engine.hooks import Hook
+from kinetoscope.engine.hooks.cfg_parallel import CFGParallel
 from kinetoscope.engine.hooks.sequence import SequenceParallel
 from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import Groups, ParallelConfig
 from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets import pipeline_class
 
 HEADS = ("num_attention_heads", "num_heads")
 """What configurations of transformers call the number of heads."""
@@ -38,6 +40,7 @@ class Conflict:
 
 
 CONFLICTS: tuple[Conflict, ...] = (
+    Conflict("cfg", "cfg=sequential|batched", "the branches are shared among devices"),
     Conflict("tp", "offload", "the shares of the weights are made as they load, and stay"),
     Conflict("fsdp", "offload", "the shares of the weights are made as they load, and stay"),
     Conflict("fsdp", "compile=reduce-overhead|max-autotune", "CUDA graphs replay addresses of weights, which move"),
@@ -55,6 +58,8 @@ def parallel_hooks(groups: Groups, kind: type[ComposedPipeline]) -> list[Hook]:
         CompositionError: a degree that the family has no scheme for.
     """
     hooks: list[Hook] = []
+    if groups.cfg.size > 1:
+        hooks.append(CFGParallel(groups.cfg, lockstep=groups.config.fsdp))
     if groups.sequence.size > 1:
         hooks.append(SequenceParallel(SequenceShard.of(groups)))
     return hooks
@@ -74,6 +79,16 @@ def check_layout(config: ParallelConfig, model: ModelDir, options: Mapping[str, 
     """
     if config.cfg > MOST_BRANCHES:
         raise ConfigError(f"parallel: cfg={config.cfg}, but guidance has at most {MOST_BRANCHES} branches to share out")
+    kind = pipeline_class(model)
+    if config.cfg > 1 and not kind.guided:
+        raise CompositionError(
+            f"parallel cfg={config.cfg} and {model.name} cannot be used together: it is distilled and has one branch"
+        )
+    if config.cfg > 1 and config.fsdp and options.get("cache"):
+        raise CompositionError(
+            f"parallel cfg={config.cfg},fsdp=true and cache={options['cache']!r} cannot be used together: each branch "
+            "decides for itself which blocks to leave out, and FSDP needs all devices to run the same ones"
+        )
     for name in ("transformer", "transformer_2"):
         if name not in model.components() or config.tp == 1:
             continue

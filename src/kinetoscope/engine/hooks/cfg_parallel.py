@@ -7,6 +7,7 @@ Each device forwards a contiguous share of the branches, and all get the predict
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -27,7 +28,7 @@ def shares(branches: Sequence[str], devices: int) -> list[tuple[str, ...]]:
     """The branches of each device: contiguous, those of the first devices one more where they do not divide."""
     least, more = divmod(len(branches), devices)
     starts = [i * least + min(i, more) for i in range(devices + 1)]
-    return [tuple(branches[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    return [tuple(branches[a:b]) for a, b in pairwise(starts)]
 
 
 class CFGParallel(Interceptor):

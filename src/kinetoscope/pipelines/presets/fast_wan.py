@@ -20,6 +20,7 @@ class FastWanTextToVideo(WanTextToVideo):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
+    guided: ClassVar[bool] = False
     extra_defaults: ClassVar[Mapping[str, Any]] = {STEPS: [1000, 757, 522], WARP: False}
 
     @property

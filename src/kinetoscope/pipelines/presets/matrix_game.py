@@ -52,6 +52,8 @@ class MatrixGameVideo(ComposedPipeline):
     distilled: ClassVar[bool] = False
     required: ClassVar[tuple[str, ...]] = ("transformer", "vae", "image_encoder")
     tasks: ClassVar[tuple[str, ...]] = ("i2v",)
+    guided: ClassVar[bool] = False
+    text_tokens: ClassVar[int] = spec.IMAGE_TOKENS
     attention_roles: ClassVar[tuple[str, ...]] = tuple(map(Role, ("self", "cross", "mouse", "keyboard")))
     text_modes: ClassVar[tuple[str, ...]] = ()
 
@@ -157,5 +159,11 @@ class MatrixGameWorld(MatrixGameVideo):
 
 
 for _name in TRANSFORMERS:
-    register_transformer(_name, MatrixGameTransformer3DModel, spec.MatrixGameConfig.from_dict, key_map=spec.rename)
+    register_transformer(
+        _name,
+        MatrixGameTransformer3DModel,
+        spec.MatrixGameConfig.from_dict,
+        key_map=spec.rename,
+        plan=spec.SHARDING,
+    )
 register_transformers_model("CLIPVisionModel")
