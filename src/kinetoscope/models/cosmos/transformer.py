@@ -23,6 +23,7 @@ from kinetoscope.nn.norm import ModulatedNorm, RMSNorm, gated_add
 from kinetoscope.nn.patches import LearnedPositions, LinearPatchEmbedding, token_grid
 from kinetoscope.nn.rope import split_rope_dims
 from kinetoscope.nn.rope_halves import apply_rope_halves, halves_rope_table
+from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.text_padding import PADDED, read_text
 
@@ -30,6 +31,8 @@ NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
 BASE_FPS = 24.0  # rotary time positions count frames at this rate
 ROPE_THETA = 10000.0
+TOKENS = TokenAxes(each={"rope": 0, "positions": 0}, groups={"modulation": 1})
+"""Which arguments of a block go with its tokens."""
 
 
 class TextContext(NamedTuple):
@@ -157,13 +160,13 @@ class CosmosTransformerBlock(nn.Module):
         positions: Tensor | None,
         grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
-        """x [R, F, M, d], modulation [R or 1, F, 3, 3, d], positions [F, M, d] -> [R, F, M, d]"""
+        """x [R, F, M, d], modulation [R or 1, F, 3, 3, d], positions [N, d] -> [R, F, M, d]"""
         parts = modulation.unsqueeze(4).unbind(2)  # three of [R, F, 3, 1, d]
         (shift_s, scale_s, gate_s), (shift_c, scale_c, gate_c), (shift_f, scale_f, gate_f) = (
             p.unbind(2) for p in parts
         )
         if positions is not None:
-            x = x + positions
+            x = x + positions.view(x.shape[1:])
         x = gated_add(x, self.attn1(self.norm1(x, shift_s, scale_s), rope, grid), gate_s)
         x = gated_add(x, self.attn2(self.norm2(x, shift_c, scale_c), keys, values, key_bias), gate_c)
         return gated_add(x, self.ff(self.norm3(x, shift_f, scale_f)), gate_f)
@@ -331,11 +334,11 @@ class CosmosTransformer3DModel(nn.Module):
         groups = modulation.out.shape[1]
         x = x.flatten(1, 3).unflatten(1, (groups, -1))  # [R, F, M, d]
         if positions is not None:
-            positions = positions.to(x.dtype).unflatten(0, (groups, -1))  # [F, M, d]
+            positions = positions.to(x.dtype)  # [N, d]
         tables = modulation.blocks.unbind(2)
         calls = [
             BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "modulation": table},
-                      {"rope": rope, "positions": positions, "grid": grid})
+                      {"rope": rope, "positions": positions, "grid": grid}, TOKENS)
             for block, k, v, table in zip(self.transformer_blocks, text.keys, text.values, tables, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, F, M, d]

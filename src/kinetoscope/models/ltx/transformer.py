@@ -21,6 +21,7 @@ from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope
+from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
 
 BASE_SIZE = (20.0, 2048.0, 2048.0)
@@ -30,6 +31,8 @@ TEXT_MULTIPLE = 32
 FREQUENCIES = 256
 """Width of the sinusoidal timestep embedding."""
 QK_EPS = 1e-5
+TOKENS = TokenAxes(each={"rope": 0}, groups={"projected": 1})
+"""Which arguments of a block go with its tokens."""
 
 
 class TextContext(NamedTuple):
@@ -267,7 +270,7 @@ class LTXVideoTransformer3DModel(nn.Module):
         x = self.proj_in(latents.flatten(2).transpose(1, 2).to(self.proj_in.weight.dtype))  # [R, N, d]
         calls = [
             BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "projected": modulation.projected},
-                      {"rope": rope, "grid": (frames, height, width)})
+                      {"rope": rope, "grid": (frames, height, width)}, TOKENS)
             for block, k, v in zip(self.blocks, text.keys, text.values, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, N, d]

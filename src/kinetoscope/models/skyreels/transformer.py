@@ -23,6 +23,7 @@ from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
 from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.text_padding import PADDED, read_text
 
@@ -31,6 +32,12 @@ SLOW_FPS = 16
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values [R, L, H, D]."""
+
+Rows = tuple[tuple[tuple[int, int], tuple[tuple[int, int], ...]], ...]
+"""Which queries attend to which keys; see `attention`."""
+
+TOKENS = TokenAxes(each={"rope": 0}, groups={"projected": 1})
+"""Which arguments of a block go with its tokens."""
 
 
 class TextContext(NamedTuple):
@@ -48,6 +55,13 @@ class Modulation(NamedTuple):
     embedded: Tensor  # [R or 1, F, d]
 
 
+def block_rows(tokens: int, block: int) -> Rows | None:
+    """A token sees its block of so many tokens and those before; None: all of them, where they are one block."""
+    if block == tokens:
+        return None
+    return tuple(((end - block, end), ((0, end),)) for end in range(block, tokens + 1, block))
+
+
 class SelfAttention(nn.Module):
     """Attention over the tokens of the video, RMS norm over all heads at once, rotary positions."""
 
@@ -62,17 +76,13 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, config.eps)
         self.norm_k = RMSNorm(dim, config.eps)
 
-    def forward(self, x: Tensor, rope: Tensor, block_tokens: int, grid: tuple[int, int, int] | None = None) -> Tensor:
-        """[R, N, d] -> [R, N, d]; a token sees its block of `block_tokens` tokens and those before."""
+    def forward(self, x: Tensor, rope: Tensor, rows: Rows | None, grid: tuple[int, int, int] | None = None) -> Tensor:
+        """[R, N, d] -> [R, N, d]; see `attention` for rows and grid."""
         heads = (-1, self.head_dim)
         q = apply_rope(self.norm_q(self.to_q(x)).unflatten(-1, heads), rope)  # [R, N, H, D]
         k = apply_rope(self.norm_k(self.to_k(x)).unflatten(-1, heads), rope)  # [R, N, H, D]
         v = self.to_v(x).unflatten(-1, heads)  # [R, N, H, D]
-        ends = range(block_tokens, x.shape[1] + 1, block_tokens)
-        grid = grid if block_tokens == x.shape[1] else None  # blocks with their past are no grid
-        seen = [attention(q[:, e - block_tokens : e], k[:, :e], v[:, :e], role="self", grid=grid) for e in ends]
-        out = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
-        return self.to_out(out.flatten(2))
+        return self.to_out(attention(q, k, v, role="self", grid=grid, rows=rows).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -135,13 +145,13 @@ class SkyReelsV2TransformerBlock(nn.Module):
         image: Pair | None,
         projected: Tensor,
         rope: Tensor,
-        block_tokens: int,
+        rows: Rows | None,
         grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
         """x [R, F, M, d], projected [R or 1, F, 6, d] -> [R, F, M, d]"""
         table = (self.scale_shift_table.float() + projected.float()).unsqueeze(3)  # [R, F, 6, 1, d]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unbind(2)  # [R, F, 1, d] each
-        y = self.attn1(self.norm1(x, shift_a, 1 + scale_a).flatten(1, 2), rope, block_tokens, grid)
+        y = self.attn1(self.norm1(x, shift_a, 1 + scale_a).flatten(1, 2), rope, rows, grid)
         x = gated_add(x, y.view_as(x), gate_a)
         x = x + self.attn2(self.norm2(x).flatten(1, 2), text, key_bias, image).view_as(x)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, 1 + scale_f)), gate_f)
@@ -335,9 +345,10 @@ class SkyReelsV2Transformer3DModel(nn.Module):
         x = x.flatten(2).transpose(1, 2).contiguous().unflatten(1, (groups, -1))  # [R, F, M, d]
         images = text.image or [None] * len(self.blocks)
         own = {"key_bias": text.key_bias, "projected": modulation.projected}
-        shared = {"rope": rope, "block_tokens": block_tokens, "grid": (frames, height, width)}
+        rows = block_rows(len(rope), block_tokens)
+        shared = {"rope": rope, "rows": rows, "grid": (frames, height, width) if rows is None else None}
         x = run_blocks(x, [
-            BlockCall(block, {"text": pair, "image": image, **own}, shared)
+            BlockCall(block, {"text": pair, "image": image, **own}, shared, TOKENS)
             for block, pair, image in zip(self.blocks, text.text, images, strict=True)
         ])  # [R, F, M, d]  # fmt: skip
         table = self.scale_shift_table.float() + modulation.embedded.float().unsqueeze(2)  # [R, F, 2, d]
