@@ -54,7 +54,9 @@ def register_transformer(
     """
 
     def empty(model: ModelDir, name: str) -> nn.Module:
-        found = tensor_names(weight_files(model.folder(name))) if optional else []
+        folder = model.folder(name)
+        there = optional and any(folder.glob("*.safetensors*"))  # a directory of configurations alone tells nothing
+        found = tensor_names(weight_files(folder)) if there else []
         present = {f: True for f, part in (optional or {}).items() if any(part in key.split(".") for key in found)}
         config = read_config({**model.config(name), **present})
         with torch.device("meta"):

@@ -37,6 +37,7 @@ class CausalWan(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v")
+    text_tokens: ClassVar[int] = spec.TEXT_LENGTH
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self"), Role("cross", key_bias=True))
     text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     streams: ClassVar[bool] = True

@@ -47,6 +47,7 @@ class Cosmos(ComposedPipeline):
     """What the Cosmos pipelines share: the order of their stages."""
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    text_tokens: ClassVar[int] = spec.TEXT_LENGTH
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     convention: ClassVar[Convention]

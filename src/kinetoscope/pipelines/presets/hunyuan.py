@@ -46,6 +46,7 @@ class HunyuanVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = (*TEXT_PARTS, "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
+    text_tokens: ClassVar[int] = spec.TEXT_LENGTH
     attention_roles: ClassVar[tuple[str, ...]] = (
         Role("joint", key_bias=True, grid=True),
         Role("refiner", key_bias=True),

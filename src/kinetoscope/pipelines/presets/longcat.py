@@ -43,6 +43,7 @@ class LongCatVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v", "vc", "refine")
+    text_tokens: ClassVar[int] = spec.TEXT_LENGTH
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     extra_defaults: ClassVar[Mapping[str, Any]] = EXTRA_DEFAULTS

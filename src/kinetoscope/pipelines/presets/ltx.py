@@ -30,6 +30,7 @@ class LTXVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v")
+    text_tokens: ClassVar[int] = spec.TEXT_LENGTH
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.EXTRA_DEFAULTS
 

@@ -33,6 +33,7 @@ class SkyReelsTextToVideo(ComposedPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
+    text_tokens: ClassVar[int] = spec.TEXT_LENGTH
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     fallback: ClassVar[str] = "Skywork/SkyReels-V2-T2V-14B-540P-Diffusers"

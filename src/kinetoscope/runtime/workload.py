@@ -1,0 +1,224 @@
+"""What one video asks of devices, in numbers, from configurations alone: no weights are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.engine.rows import BATCH_POSITIONS
+from kinetoscope.loading.components import empty_transformer, parameter_dtype
+from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.stages.validation import check_params
+from kinetoscope.runtime.footprint import STREAM_FRAMES, decode_peak
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One video of one model; sizes are of one device alone.
+
+    Attributes:
+        model: its name.
+        params: the request, resolved.
+        tokens, text: of one row: of the video, and of the text at its longest.
+        joint: whether video and text attend to each other as one sequence.
+        branches, steps: of guidance in a step, and steps.
+        batched: whether the branches of a device go through one forward.
+        dim, hidden, heads: width of the residual stream and of the feed-forward layer, attention heads.
+        blocks, wide_blocks: blocks, and those of them with two streams (joint attention).
+        across_heads: whether queries and keys are normalised over all heads.
+        itemsize: bytes of a number of activations.
+        flops, attention_flops: of one row's forward, and the part of it that grows with the square of the tokens.
+        latent: numbers of the transformer's output for one row.
+        latent_size: [T, H, W].
+        block_bytes: weights of each block; of the larger transformer where there are two.
+        other_bytes: the transformers' other weights, and the blocks of a second transformer.
+        encoder_bytes, vae_bytes: weights.
+        activation_bytes: of one row's forward (`runtime.footprint`).
+        kept_bytes: keys and values that a run keeps of the text for one row, and of past frames in causal models.
+        vae: class of the VAE.
+        vae_flops, vae_activation_bytes, vae_fixed_bytes: of decoding; the second is shared out, the third (the joined
+            video) is not.
+    """
+
+    model: str
+    params: SamplingParams
+    tokens: int
+    text: int
+    joint: bool
+    branches: int
+    steps: int
+    batched: bool
+    dim: int
+    hidden: int
+    heads: int
+    blocks: int
+    wide_blocks: int
+    across_heads: bool
+    itemsize: int
+    flops: float
+    attention_flops: float
+    latent: int
+    latent_size: tuple[int, int, int]
+    block_bytes: tuple[int, ...]
+    other_bytes: int
+    encoder_bytes: int
+    vae_bytes: int
+    activation_bytes: int
+    kept_bytes: int
+    vae: str
+    vae_flops: float
+    vae_activation_bytes: int
+    vae_fixed_bytes: int
+
+
+def workload(
+    pipeline: ComposedPipeline, request: SamplingParams, *, dtype: torch.dtype | None = None, vae: str = "whole"
+) -> Workload:
+    """The numbers of one video.
+
+    Args:
+        pipeline: opened; nothing of it is loaded.
+        request: over the model's defaults.
+        dtype: the transformer computes in; None: the pipeline's own.
+        vae: of `pipelines.stages.decoding.VAE_MODES`.
+
+    Raises:
+        InputError: the request is not one the model can serve.
+    """
+    model, kind = pipeline.model, dtype or pipeline.args.dtype
+    params = request.over(pipeline.defaults())
+    check_params(params, pipeline.geometry)
+    assert params.num_frames and params.height and params.width and params.num_inference_steps
+    tokens = pipeline.geometry.tokens(params.num_frames, params.height, params.width)
+    size = pipeline.geometry.latent_size(params.num_frames, params.height, params.width)
+    branches = pipeline.rows(params)
+    roles = {str(role).partition("(")[0] for role in pipeline.attention_roles}
+    joint = "joint" in roles
+    names = [n for n in model.components() if n.startswith("transformer")]
+    made = {n: t for n in names if (t := empty_transformer(model, n)) is not None}
+    if not made:
+        raise ModelLoadError(f"{model.path} has no transformer of ours; its layouts cannot be compared")
+    first = max(made.values(), key=lambda t: sum(_bytes(t, kind).values()))
+    sizes, blocks = _bytes(first, kind), _blocks(first)
+    block_bytes = tuple(sum(sizes[id(p)] for p in block.parameters()) for block in blocks)
+    everything = sum(sum(_bytes(t, kind).values()) for t in made.values())
+    config: Any = getattr(pipeline, "config")  # noqa: B009 - every family's own
+    dim, hidden = pipeline.widths()
+    heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    text = pipeline.text_tokens
+    mixed = (kind.itemsize + 4) / 2  # as in `runtime.footprint`
+    vae_config = model.config("vae")
+    channels = vae_config.get("z_dim", vae_config.get("latent_channels"))
+    plan = pipeline.args.cfg
+    batched = plan == "batched" or (plan == "auto" and branches * math.prod(size) <= BATCH_POSITIONS)
+    flops, none = pipeline.forward_flops(tokens), pipeline.forward_flops(0)
+    parts = {n: parameter_count(pipeline, n) for n in model.components() if n not in made}
+    decoding = decode_peak(model.components()["vae"], vae_config, size, vae) or 0
+    joined = 3 * params.num_frames * params.height * params.width * 4
+    fixed = min(2 * joined, decoding)
+    return Workload(
+        model=model.name,
+        params=params,
+        tokens=tokens,
+        text=text,
+        joint=joint,
+        branches=branches,
+        steps=params.num_inference_steps,
+        batched=batched,
+        dim=dim,
+        hidden=hidden,
+        heads=heads,
+        blocks=len(blocks),
+        wide_blocks=len(getattr(first, "transformer_blocks", ())) if joint else 0,
+        across_heads=str(getattr(config, "qk_norm", "")).endswith("across_heads"),
+        itemsize=kind.itemsize,
+        flops=flops,
+        attention_flops=(pipeline.forward_flops(2 * tokens) - 2 * flops + none) / 2,
+        latent=channels * math.prod(size),
+        latent_size=size,
+        block_bytes=block_bytes,
+        other_bytes=everything - sum(block_bytes),
+        encoder_bytes=sum(n for name, n in parts.items() if name != "vae") * kind.itemsize,
+        vae_bytes=parts.get("vae", 0) * 4,
+        activation_bytes=int(tokens * max(10 * dim * mixed, 4 * dim * mixed + 3 * hidden * kind.itemsize)),
+        kept_bytes=_kept(config, len(blocks), dim, text, tokens // size[0], size[0], joint) * kind.itemsize,
+        vae=model.components()["vae"],
+        vae_flops=decode_flops(model.components()["vae"], vae_config, size),
+        vae_activation_bytes=decoding - fixed,
+        vae_fixed_bytes=fixed,
+    )
+
+
+def parameter_count(pipeline: ComposedPipeline, name: str) -> int:
+    """Parameters of a component that is not ours, by its class and configuration; 0 for tokenizers and the like."""
+    import transformers
+
+    model = pipeline.model
+    class_name = model.components()[name]
+    kind: Any = getattr(diffusers, class_name, None) or getattr(transformers, class_name, None)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        return 0
+    config = {k: v for k, v in model.config(name).items() if not k.startswith("_")}
+    with torch.device("meta"):
+        made = kind(**config) if hasattr(diffusers, class_name) else _encoder(kind, config)
+    return sum(p.numel() for p in made.parameters())
+
+
+def _encoder(kind: Any, config: Mapping[str, Any]) -> nn.Module:
+    made = kind(kind.config_class(**{k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}))
+    made.tie_weights()
+    return made
+
+
+def decode_flops(class_name: str, config: Mapping[str, Any], latent_size: tuple[int, int, int]) -> float:
+    """Operations of decoding, counted on a decode without values; 0 where that cannot be done."""
+    kind: Any = getattr(diffusers, class_name, None)
+    if kind is None:
+        return 0.0
+    with torch.device("meta"):
+        vae = kind(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+    frames, height, width = latent_size
+    by_frame = class_name == "AutoencoderKLWan"
+    channels = config.get("z_dim", config.get("latent_channels"))
+
+    def count(frames: int) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            vae.decode(torch.empty(1, channels, frames, height, width, device="meta"), return_dict=False)
+        return counter.get_total_flops()
+
+    try:
+        if by_frame and frames > STREAM_FRAMES:
+            start = count(STREAM_FRAMES)
+            return start + (start - count(STREAM_FRAMES - 1)) * (frames - STREAM_FRAMES)
+        return float(count(frames))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return 0.0
+
+
+def _bytes(transformer: nn.Module, dtype: torch.dtype) -> dict[int, int]:
+    """id of a parameter -> its bytes."""
+    return {
+        id(p): p.numel() * parameter_dtype(transformer, dtype, n).itemsize for n, p in transformer.named_parameters()
+    }
+
+
+def _blocks(transformer: nn.Module) -> list[nn.Module]:
+    return list(getattr(transformer, "blocks"))  # noqa: B009 - every family's own
+
+
+def _kept(config: Any, blocks: int, dim: int, text: int, frame_tokens: int, frames: int, joint: bool) -> int:
+    """Numbers kept for one row: keys and values of the text, and of the window of past frames of causal models."""
+    window = 0
+    if hasattr(config, "local_attn_size"):
+        longest = getattr(config, "sliding_window_num_frames", frames)
+        window = (longest if config.local_attn_size < 0 else config.local_attn_size) * frame_tokens
+    return 2 * blocks * dim * ((0 if joint else text) + window)
