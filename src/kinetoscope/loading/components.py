@@ -12,6 +12,7 @@ from torch import nn
 
 from kinetoscope.core.errors import KinetoscopeError, ModelLoadError
 from kinetoscope.core.onednn import speed_up_convolutions
+from kinetoscope.core.sharding import ShardPlan, Share
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 from kinetoscope.loading.directory import ModelDir
 from kinetoscope.loading.lora import Target
@@ -19,18 +20,33 @@ from kinetoscope.loading.lora_keys import Rename
 from kinetoscope.loading.weights import KeyMap, load_weights, rename_key, tensor_names, tensor_shapes, weight_files
 
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
+Place = Callable[[nn.Module, ShardPlan], Share | None]
+"""What shares a module out before its weights are read: (module on the meta device, its plan) -> what to read of it."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ANY_CLASS = ("AutoTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 """Names of tokenizers that say nothing of their kind."""
 _LOADERS: dict[str, Loader] = {}
 _EMPTY: dict[str, Callable[[ModelDir, str], nn.Module]] = {}
+_PLANS: dict[str, ShardPlan] = {}
+"""Classes that can be shared out among devices; their loaders take a keyword `place`."""
 _NAMES: dict[str, tuple[KeyMap, Rename]] = {}
 """Class of a transformer -> how weights are named that are stored otherwise, and how LoRA files name them."""
 
 
-def register_component(class_name: str, loader: Loader) -> None:
-    """Say how components of a class are loaded: (model, component name, dtype, device) -> component."""
+def register_component(class_name: str, loader: Loader, plan: ShardPlan | None = None) -> None:
+    """Say how components of a class are loaded: (model, component name, dtype, device) -> component.
+
+    Args:
+        plan: how devices can share its weights; the loader then takes `place`, a `Place`, by keyword.
+    """
     _LOADERS[class_name] = loader
+    if plan is not None:
+        _PLANS[class_name] = plan
+
+
+def shard_plan(class_name: str) -> ShardPlan | None:
+    """How devices can share the weights of a component of this class; None: each has all of it."""
+    return _PLANS.get(class_name)
 
 
 def register_transformer(
@@ -40,6 +56,7 @@ def register_transformer(
     optional: Mapping[str, str] | None = None,
     key_map: KeyMap | None = None,
     lora_names: Rename | None = None,
+    plan: ShardPlan | None = None,
 ) -> None:
     """Register one of our own transformers.
 
@@ -51,6 +68,7 @@ def register_transformer(
             tell of: the field is true where the weights hold such a tensor.
         key_map: as in `load_weights`, for families whose weights are also published under other names.
         lora_names: how LoRA files name its parameters, where that is not as `key_map` says.
+        plan: how devices share its weights.
     """
 
     def empty(model: ModelDir, name: str) -> nn.Module:
@@ -62,12 +80,15 @@ def register_transformer(
         with torch.device("meta"):
             return build(config)
 
-    def load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def load(
+        model: ModelDir, name: str, dtype: torch.dtype, device: torch.device, place: Place | None = None
+    ) -> nn.Module:
         module = empty(model, name)
         policy = partial(parameter_dtype, module, dtype)
-        return load_weights(module, model.folder(name), dtype=policy, device=device, key_map=key_map)
+        share = place(module, plan) if place and plan else None
+        return load_weights(module, model.folder(name), dtype=policy, device=device, key_map=key_map, share=share)
 
-    register_component(class_name, load)
+    register_component(class_name, load, plan)
     _EMPTY[class_name] = empty
     _NAMES[class_name] = (key_map or {}, lora_names or partial(rename_key, key_map=key_map or {}))
 
@@ -102,12 +123,15 @@ def lora_target(model: ModelDir, name: str, module: nn.Module | None = None) -> 
     return Target({rename_key(key, key_map): shape for key, shape in stored.items()}, rename)
 
 
-def load_component(model: ModelDir, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+def load_component(
+    model: ModelDir, name: str, *, dtype: torch.dtype, device: torch.device, place: Place | None = None
+) -> Any:
     """One component, ready for inference.
 
     Args:
         name: as in model_index.json.
         dtype: compute dtype of transformers and text encoders; VAEs stay float32.
+        place: shares out a component that has a plan, so that only the own part of its weights is read.
 
     Raises:
         ModelLoadError: the class is unknown, or its files are missing, damaged or do not fit.
@@ -119,7 +143,9 @@ def load_component(model: ModelDir, name: str, *, dtype: torch.dtype, device: to
             f"supported: {', '.join(sorted(_LOADERS))}"
         )
     try:
-        return _LOADERS[class_name](model, name, dtype, device)
+        loader: Callable[..., Any] = _LOADERS[class_name]
+        placed = {"place": place} if place and class_name in _PLANS else {}
+        return loader(model, name, dtype, device, **placed)
     except KinetoscopeError:
         raise
     except Exception as error:  # libraries raise many kinds for a damaged directory

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.sharding import Cut, Share, take
 
 SHOWN = 4
 """Keys of each kind that an error names; the rest is counted."""
@@ -81,8 +84,27 @@ def tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, key, tensor) of all files, one tensor at a time.
+class Stored(NamedTuple):
+    """A tensor of a file.
+
+    Attributes:
+        file, key: where it is.
+        shape: of the whole.
+        tensor: of it, what was asked for.
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    tensor: Tensor
+
+
+def read_tensors(files: list[Path], cuts: Callable[[str], Sequence[Cut]] | None = None) -> Iterator[Stored]:
+    """All tensors of all files, one at a time.
+
+    Args:
+        files: to read.
+        cuts: key -> the part to read; nothing else of the tensor comes into memory. None: all of each.
 
     Raises:
         ModelLoadError: a file is truncated or is not safetensors.
@@ -91,7 +113,11 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
         try:
             with safe_open(file, "pt", device="cpu") as content:
                 for key in content.keys():  # noqa: SIM118 - not a mapping
-                    yield file, key, content.get_tensor(key)
+                    stored, wanted = content.get_slice(key), cuts(key) if cuts else ()
+                    shape = tuple(stored.get_shape())
+                    fits = all(cut.dim < len(shape) for cut in wanted)  # else the caller refuses it by its shape
+                    part = take(stored, shape, wanted) if wanted and fits else content.get_tensor(key)
+                    yield Stored(file, key, shape, part)
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
                 f"{file} is truncated or not a safetensors file ({error}); download it again"
@@ -106,6 +132,7 @@ def load_weights(
     device: torch.device,
     key_map: KeyMap | None = None,
     check_finite: bool = True,
+    share: Share | None = None,
 ) -> nn.Module:
     """Fill `module`, built on the meta device, from the files of `folder`.
 
@@ -116,6 +143,7 @@ def load_weights(
         dtype: parameter name -> dtype.
         key_map: prefix of a stored key -> prefix of our name, where they differ; or stored key -> our name.
         check_finite: refuse NaN and infinity, at the price of one pass over the weights.
+        share: what this process holds of each tensor, and only that is read; None: all of it.
 
     Raises:
         ModelLoadError: missing, unexpected, wrongly shaped or not finite tensors, each named with its file.
@@ -124,17 +152,21 @@ def load_weights(
     shared = _shared_names(module)
     found: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {"unexpected": [], "wrong shape": [], "not finite": []}
-    for file, key, tensor in read_tensors(weight_files(folder)):
-        name = rename_key(key, key_map or {})
+    named = partial(rename_key, key_map=key_map or {})
+    for file, key, shape, tensor in read_tensors(
+        weight_files(folder), None if share is None else lambda key: share.cuts(named(key))
+    ):
+        name = named(key)
         if name not in wanted:
             problems["unexpected"].append(f"{key} in {file.name}")
-        elif tuple(tensor.shape) != wanted[name]:
-            problems["wrong shape"].append(f"{key} in {file.name} is {tuple(tensor.shape)}, needs {wanted[name]}")
+        elif shape != wanted[name]:
+            problems["wrong shape"].append(f"{key} in {file.name} is {shape}, needs {wanted[name]}")
         elif check_finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             problems["not finite"].append(f"{key} in {file.name}")
         else:
             kind = dtype(name) if tensor.is_floating_point() else tensor.dtype
-            found[name] = torch.empty(tensor.shape, dtype=kind, device=device).copy_(tensor)
+            copied = torch.empty(tensor.shape, dtype=kind, device=device).copy_(tensor)
+            found[name] = copied if share is None else share.held(name, copied)
     for name, twin in shared.items():  # tied weights are stored once, under either name
         if name in found and twin not in found:
             found[twin] = found[name]

@@ -11,12 +11,15 @@ from torch import nn
 
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.core.types import ExecutionArgs
+from kinetoscope.loading.components import Place
 from kinetoscope.loading.offload import OFFLOADS, Mover, Offload
 from kinetoscope.loading.quantize import check_quantization, quantize_blocks
+from kinetoscope.parallel import Groups
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.decoding import VAE_MODES, DecodingStage
 from kinetoscope.runtime.compile import check_compile, compile_blocks, compile_mode
 from kinetoscope.runtime.composition import check_pairs
+from kinetoscope.runtime.placement import is_placed, placing
 
 CPU = torch.device("cpu")
 VAE = "vae"
@@ -33,6 +36,7 @@ class Care:
         vae: of `pipelines.stages.decoding.VAE_MODES`.
         modules: components that are given ready-made, which nothing is done to.
         mover: how offloaded weights move; None: between the host and the device.
+        groups: this process's place in a layout, for weights that are shared out as they load.
 
     Raises:
         ConfigError: an unknown value, or something that is not installed.
@@ -49,8 +53,10 @@ class Care:
         vae: str = "whole",
         modules: Mapping[str, Any] | None = None,
         mover: Mover | None = None,
+        groups: Groups | None = None,
     ) -> None:
         self.args = args
+        self.groups = groups
         self.mode = compile_mode(compile)
         self.quantize = quantize
         if self.mode is not None:
@@ -93,9 +99,13 @@ class Care:
         changes = self.quantize and is_transformer(name)
         return CPU if self.offload or changes else self.args.device
 
+    def place(self, name: str) -> Place | None:
+        """What shares the component's weights out among the devices of the layout, and compiles it on the way."""
+        return placing(self.groups, compile=self.mode if is_transformer(name) else None)
+
     def loaded(self, name: str, module: Any) -> None:
         """All that the settings ask for."""
-        if not isinstance(module, nn.Module):
+        if not isinstance(module, nn.Module) or is_placed(module):
             return
         if self.quantize and is_transformer(name):
             quantize_blocks(module, self.quantize, self.args.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention, Preconditioning
 from kinetoscope.models.cosmos.config import CosmosConfig
@@ -16,6 +17,7 @@ __all__ = [
     "NEGATIVE_PROMPT",
     "PRESETS",
     "SCHEDULE_2",
+    "SHARDING",
     "SYSTEM_PROMPT_25",
     "TEXT_LENGTH",
     "CosmosConfig",
@@ -72,3 +74,29 @@ def forward_flops(config: CosmosConfig, tokens: int, text_tokens: int = TEXT_LEN
     if config.use_crossattn_projection:
         ends += text_tokens * config.crossattn_proj_in_channels * config.text_embed_dim
     return 2.0 * (config.num_layers * (linear + attention) + ends)
+
+
+SHARDING = ShardPlan(
+    {
+        "transformer_blocks.*.to_q": "colwise",
+        "transformer_blocks.*.to_k": "colwise",
+        "transformer_blocks.*.to_v": "colwise",
+        "transformer_blocks.*.to_out.0": "rowwise",
+        "transformer_blocks.*.norm_q": "whole",
+        "transformer_blocks.*.norm_k": "whole",
+        "transformer_blocks.*.norm*.linear_1": "whole",
+        "transformer_blocks.*.norm*.linear_2": "gathered",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+        "time_embed.t_embedder.linear_1": "whole",
+        "time_embed.t_embedder.linear_2": "gathered",
+        "time_embed.norm": "whole",
+        "patch_embed.proj": "whole",
+        "learnable_pos_embed?": "whole",
+        "norm_out.*": "whole",
+        "proj_out": "whole",
+        "crossattn_proj.*?": "whole",
+    },
+    outside=("attn2.project", "modulation"),
+)
+"""How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

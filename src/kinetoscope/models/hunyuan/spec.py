@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.hunyuan.config import HunyuanVideoConfig
@@ -24,6 +25,7 @@ __all__ = [
     "NEGATIVE_IMAGE_STRIDE",
     "NOISE_SHARE",
     "PRESETS",
+    "SHARDING",
     "TEMPLATE",
     "TEMPLATE_TOKENS",
     "TEXT_LENGTH",
@@ -95,3 +97,49 @@ def forward_flops(config: HunyuanVideoConfig, tokens: int, text_tokens: int = TE
     block = length * (4 + 2 * config.mlp_ratio) * d * d + 2 * length * length * d
     ends = tokens * d * patch * (config.in_channels + (config.out_channels or config.in_channels))
     return 2.0 * ((config.num_layers + config.num_single_layers) * block + ends)
+
+
+SHARDING = ShardPlan(
+    {
+        "transformer_blocks.*.attn.to_q": "colwise",
+        "transformer_blocks.*.attn.to_k": "colwise",
+        "transformer_blocks.*.attn.to_v": "colwise",
+        "transformer_blocks.*.attn.add_q_proj": "colwise",
+        "transformer_blocks.*.attn.add_k_proj": "colwise",
+        "transformer_blocks.*.attn.add_v_proj": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.attn.to_add_out": "rowwise",
+        "transformer_blocks.*.attn.norm_*": "whole",
+        "transformer_blocks.*.norm1.linear": "gathered",
+        "transformer_blocks.*.norm1_context.linear": "gathered",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+        "transformer_blocks.*.ff_context.net.0.proj": "colwise",
+        "transformer_blocks.*.ff_context.net.2": "rowwise",
+        "single_transformer_blocks.*.attn.to_q": "colwise",
+        "single_transformer_blocks.*.attn.to_k": "colwise",
+        "single_transformer_blocks.*.attn.to_v": "colwise",
+        "single_transformer_blocks.*.attn.norm_*": "whole",
+        "single_transformer_blocks.*.norm.linear": "gathered",
+        # attention and hidden units side by side, the latter four times as wide
+        "single_transformer_blocks.*.proj_mlp": "colwise:4",
+        "single_transformer_blocks.*.proj_out": "rowwise:5",
+        "context_embedder.token_refiner.refiner_blocks.*.attn.to_q": "colwise",
+        "context_embedder.token_refiner.refiner_blocks.*.attn.to_k": "colwise",
+        "context_embedder.token_refiner.refiner_blocks.*.attn.to_v": "colwise",
+        "context_embedder.token_refiner.refiner_blocks.*.attn.to_out.0": "rowwise",
+        "context_embedder.token_refiner.refiner_blocks.*.ff.net.0.proj": "colwise",
+        "context_embedder.token_refiner.refiner_blocks.*.ff.net.2": "rowwise",
+        "context_embedder.token_refiner.refiner_blocks.*.norm1": "whole",
+        "context_embedder.token_refiner.refiner_blocks.*.norm2": "whole",
+        "context_embedder.token_refiner.refiner_blocks.*.norm_out.linear": "gathered",
+        "context_embedder.proj_in": "whole",
+        "context_embedder.time_text_embed.*": "whole",
+        "time_text_embed.*": "whole",
+        "x_embedder.proj": "whole",
+        "norm_out.linear": "gathered",
+        "proj_out": "whole",
+    },
+    outside=(),
+)
+"""How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

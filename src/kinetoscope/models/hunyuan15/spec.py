@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.hunyuan15.config import HunyuanVideo15Config
@@ -14,6 +15,7 @@ __all__ = [
     "GLYPH_LENGTH",
     "HIDDEN_STATE",
     "PRESETS",
+    "SHARDING",
     "SYSTEM_MESSAGE",
     "TEMPLATE_TOKENS",
     "TEXT_LENGTH",
@@ -74,3 +76,47 @@ def forward_flops(config: HunyuanVideo15Config, tokens: int, text_tokens: int = 
     block = length * (4 + 2 * config.mlp_ratio) * d * d + 2 * length * length * d
     ends = tokens * d * patch * (config.in_channels + config.latent_channels)
     return 2.0 * (config.num_layers * block + ends)
+
+
+SHARDING = ShardPlan(
+    {
+        "transformer_blocks.*.attn.to_q": "colwise",
+        "transformer_blocks.*.attn.to_k": "colwise",
+        "transformer_blocks.*.attn.to_v": "colwise",
+        "transformer_blocks.*.attn.add_q_proj": "colwise",
+        "transformer_blocks.*.attn.add_k_proj": "colwise",
+        "transformer_blocks.*.attn.add_v_proj": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.attn.to_add_out": "rowwise",
+        "transformer_blocks.*.attn.norm_*": "whole",
+        "transformer_blocks.*.norm1.linear": "gathered",
+        "transformer_blocks.*.norm1_context.linear": "gathered",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+        "transformer_blocks.*.ff_context.net.0.proj": "colwise",
+        "transformer_blocks.*.ff_context.net.2": "rowwise",
+        "context_embedder.token_refiner.refiner_blocks.*.attn.to_q": "colwise",
+        "context_embedder.token_refiner.refiner_blocks.*.attn.to_k": "colwise",
+        "context_embedder.token_refiner.refiner_blocks.*.attn.to_v": "colwise",
+        "context_embedder.token_refiner.refiner_blocks.*.attn.to_out.0": "rowwise",
+        "context_embedder.token_refiner.refiner_blocks.*.ff.net.0.proj": "colwise",
+        "context_embedder.token_refiner.refiner_blocks.*.ff.net.2": "rowwise",
+        "context_embedder.token_refiner.refiner_blocks.*.norm1": "whole",
+        "context_embedder.token_refiner.refiner_blocks.*.norm2": "whole",
+        "context_embedder.token_refiner.refiner_blocks.*.norm_out.linear": "gathered",
+        "context_embedder.proj_in": "whole",
+        "context_embedder.time_text_embed.*": "whole",
+        "context_embedder_2.norm": "whole",
+        "context_embedder_2.linear_1": "colwise",
+        "context_embedder_2.linear_2": "rowwise",
+        "context_embedder_2.linear_3": "gathered",
+        "image_embedder.*": "whole",
+        "time_embed.*": "whole",
+        "cond_type_embed": "whole",
+        "x_embedder.proj": "whole",
+        "norm_out.linear": "gathered",
+        "proj_out": "whole",
+    },
+    outside=(),
+)
+"""How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

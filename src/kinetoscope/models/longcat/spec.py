@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.longcat.config import LongCatConfig
@@ -12,6 +13,7 @@ __all__ = [
     "CONVENTION",
     "NEGATIVE_PROMPT",
     "PRESETS",
+    "SHARDING",
     "TEXT_LENGTH",
     "LongCatConfig",
     "forward_flops",
@@ -52,3 +54,29 @@ def forward_flops(config: LongCatConfig, tokens: int, text_tokens: int = TEXT_LE
     attention = 2 * tokens * d * (tokens + text_tokens)
     ends = tokens * d * patch * (config.in_channels + config.out_channels)
     return 2.0 * (config.depth * (linear + attention) + ends)
+
+
+SHARDING = ShardPlan(
+    {
+        "blocks.*.attn.qkv": "colwise:3",
+        "blocks.*.attn.proj": "rowwise",
+        "blocks.*.attn.*_norm": "whole",
+        "blocks.*.cross_attn.q_linear": "colwise",
+        "blocks.*.cross_attn.kv_linear": "colwise:2",
+        "blocks.*.cross_attn.proj": "rowwise",
+        "blocks.*.cross_attn.*_norm": "whole",
+        "blocks.*.pre_crs_attn_norm": "whole",
+        "blocks.*.adaLN_modulation.1": "gathered",
+        "blocks.*.ffn.w1": "colwise",
+        "blocks.*.ffn.w3": "colwise",
+        "blocks.*.ffn.w2": "rowwise",
+        "x_embedder.proj": "whole",
+        "t_embedder.*": "whole",
+        "y_embedder.y_proj.0": "colwise",
+        "y_embedder.y_proj.2": "rowwise",
+        "final_layer.*": "whole",
+    },
+    outside=("cross_attn.project", "condition"),
+    roots=("prepare_conditioning", "prepare_timesteps", "prepare_shared", "cache_condition"),
+)
+"""How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

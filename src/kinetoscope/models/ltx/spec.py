@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.ltx.config import LTXConfig
@@ -14,6 +15,7 @@ __all__ = [
     "NEGATIVE_PROMPT",
     "PRESETS",
     "PUBLISHED",
+    "SHARDING",
     "TEXT_LENGTH",
     "LTXConfig",
     "forward_flops",
@@ -60,3 +62,28 @@ def forward_flops(config: LTXConfig, tokens: int, text_tokens: int = TEXT_LENGTH
     attention = 2 * tokens * d * (tokens + text_tokens)
     ends = tokens * d * (config.in_channels + (config.out_channels or config.in_channels))
     return 2.0 * (config.num_layers * (linear + attention) + ends)
+
+
+SHARDING = ShardPlan(
+    {
+        "transformer_blocks.*.to_q": "colwise",
+        "transformer_blocks.*.to_k": "colwise",
+        "transformer_blocks.*.to_v": "colwise",
+        "transformer_blocks.*.to_out.0": "rowwise",
+        "transformer_blocks.*.norm_q": "head_norm",
+        "transformer_blocks.*.norm_k": "head_norm",
+        "transformer_blocks.*.attn1.rotate": "rotation",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+        "transformer_blocks.*.scale_shift_table": "whole",
+        "caption_projection.linear_1": "colwise",
+        "caption_projection.linear_2": "rowwise",
+        "time_embed.emb.*": "whole",
+        "time_embed.linear": "gathered",
+        "proj_in": "whole",
+        "proj_out": "whole",
+        "scale_shift_table": "whole",
+    },
+    outside=("attn2.project",),
+)
+"""How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.matrix_game.config import MatrixGameConfig
@@ -76,3 +77,37 @@ def forward_flops(config: MatrixGameConfig, tokens: int) -> float:
         steer += (d + action.mouse_dim_in * action.window) * c + 4 * c * c + c * d
     ends = tokens * d * patch * (config.in_channels + config.out_channels)
     return 2.0 * (config.num_layers * (linear + attention) + len(action.blocks) * tokens * steer + ends)
+
+
+SHARDING = ShardPlan(
+    {
+        "blocks.*.to_q": "colwise",
+        "blocks.*.to_k": "colwise",
+        "blocks.*.to_v": "colwise",
+        "blocks.*.to_out.0": "rowwise",
+        "blocks.*.norm_q": "head_norm",
+        "blocks.*.norm_k": "head_norm",
+        "blocks.*.norm2": "whole",
+        "blocks.*.scale_shift_table": "whole",
+        "blocks.*.ffn.net.0.proj": "colwise",
+        "blocks.*.ffn.net.2": "rowwise",
+        "blocks.*.action_model.mouse_mlp.0?": "colwise",
+        "blocks.*.action_model.mouse_mlp.2?": "rowwise",
+        "blocks.*.action_model.mouse_mlp.3?": "whole",
+        "blocks.*.action_model.t_qkv?": "colwise:3",
+        "blocks.*.action_model.proj_mouse?": "rowwise",
+        "blocks.*.action_model.*_attn_*_norm?": "whole",
+        "blocks.*.action_model.keyboard_embed.*?": "whole",
+        "blocks.*.action_model.mouse_attn_q?": "colwise",
+        "blocks.*.action_model.keyboard_attn_kv?": "colwise:2",
+        "blocks.*.action_model.proj_keyboard?": "rowwise",
+        "condition_embedder.time_embedder.*": "whole",
+        "condition_embedder.time_proj": "gathered",
+        "condition_embedder.image_embedder.*": "whole",
+        "patch_embedding": "whole",
+        "proj_out": "whole",
+        "scale_shift_table": "whole",
+    },
+    outside=("attn2.keys_values",),
+)
+"""How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.skyreels.config import SkyReelsConfig
@@ -17,6 +18,7 @@ __all__ = [
     "NEGATIVE_PROMPT",
     "PRESETS",
     "PUBLISHED",
+    "SHARDING",
     "TEXT_LENGTH",
     "SkyReelsConfig",
     "forward_flops",
@@ -89,3 +91,34 @@ def forward_flops(config: SkyReelsConfig, tokens: int, text_tokens: int = TEXT_L
     attention = 2 * tokens * d * (tokens + text_tokens)
     ends = tokens * d * patch * (config.in_channels + (config.out_channels or config.in_channels))
     return 2.0 * (config.num_layers * (linear + attention) + ends)
+
+
+SHARDING = ShardPlan(
+    {
+        "blocks.*.to_q": "colwise",
+        "blocks.*.to_k": "colwise",
+        "blocks.*.to_v": "colwise",
+        "blocks.*.to_out.0": "rowwise",
+        "blocks.*.norm_q": "head_norm",
+        "blocks.*.norm_k": "head_norm",
+        "blocks.*.add_k_proj?": "colwise",
+        "blocks.*.add_v_proj?": "colwise",
+        "blocks.*.norm_added_k?": "head_norm",
+        "blocks.*.ffn.net.0.proj": "colwise",
+        "blocks.*.ffn.net.2": "rowwise",
+        "blocks.*.norm2?": "whole",
+        "blocks.*.scale_shift_table": "whole",
+        "condition_embedder.time_embedder.*": "whole",
+        "condition_embedder.time_proj": "gathered",
+        "condition_embedder.text_embedder.linear_1": "colwise",
+        "condition_embedder.text_embedder.linear_2": "rowwise",
+        "condition_embedder.image_embedder.*?": "whole",
+        "patch_embedding": "whole",
+        "proj_out": "whole",
+        "scale_shift_table": "whole",
+        "fps_embedding?": "whole",
+        "fps_projection.*?": "whole",
+    },
+    outside=("attn2.project", "attn2.project_image"),
+)
+"""How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

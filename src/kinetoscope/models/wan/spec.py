@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.models.wan.config import WanConfig
@@ -17,6 +18,7 @@ __all__ = [
     "FUN_PRESETS",
     "NEGATIVE_PROMPT",
     "PRESETS",
+    "SHARDING",
     "TEACACHE",
     "TEXT_LENGTH",
     "WanConfig",
@@ -136,3 +138,35 @@ def forward_flops(config: WanConfig, tokens: int, text_tokens: int = TEXT_LENGTH
     attention = 2 * tokens * d * (tokens + text_tokens)
     ends = tokens * d * patch * (config.in_channels + config.out_channels)
     return 2.0 * (config.num_layers * (linear + attention) + ends)
+
+
+SHARDING = ShardPlan(
+    {
+        "blocks.*.to_q": "colwise",
+        "blocks.*.to_k": "colwise",
+        "blocks.*.to_v": "colwise",
+        "blocks.*.to_out.0": "rowwise",
+        "blocks.*.norm_q": "head_norm",
+        "blocks.*.norm_k": "head_norm",
+        "blocks.*.add_k_proj?": "colwise",
+        "blocks.*.add_v_proj?": "colwise",
+        "blocks.*.norm_added_k?": "head_norm",
+        "blocks.*.to_gate_compress?": "colwise",
+        "blocks.*.ffn.net.0.proj": "colwise",
+        "blocks.*.ffn.net.2": "rowwise",
+        "blocks.*.norm2?": "whole",
+        "blocks.*.scale_shift_table": "whole",
+        "condition_embedder.time_embedder.*": "whole",
+        "condition_embedder.time_proj": "gathered",
+        "condition_embedder.text_embedder.linear_1": "colwise",
+        "condition_embedder.text_embedder.linear_2": "rowwise",
+        "condition_embedder.image_embedder.*?": "whole",
+        "patch_embedding": "whole",
+        "proj_out": "whole",
+        "scale_shift_table": "whole",
+        "control_adapter.*?": "whole",
+        "ref_conv?": "whole",
+    },
+    outside=("attn2.project", "attn2.project_image"),
+)
+"""How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

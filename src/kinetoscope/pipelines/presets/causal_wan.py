@@ -121,5 +121,9 @@ class CausalWan(ComposedPipeline):
 
 
 register_transformer(
-    "CausalWanTransformer3DModel", CausalWanTransformer3DModel, CausalWanConfig.from_dict, key_map=original.rename
+    "CausalWanTransformer3DModel",
+    CausalWanTransformer3DModel,
+    CausalWanConfig.from_dict,
+    key_map=original.rename,
+    plan=spec.SHARDING,
 )

@@ -221,7 +221,9 @@ class ImageGeometry(VideoGeometry):
         VideoGeometry.check(self, params)
 
 
-register_transformer("CosmosTransformer3DModel", CosmosTransformer3DModel, spec.CosmosConfig.from_dict)
+register_transformer(
+    "CosmosTransformer3DModel", CosmosTransformer3DModel, spec.CosmosConfig.from_dict, plan=spec.SHARDING
+)
 register_transformers_model("Qwen2_5_VLForConditionalGeneration")
 for _tokenizer in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
     register_tokenizer(_tokenizer)

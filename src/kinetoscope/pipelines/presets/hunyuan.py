@@ -148,4 +148,5 @@ register_transformer(
     HunyuanVideoTransformer3DModel,
     spec.HunyuanVideoConfig.from_dict,
     lora_names=original.lora_names,
+    plan=spec.SHARDING,
 )

@@ -125,5 +125,8 @@ for _name in ("Qwen2Tokenizer", "Qwen2TokenizerFast", "ByT5Tokenizer"):
 for _name in ("SiglipImageProcessor", "SiglipImageProcessorPil"):
     register_image_processor(_name)
 register_transformer(
-    "HunyuanVideo15Transformer3DModel", HunyuanVideo15Transformer3DModel, spec.HunyuanVideo15Config.from_dict
+    "HunyuanVideo15Transformer3DModel",
+    HunyuanVideo15Transformer3DModel,
+    spec.HunyuanVideo15Config.from_dict,
+    plan=spec.SHARDING,
 )

@@ -86,4 +86,4 @@ class LongCatVideo(ComposedPipeline):
 
 
 register_layout(LAYOUT)
-register_transformer(MODEL, LongCatVideoTransformer3DModel, spec.LongCatConfig.from_dict)
+register_transformer(MODEL, LongCatVideoTransformer3DModel, spec.LongCatConfig.from_dict, plan=spec.SHARDING)

@@ -81,4 +81,6 @@ def _geometry(vae: Mapping[str, Any]) -> VideoGeometry:
 
 
 register_autoencoder("AutoencoderKLLTXVideo")
-register_transformer("LTXVideoTransformer3DModel", LTXVideoTransformer3DModel, spec.LTXConfig.from_dict)
+register_transformer(
+    "LTXVideoTransformer3DModel", LTXVideoTransformer3DModel, spec.LTXConfig.from_dict, plan=spec.SHARDING
+)

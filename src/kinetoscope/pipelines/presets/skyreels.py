@@ -154,6 +154,7 @@ register_transformer(
     SkyReelsV2Transformer3DModel,
     spec.SkyReelsConfig.from_dict,
     key_map=original.rename,  # published under the names of Wan's authors too
+    plan=spec.SHARDING,
 )
 register_transformers_model("CLIPVisionModelWithProjection")
 for _processor in ("CLIPImageProcessor", "CLIPImageProcessorPil"):

@@ -247,6 +247,7 @@ register_transformer(
     original.read_config,
     optional={"compress_gates": "to_gate_compress"},
     key_map=original.rename,
+    plan=spec.SHARDING,
 )
 register_transformers_model("CLIPVisionModel")
 for _processor in ("CLIPImageProcessor", "CLIPImageProcessorPil"):

@@ -1,0 +1,63 @@
+"""How a component comes onto the devices of a layout: the one order, for inference and for training.
+
+    build on the meta device -> share out by tensor parallel -> compile blocks -> share out by FSDP -> read the own part
+
+Weights are read last, since only then does a process know which part of each it holds: no process ever has the whole.
+Sequence parallel and attention backends change no module; they come with each forward (`core.context`). A component
+that is on one device is read first, then quantized and compiled (`runtime.care`).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kinetoscope.core.sharding import ShardPlan, Share, keep_share, share_of
+from kinetoscope.loading.components import Place
+from kinetoscope.parallel import Groups
+from kinetoscope.parallel.fsdp import shard_fully
+from kinetoscope.parallel.share import HeldShare
+from kinetoscope.parallel.tensor import apply_plan
+from kinetoscope.runtime.compile import compile_blocks
+
+
+def placing(groups: Groups | None, *, compile: str | None = None) -> Place | None:
+    """What shares components out in a layout; None where every device holds all weights.
+
+    Args:
+        groups: this process's place; None: one device.
+        compile: mode of the blocks.
+    """
+    if groups is None or (groups.tp.size == 1 and not (groups.config.fsdp and groups.shard.size > 1)):
+        return None
+
+    def place(module: nn.Module, plan: ShardPlan) -> Share:
+        return place_module(module, plan, groups, compile=compile)
+
+    return place
+
+
+def place_module(module: nn.Module, plan: ShardPlan, groups: Groups, *, compile: str | None = None) -> Share:
+    """Share a module out; its weights are read or cut accordingly. All processes of the layout call it.
+
+    Args:
+        module: on the meta device, or with its weights.
+        plan: of its family.
+        groups: this process's place.
+        compile: mode of the blocks, or None.
+
+    Raises:
+        ConfigError: the plan does not fit the module, or its sizes do not divide.
+        CompositionError: FSDP of a module without blocks.
+    """
+    by_tensor = apply_plan(module, plan.styles, groups.tp, groups.mesh["tp"])
+    if compile is not None:
+        compile_blocks(module, compile)
+    fully = shard_fully(module, plan, groups) if groups.config.fsdp else {}
+    share = HeldShare(module, by_tensor, fully)
+    keep_share(module, share)
+    return share
+
+
+def is_placed(module: nn.Module) -> bool:
+    """Whether `place_module` has shared the module out, so that nothing else may move or change its weights."""
+    return share_of(module) is not None
