@@ -57,7 +57,11 @@ def test_flow_matching_in_numbers() -> None:
     denoiser = Denoiser(Knowing(torch.zeros_like(X0)), Convention())
     levels = s.view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(denoiser.add_noise(X0, NOISE, s), (1 - levels) * X0 + levels * NOISE)
-    torch.testing.assert_close(denoiser.loss(X0, NOISE, s), (NOISE - X0).square().flatten(1).mean(1))
+    error = (NOISE - X0).square()
+    torch.testing.assert_close(denoiser.loss(X0, NOISE, s), error.flatten(1).mean(1))
+    weight = torch.arange(X0.shape[1]).view(-1, *[1] * (X0.ndim - 2))  # of channels
+    expected = sum(k * error[:, k].flatten(1).sum(1) for k in range(X0.shape[1])) / X0[0].numel()
+    torch.testing.assert_close(denoiser.loss(X0, NOISE, s, weight=weight), expected)
 
 
 def test_shift() -> None:

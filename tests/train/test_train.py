@@ -109,6 +109,11 @@ def test_a_restart_continues_a_finished_training() -> None:
             OptimizerSection(steps=160, restarts=wrong, learning_rate=1.0)
 
 
+def test_noise_levels_begin_at_the_start() -> None:
+    with pytest.raises(ConfigError, match="the first of levels must start at 0"):
+        load_recipe(RECIPE, ["transformer.levels=[{start: 5}]"])
+
+
 def test_steps_have_generators_of_their_own() -> None:
     draws = [torch.rand(4, generator=step_generator(0, s)) for s in (0, 1, 0)]
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
@@ -189,6 +194,7 @@ MINIATURE = {
         "text_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": [1, 2, 2],
     },
     "transformer.optimizer.steps": 4, "transformer.optimizer.restarts": [2], "transformer.clips": 4,
+    "transformer.levels": [{}, {"start": 3, "shift": 2.0, "emphasis": 1.0}],
     "transformer.batches": [{"frames": 1, "batch": 4}, {"frames": 5, "batch": 2, "start": 2}],
     "defaults": {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "num_inference_steps": 2, "guidance_scale": 2.0},
 }  # fmt: skip

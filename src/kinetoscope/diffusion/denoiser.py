@@ -102,10 +102,20 @@ class Denoiser:
                 edm = self._preconditioning
                 return (x0 - edm.c_skip(sigma) * (x0 + sigma * noise)) / edm.c_out(sigma)
 
-    def loss(self, x0: Tensor, noise: Tensor, s: Tensor, **conditioning: Any) -> Tensor:
-        """Mean squared error of the prediction, one value a sample: [R] float32, differentiable in the network."""
+    def loss(
+        self, x0: Tensor, noise: Tensor, s: Tensor, *, weight: Tensor | None = None, **conditioning: Any
+    ) -> Tensor:
+        """Mean squared error of the prediction, one value a sample: [R] float32, differentiable in the network.
+
+        Args:
+            x0, noise: [R, C, T, H, W].
+            s: levels, [R] or [R, T].
+            weight: of each squared error, broadcast against x0; None: 1.
+            conditioning: of the network.
+        """
         output = self.predict(self.add_noise(x0, noise, s), s, **conditioning)
-        return (output - self.target(x0, noise, s)).square().flatten(1).mean(1)
+        error = (output - self.target(x0, noise, s)).square()
+        return (error if weight is None else weight * error).flatten(1).mean(1)
 
     @property
     def _preconditioning(self) -> Preconditioning:

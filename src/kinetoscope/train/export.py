@@ -42,7 +42,7 @@ def export_model(
     _half(text_encoder).save_pretrained(temporary / "text_encoder")
     _half(vae).save_pretrained(temporary / "vae")
     scheduler = getattr(diffusers, SCHEDULERS["unipc"])(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=recipe.transformer.shift
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=recipe.transformer.sampling_shift
     )
     scheduler.save_pretrained(temporary / "scheduler")
     (temporary / "transformer").mkdir()

@@ -64,6 +64,7 @@ class FlowTask:
         section: TransformerSection,
         world: WorldSection,
         latents: np.ndarray[Any, Any],
+        deviation: Tensor,
         tokenizer: Any,
         text_encoder: nn.Module,
         seed: int,
@@ -71,7 +72,7 @@ class FlowTask:
         if too_long := [k.frames for k in section.batches if k.frames > world.num_frames]:
             raise ConfigError(f"transformer.batches of {too_long[0]} frames from clips of {world.num_frames}")
         self.section = section
-        self.latents = latents
+        self.latents, self.deviation = latents, deviation
         self.temporal = (world.num_frames - 1) // max(latents.shape[2] - 1, 1)  # frames a latent frame
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         source = get_world(world.name)
@@ -88,10 +89,13 @@ class FlowTask:
         x0 = torch.from_numpy(np.asarray(chosen, dtype=np.float32))
         states, lengths = self.encode(self.sentences(picked, generator))
         noise = randn(x0.shape, generator)
-        levels = torch.sigmoid(self.section.logit_mean + self.section.logit_std * randn((len(x0),), generator))
+        levels = [stage for stage in self.section.levels if step >= stage.start][-1]
+        u = torch.sigmoid(levels.logit_mean + levels.logit_std * randn((len(x0),), generator))
+        weight = self.deviation**levels.emphasis  # [C]
         loss = self.denoiser.loss(
-            x0, noise, shift_sigma(levels, self.section.shift), encoder_hidden_states=states, text_lengths=lengths
-        )
+            x0, noise, shift_sigma(u, levels.shift), weight=(weight / weight.mean()).view(-1, 1, 1, 1),
+            encoder_hidden_states=states, text_lengths=lengths,
+        )  # fmt: skip
         return {"total": loss.mean()}
 
     def sentences(self, picked: Tensor, generator: torch.Generator) -> list[str]:

@@ -128,6 +128,23 @@ class TextSection(Section):
     mask: float = Field(0.2, gt=0, lt=1)
 
 
+class NoiseLevels(Section):
+    """How noisy clips are shown from update `start` on, and what of the error counts.
+
+    Attributes:
+        shift: of the logit-normal levels (arXiv 2403.03206): above 1 more noise.
+        logit_mean, logit_std: before the shift.
+        emphasis: a latent channel's error counts with this power of the deviation that its component has in pixels;
+            0: all alike, as the latents are.
+    """
+
+    start: int = Field(0, ge=0)
+    shift: float = Field(3.0, gt=0)
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+    emphasis: float = Field(0.0, ge=0)
+
+
 class TransformerSection(Section):
     """A flow-matching transformer on precomputed latents.
 
@@ -135,19 +152,24 @@ class TransformerSection(Section):
         config: fields of the published Wan transformer configuration.
         batches: kinds of batches; those of fewer frames take the beginning of clips.
         clips: clips rendered and encoded once; each epoch words its captions anew.
-        shift: of the training noise levels.
+        levels: noise levels, the first from the start.
+        sampling_shift: of the finished model's schedule.
         caption_dropout: fraction of samples that read the empty prompt.
-        logit_mean, logit_std: of the logit-normal noise level before the shift (arXiv 2403.03206).
     """
 
     config: dict[str, Any]
     optimizer: OptimizerSection
     batches: list[ClipMix]
     clips: Positive = 8192
-    shift: float = Field(3.0, gt=0)
+    levels: list[NoiseLevels] = [NoiseLevels()]
+    sampling_shift: float = Field(3.0, gt=0)
     caption_dropout: float = Field(0.1, ge=0, lt=1)
-    logit_mean: float = 0.0
-    logit_std: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _from_the_start(self) -> TransformerSection:
+        if not self.levels or self.levels[0].start:
+            raise ValueError("the first of levels must start at 0")
+        return self
 
 
 class Recipe(Section):

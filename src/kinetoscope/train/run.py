@@ -105,7 +105,9 @@ def run_recipe(
         return folders.root
     file = folders.root / "latents.npy"
     latents = prepare_latents(basis, clips, recipe.transformer.clips, file, _report(on_progress))
-    flow = FlowTask(recipe.transformer, recipe.world, latents, text.tokenizer, text.module.encoder, recipe.seed)
+    flow = FlowTask(
+        recipe.transformer, recipe.world, latents, basis.deviation, text.tokenizer, text.module.encoder, recipe.seed
+    )
     fit(flow, recipe.transformer.optimizer)
     if parts:
         return folders.root
