@@ -22,7 +22,7 @@ class SequenceParallel(Interceptor):
         shard: who shares them; `parallel.sequence.SequenceShard.of(groups)`.
     """
 
-    name: ClassVar[str] = "sequence_parallel"
+    name: ClassVar[str] = "sequence-parallel"
     order: ClassVar[int] = 900
 
     def __init__(self, shard: TokenShard) -> None:
