@@ -108,7 +108,8 @@ def shared_out(groups: Groups, case: Case, styles: Mapping[str, str] | None = No
 
 def held_bytes(model: nn.Module) -> int:
     """Of the parameters that are here."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters())
+    held = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return sum({t.data_ptr(): t.nbytes for t in held}.values())
 
 
 def errors(groups: Groups, cases: list[Case]) -> dict[str, Any]:

@@ -20,11 +20,14 @@ class ShardPlan:
             "?" is of a part that not every model has.
         outside: what is called of each block before the blocks run, by name in the block ("attn2.project").
         roots: and of the whole model.
+        may_be_whole: a model whose heads do not divide is on every device, instead of being refused; for encoders, whose
+            heads are not chosen with the layout in mind.
     """
 
     styles: Mapping[str, str]
     outside: tuple[str, ...] = ()
     roots: tuple[str, ...] = ("prepare_conditioning", "prepare_timesteps", "prepare_shared")
+    may_be_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

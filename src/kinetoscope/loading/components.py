@@ -162,18 +162,6 @@ def _load_vae(model: ModelDir, name: str, dtype: torch.dtype, device: torch.devi
     return speed_up_convolutions(load_weights(vae, model.folder(name), dtype=lambda _: torch.float32, device=device))
 
 
-def _load_umt5(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    config = UMT5Config(**{k: v for k, v in model.config(name).items() if k not in ("dtype", "torch_dtype")})
-    with torch.device("meta"):
-        encoder: Any = UMT5EncoderModel(config)
-    encoder.tie_weights()
-    # transformers keeps `wo` of T5 in float32 in half precision, where it would overflow
-    policy = lambda key: torch.float32 if dtype == torch.float16 and "wo" in key.split(".") else dtype  # noqa: E731
-    return load_weights(encoder, model.folder(name), dtype=policy, device=device)
-
-
 def load_tokenizer(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A tokenizer of transformers.
 
@@ -216,7 +204,6 @@ def _load_scheduler(model: ModelDir, name: str, dtype: torch.dtype, device: torc
 
 
 register_component("AutoencoderKLWan", _load_vae)
-register_component("UMT5EncoderModel", _load_umt5)
 for _tokenizer in ("T5Tokenizer", "T5TokenizerFast", "AutoTokenizer"):
     register_component(_tokenizer, load_tokenizer)
 for _scheduler in SCHEDULERS.values():

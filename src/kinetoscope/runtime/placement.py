@@ -16,7 +16,7 @@ from kinetoscope.loading.components import Place
 from kinetoscope.parallel import Groups
 from kinetoscope.parallel.fsdp import shard_fully
 from kinetoscope.parallel.share import HeldShare
-from kinetoscope.parallel.tensor import apply_plan
+from kinetoscope.parallel.tensor import apply_plan, misfit
 from kinetoscope.runtime.compile import compile_blocks
 
 
@@ -49,7 +49,8 @@ def place_module(module: nn.Module, plan: ShardPlan, groups: Groups, *, compile:
         ConfigError: the plan does not fit the module, or its sizes do not divide.
         CompositionError: FSDP of a module without blocks.
     """
-    by_tensor = apply_plan(module, plan.styles, groups.tp, groups.mesh["tp"])
+    whole = plan.may_be_whole and misfit(module, plan.styles, groups.tp.size) is not None
+    by_tensor = {} if whole else apply_plan(module, plan.styles, groups.tp, groups.mesh["tp"])
     if compile is not None:
         compile_blocks(module, compile)
     fully = shard_fully(module, plan, groups) if groups.config.fsdp else {}

@@ -1,5 +1,5 @@
 """Tensor parallel: plans as data, and the layers that hold a part of their weights."""
 
-from kinetoscope.parallel.tensor.plan import STYLES, apply_plan, check_plan
+from kinetoscope.parallel.tensor.plan import STYLES, apply_plan, misfit
 
-__all__ = ["STYLES", "apply_plan", "check_plan"]
+__all__ = ["STYLES", "apply_plan", "misfit"]

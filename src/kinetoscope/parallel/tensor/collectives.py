@@ -6,7 +6,8 @@ goes on with a part of the heads (arXiv 1909.08053 calls the first two f and g).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +15,21 @@ from torch import Tensor
 from kinetoscope.parallel import comm
 from kinetoscope.parallel.groups import Group
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-@torch.compiler.disable
+
+def _eager(function: F) -> F:
+    """A compiled graph breaks here, since processes talk and what they send is counted."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportUnknownMemberType, reportReturnType]
+
+
+@_eager
 def summed(x: Tensor, group: Group) -> Tensor:
     """The sum of all devices' parts; the result is used alike by all of them. `x` is written over."""
     return _Summed.apply(x, group) if _recorded(x) else comm.all_reduce(x, group)  # pyright: ignore
 
 
-@torch.compiler.disable
+@_eager
 def summed_for_parts(x: Tensor, group: Group) -> Tensor:
     """The sum of all devices' parts; each goes on with heads of its own. `x` is written over."""
     return _SummedBoth.apply(x, group) if _recorded(x) else comm.all_reduce(x, group)  # pyright: ignore
@@ -32,7 +40,7 @@ def spread(x: Tensor, group: Group) -> Tensor:
     return _spread(x, group) if _recorded(x) else x
 
 
-@torch.compiler.disable
+@_eager
 def joined(x: Tensor, group: Group, parts: int = 1) -> Tensor:
     """Columns of all devices side by side, [..., n] -> [..., P n]; of each of `parts` equal parts."""
     if _recorded(x):
@@ -40,7 +48,7 @@ def joined(x: Tensor, group: Group, parts: int = 1) -> Tensor:
     return _join(x, group, parts)
 
 
-@torch.compiler.disable
+@_eager
 def _spread(x: Tensor, group: Group) -> Tensor:
     return _Spread.apply(x, group)  # pyright: ignore
 

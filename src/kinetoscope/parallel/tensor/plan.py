@@ -73,9 +73,11 @@ def apply_plan(module: nn.Module, styles: Mapping[str, str], group: Group, mesh:
         ConfigError: a parameter under no pattern or several, a pattern with nothing under it, an unknown style or one
             for another kind of layer, or sizes that do not divide; each named.
     """
-    chosen = _cover(module, styles)
+    if reason := misfit(module, styles, group.size):
+        raise ConfigError(f"plan of {type(module).__name__}: {reason}")
     if group.size == 1:
         return {}
+    chosen = _cover(module, styles)
     cuts: dict[str, Cut] = {}
     tied: dict[int, nn.Parameter] = {}
     for path, text in chosen.items():
@@ -84,9 +86,36 @@ def apply_plan(module: nn.Module, styles: Mapping[str, str], group: Group, mesh:
     return cuts
 
 
-def check_plan(module: nn.Module, styles: Mapping[str, str]) -> None:
-    """Refuse a plan that does not fit a model; see `apply_plan`."""
-    _cover(module, styles)
+def misfit(module: nn.Module, styles: Mapping[str, str], devices: int) -> str | None:
+    """What of a model does not divide by a number of devices, or None.
+
+    Raises:
+        ConfigError: the plan does not fit the model; see `apply_plan`.
+    """
+    for path, text in _cover(module, styles).items():
+        name, _, parts = text.partition(":")
+        layer: Any = module.get_submodule(path)
+        if not isinstance(layer, STYLES[name].of):
+            wanted = " or ".join(kind.__name__ for kind in STYLES[name].of)
+            raise ConfigError(f"plan of {type(module).__name__}: {path} is a {type(layer).__name__}, not a {wanted}")
+        if name == "heads" and layer.n_heads % devices:
+            return f"{path} has {layer.n_heads} heads, which tp={devices} does not divide"
+        for leaf, dim in STYLES[name].cuts.items() if name != "vocabulary" else ():  # words need not come out even
+            value: Tensor | None = getattr(layer, leaf)
+            width = (
+                _head_width(module, path, value.shape[dim] // int(parts or 1)) if value is not None and dim == 0 else 1
+            )
+            if value is not None and value.shape[dim] % (int(parts or 1) * width * devices):
+                what = f"heads of {width}" if width > 1 else "columns"
+                count = value.shape[dim] // int(parts or 1) // width
+                return f"{path} has {count} {what}, which tp={devices} does not divide"
+    return None
+
+
+def _head_width(module: nn.Module, path: str, size: int) -> int:
+    """Columns that stay together: a head's, where the layer above says how wide one is."""
+    width = getattr(module.get_submodule(path.rpartition(".")[0]), "head_dim", 1)
+    return width if isinstance(width, int) and size % width == 0 else 1
 
 
 def _cover(module: nn.Module, styles: Mapping[str, str]) -> dict[str, str]:
@@ -123,18 +152,12 @@ def _apply(
     module: nn.Module, path: str, style: Style, parts: int, group: Group, mesh: DeviceMesh, tied: dict[int, Any]
 ) -> dict[str, Cut]:
     layer: Any = module.get_submodule(path)
-    if not isinstance(layer, style.of):
-        wanted = " or ".join(kind.__name__ for kind in style.of)
-        raise ConfigError(f"plan of {type(module).__name__}: {path} is a {type(layer).__name__}, not a {wanted}")
     cuts: dict[str, Cut] = {}
-    words = layer.num_embeddings if isinstance(layer, nn.Embedding) else 0
     for leaf, dim in style.cuts.items():
         parameter: nn.Parameter | None = getattr(layer, leaf)
         if parameter is None:
             continue
         cut = Cut(dim, group.index, group.size, parts)
-        even = layer.num_embeddings != parameter.shape[dim] if words else True
-        _check_sizes(module, path, parameter.shape[dim], cut, even)
         cuts[f"{path}.{leaf}"] = cut
         if id(parameter) not in tied:
             placement: Placement = Shard(dim) if parts == 1 else _StridedShard(dim, split_factor=parts)
@@ -146,9 +169,6 @@ def _apply(
     elif style is STYLES["rotation"]:
         layer.register_forward_pre_hook(partial(_cut_table, group))
     elif style is STYLES["heads"]:
-        if layer.n_heads % group.size:
-            raise ConfigError(f"plan of {type(module).__name__}: {path} has {layer.n_heads} heads, no multiple of tp="
-                              f"{group.size}")  # fmt: skip
         layer.n_heads //= group.size
     return cuts
 
@@ -174,16 +194,3 @@ def _become(layer: Any, kind: type[nn.Module], group: Group, parts: int) -> None
     elif kind is layers.VocabularyEmbedding:
         spans = spans_of((layer.num_embeddings,), [Cut(0, group.index, group.size)])[0]
         layer.first = spans[0][0] if spans else layer.num_embeddings
-
-
-def _check_sizes(module: nn.Module, path: str, size: int, cut: Cut, even: bool) -> None:
-    """Whole heads on each device, where the layer above says how wide a head is."""
-    heads = module.get_submodule(path.rpartition(".")[0])
-    width = getattr(heads, "head_dim", 1) if cut.dim == 0 else 1
-    width = width if isinstance(width, int) and size % (width * cut.parts) == 0 else 1
-    if even and size % (cut.parts * cut.count * width):
-        unit = f"heads of {width}" if width > 1 else "columns"
-        raise ConfigError(
-            f"plan of {type(module).__name__}: {path} has {size // cut.parts // width} {unit}, which tp={cut.count} "
-            "does not divide"
-        )
