@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ MERGED = 1e-5
 class ThreeHeads(wan.TestWan):
     """Heads that no even number of processes can share."""
 
-    TINY = wan.TINY | {"num_attention_heads": 3, "ffn_dim": 48}  # noqa: RUF012 - a constant of a test
+    TINY = wan.TINY | {"num_attention_heads": 3, "ffn_dim": 48}
 
 
 class Gated(wan.TestWan):
@@ -89,12 +89,15 @@ def forward(case: Case, attention: str = "auto", shard: Any = None) -> Tensor:
 
 
 def make_cases(
-    names: Sequence[str], shapes: Sequence[tuple[int, ...]] | None = None, attention: str = "auto"
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    attention: str = "auto",
+    contracts: Mapping[str, Any] = CONTRACTS,
 ) -> list[Case]:
     """Each model with each of `shapes` (rows and latent T, H, W) that its patches allow; None: with its own shapes."""
     made: list[Case] = []
     for name in names:
-        contract = CONTRACTS[name]()
+        contract = contracts[name]()
         model, generator = contract.make_model().eval(), torch.Generator().manual_seed(11)
         own = contract.SHAPES[0][1]
         for shape in contract.SHAPES if shapes is None else [(s[0], own, *s[1:]) for s in shapes]:

@@ -154,7 +154,7 @@ def test_families_around_a_ring() -> None:
     check_cases("ring=2", slice_cases(), MERGED)
 
 
-SPARSE = ("sta:window=1,3,1,tile=2,1,2", "vsa:sparsity=0.5,tile=2,2,2", "vmoba:time=1,space=2x2,both=2x2x2",
+SPARSE = ("sta:window=1,3,1,tile=2,1,2", "vsa:sparsity=0.5,tile=2,2,2", "vmoba:time=1,space=2,2,both=2,2,2",
           "sla:sparsity=0.5,query_block=4,key_block=4")  # fmt: skip
 
 

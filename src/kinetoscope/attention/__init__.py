@@ -9,7 +9,9 @@ from kinetoscope.attention.table import (
     AttentionTable,
     Backend,
     Capabilities,
+    approximates,
     capabilities,
+    named_backends,
     register_backend,
     resolve_attention,
 )
@@ -22,9 +24,11 @@ __all__ = [
     "Backend",
     "Capabilities",
     "Role",
+    "approximates",
     "attention",
     "capabilities",
     "make_sparse",
+    "named_backends",
     "register_backend",
     "resolve_attention",
 ]

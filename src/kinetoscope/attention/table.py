@@ -181,7 +181,7 @@ def resolve_attention(
     """
     known = {str(role): Role.of(role) for role in roles}
     named = isinstance(request, str) and not _is_mapping(request)
-    request = {role: str(request) for role in known} if named else _mapping(request)
+    request = named_backends(request, list(known))
     if unknown := sorted(set(request) - set(known)):
         raise ConfigError(f"attention: unknown roles {unknown}; this model has {list(known)}")
     if named and request and not any(role.grid for role in known.values()):
@@ -202,6 +202,22 @@ def resolve_attention(
         else:
             choices[name] = _sparse(backend, role, capabilities)
     return AttentionTable(choices)
+
+
+def named_backends(request: str | Mapping[str, str], roles: Sequence[str]) -> dict[str, str]:
+    """Role -> what a request asks for it, unchecked; roles that it does not name are left out.
+
+    Raises:
+        ConfigError: words that are no request.
+    """
+    if isinstance(request, str) and not _is_mapping(request):
+        return dict.fromkeys(roles, request)
+    return _mapping(request)
+
+
+def approximates(backend: str) -> bool:
+    """Whether what the user names computes something else than softmax attention over all keys."""
+    return backend.partition(":")[0] in SPARSE or (backend in BACKENDS and bool(BACKENDS[backend].lossy))
 
 
 def _is_mapping(request: str) -> bool:

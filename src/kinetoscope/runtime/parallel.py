@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from kinetoscope.attention import approximates, named_backends
+from kinetoscope.attention.dispatch import MIXING
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.engine.hooks import Hook
 from kinetoscope.engine.hooks.cfg_parallel import CFGParallel
@@ -84,6 +86,11 @@ def check_layout(config: ParallelConfig, model: ModelDir, options: Mapping[str, 
         raise CompositionError(
             f"parallel cfg={config.cfg} and {model.name} cannot be used together: it is distilled and has one branch"
         )
+    if config.ring > 1 and kind.streams:
+        raise CompositionError(
+            f"parallel ring={config.ring} and {model.name} cannot be used together: its K/V cache is of whole frames; "
+            "use ulysses"
+        )
     if config.cfg > 1 and config.fsdp and options.get("cache"):
         raise CompositionError(
             f"parallel cfg={config.cfg},fsdp=true and cache={options['cache']!r} cannot be used together: each branch "
@@ -99,6 +106,8 @@ def check_layout(config: ParallelConfig, model: ModelDir, options: Mapping[str, 
                 f"parallel: tp={config.tp} does not divide the {heads} attention heads of {model.name}'s {name}; "
                 f"use {_nearest_divisor(heads, config.tp)}, or ulysses, which takes any number"
             )
+    if config.ring > 1:
+        _check_ring(config, options.get("attention") or "auto")
     for conflict in CONFLICTS:
         degree = config.as_dict().get(conflict.degree)
         name, _, wanted = conflict.option.partition("=")
@@ -109,6 +118,16 @@ def check_layout(config: ParallelConfig, model: ModelDir, options: Mapping[str, 
             f"parallel {conflict.degree}={str(degree).lower()} and {name}={value!r} cannot be used together: "
             f"{conflict.why}"
         )
+
+
+def _check_ring(config: ParallelConfig, attention: str | Mapping[str, str]) -> None:
+    """Ring computes softmax attention part by part: it has no place for what looks at all tokens, or approximates."""
+    for role, backend in named_backends(attention, MIXING).items():
+        if role in MIXING and approximates(backend):
+            raise CompositionError(
+                f"parallel ring={config.ring} and attention={backend!r} cannot be used together: keys are in one place "
+                "part after part, and the parts are merged exactly; use ulysses"
+            )
 
 
 def check_devices(config: ParallelConfig, device: torch.device) -> None:
