@@ -52,3 +52,38 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
 def settings() -> Settings:
     """The settings of this process, read once."""
     return read_settings(os.environ)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """This process among those that torchrun started.
+
+    Attributes:
+        rank, world: of all machines.
+        local: among those of this machine: which of its devices to use.
+    """
+
+    rank: int
+    world: int
+    local: int
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch | None:
+    """What torchrun says in a mapping such as `os.environ`; None where it did not start this process.
+
+    Raises:
+        ConfigError: one of its variables is not a number.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if any(n not in environment for n in (*names, "MASTER_ADDR", "MASTER_PORT")):
+        return None
+    try:
+        return Launch(*(int(environment[n]) for n in names))
+    except ValueError as error:
+        raise ConfigError(f"environment variables {', '.join(names)} of torchrun are not numbers: {error}") from error
+
+
+@cache
+def launch() -> Launch | None:
+    """This process among those that torchrun started, or None; read once."""
+    return read_launch(os.environ)

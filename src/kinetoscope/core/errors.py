@@ -32,3 +32,19 @@ class CompositionError(KinetoscopeError):
 
 class RunCancelled(KinetoscopeError):
     """A run was cancelled before its last step."""
+
+
+class WorkerError(KinetoscopeError):
+    """A process of a layout died, stalled, ran out of memory or failed while it worked on a request.
+
+    Attributes:
+        rank: of the process in its layout.
+        stage: what it was doing: "starting", "idle", or a stage of the pipeline.
+        cause: "died", "stalled", "memory" or "failed".
+    """
+
+    def __init__(self, message: str, rank: int = 0, stage: str = "", cause: str = "failed") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.stage = stage
+        self.cause = cause

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,42 +13,53 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.types import ForwardBatch, SamplingParams
+from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.hooks import Hook
-from kinetoscope.loading import ModelDir
+from kinetoscope.loading import ModelDir, resolve_model
 from kinetoscope.media import Clip, Picture
+from kinetoscope.parallel import Groups
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.validation import check_params
+from kinetoscope.runtime.device import resolve_device
+from kinetoscope.runtime.executors.base import POOLS, Executor, HasExecutor, Job
+from kinetoscope.runtime.executors.choose import (
+    Parallel,
+    check_pool,
+    choose_executor,
+    of_one,
+    open_pool,
+    resolve_layout,
+)
+from kinetoscope.runtime.executors.inprocess import InProcess
+from kinetoscope.runtime.executors.pool import Pool
+from kinetoscope.runtime.executors.stream import RemoteSession, drain
+from kinetoscope.runtime.executors.torchrun import Torchrun, join_launch
 from kinetoscope.runtime.lora import Lora, Loras, LoraSpec, lora_specs
 from kinetoscope.runtime.opening import open_pipeline
-from kinetoscope.runtime.preview import Previews
-from kinetoscope.runtime.request import VideoPlan, VideoRequest
-from kinetoscope.runtime.running import (
-    GenerationResult,
-    RunEvent,
-    open_previews,
-    plan_request,
-    run_plan,
-    usual_batch_size,
-)
+from kinetoscope.runtime.parallel import check_layout
+from kinetoscope.runtime.request import VideoRequest
+from kinetoscope.runtime.running import GenerationResult, RunEvent, plan_request, usual_batch_size
 from kinetoscope.runtime.session import Session, session_batch
 
 __all__ = ["GenerationResult", "RunEvent", "VideoGenerator"]
 
 
-class VideoGenerator:
+class VideoGenerator(HasExecutor):
     """Makes videos with one model; made by `VideoGenerator.from_pretrained`.
 
     Args:
         pipeline: the model's pipeline.
         options: the settings it was opened with, as the replay record keeps them.
+        groups: this process's place in a layout of several, all of which make the same requests; its first process
+            writes the files.
     """
 
-    def __init__(self, pipeline: ComposedPipeline, options: Mapping[str, Any]) -> None:
+    def __init__(self, pipeline: ComposedPipeline, options: Mapping[str, Any], groups: Groups | None = None) -> None:
         self.pipeline = pipeline
         self.options = dict(options)
         self._loras = Loras(pipeline)
         self.options["lora"] = self._loras.records()
+        self.executor: Executor = InProcess(pipeline, self._loras, groups)
 
     @classmethod
     def from_pretrained(
@@ -70,6 +83,8 @@ class VideoGenerator:
         threads: int | None = None,
         modules: Mapping[str, Any] | None = None,
         lora: LoraSpec | Sequence[LoraSpec] | None = None,
+        parallel: Parallel | None = None,
+        executor: str | None = None,
     ) -> VideoGenerator:
         """Open a model. Weights load when they are first used.
 
@@ -99,21 +114,46 @@ class VideoGenerator:
             threads: CPU threads of torch, for the whole process; None leaves them.
             modules: components to share instead of loading (`other.pipeline.loaded_modules()`).
             lora: LoRA files, each a path, text "FILE:WEIGHT", or an object with the arguments of `load_lora`.
+            parallel: a layout of several devices: {"ulysses": 2, "cfg": 2}, or "ulysses=2,cfg=2" (docs/parallel.md).
+            executor: what carries out the requests: "in-process", "processes" (one a device, on this machine),
+                "torchrun" (this script runs once a device) or "ray" (a cluster); None: in-process for one device,
+                else torchrun where it started this process, else processes.
 
         Raises:
             ModelLoadError: there is no such model, or the directory does not hold what it should.
-            ConfigError: an unknown device, dtype, scheduler or plan.
-            CompositionError: a named attention backend cannot serve on this device and dtype.
+            ConfigError: an unknown device, dtype, scheduler or plan; a layout that the model or the machine cannot
+                have.
+            CompositionError: a named attention backend cannot serve on this device and dtype; or two settings that do
+                not go together.
+            WorkerError: the processes of a layout cannot start.
         """
-        pipeline, options = open_pipeline(
-            model, device, dtype, attention=attention, cfg=cfg, text_mode=text_mode, cache=cache, compile=compile,
-            quantize=quantize, offload=offload, vae=vae, autocast=autocast, hooks=hooks, perf_logging=perf_logging,
-            threads=threads, modules=modules,
-        )  # fmt: skip
-        generator = cls(pipeline, {"scheduler": scheduler, **options})
+        if not isinstance(model, ModelDir):
+            model = resolve_model(str(model))
+        layout = resolve_layout(parallel, model, device)
+        spec = choose_executor(executor, layout)
+        given: dict[str, Any] = {
+            "attention": attention, "cfg": cfg, "text_mode": text_mode, "cache": cache, "compile": compile,
+            "quantize": quantize, "offload": offload, "vae": vae, "autocast": autocast, "perf_logging": perf_logging,
+        }  # fmt: skip
+        here: dict[str, Any] = {"hooks": hooks, "modules": modules, "threads": threads}
+        check_layout(layout, model, {**given, "modules": modules})
+        groups = None
+        if spec.name in POOLS:
+            check_pool(spec.name, hooks, modules)
+            here["threads"] = None  # they are of the workers
+        elif spec.name == "torchrun":
+            groups = join_launch(layout, resolve_device(device), spec.timeout)
+        pipeline, options = open_pipeline(model, device, dtype, **given, **here, groups=groups)
+        generator = cls(pipeline, {"scheduler": scheduler, **options, "parallel": of_one(layout)}, groups)
         generator.defaults()  # refuses an unknown scheduler, or bad defaults of the directory, now
-        for spec in lora_specs(lora):
-            generator.load_lora(**spec)
+        for one in lora_specs(lora):
+            generator.load_lora(**one)
+        if groups is not None:
+            generator.executor = Torchrun(pipeline, generator._loras, groups)
+        if spec.name in POOLS:
+            kept = {**given, "scheduler": scheduler, "lora": generator.options["lora"]}
+            args = pipeline.args
+            generator.executor = open_pool(spec, layout, model, args.device, args.dtype, kept, threads)
         return generator
 
     # -- LoRA ---------------------------------------------------------------------------------------------------------
@@ -175,6 +215,10 @@ class VideoGenerator:
         """
         self._loras.unload(name)
         self.options["lora"] = self._loras.records()
+
+    def held(self) -> AbstractContextManager[None]:
+        """While it is entered, the LoRAs that are set now stay, whatever is set meanwhile."""
+        return self._loras.run()
 
     # -- videos -------------------------------------------------------------------------------------------------------
 
@@ -289,7 +333,7 @@ class VideoGenerator:
         on_event: Callable[[RunEvent], None] | None = None,
         blocks: int | None = None,
         **fields: Any,
-    ) -> Session:
+    ) -> Session | RemoteSession:
         """A video that is made while it is watched, one block a `step`; for models that make videos block by block.
 
         Args:
@@ -305,8 +349,7 @@ class VideoGenerator:
             CompositionError: the model makes no streams.
             InputError: a field is out of range, or has no meaning in a stream.
         """
-        batch = self._session_batch(prompt, blocks, fields)
-        return Session(self.pipeline, batch, self.options, on_event, self._loras.run())
+        return self._session(prompt, blocks, fields, on_event)()
 
     def stream(
         self,
@@ -327,32 +370,28 @@ class VideoGenerator:
         Raises:
             CompositionError, InputError: as `start_session`.
         """
-        batch = self._session_batch(prompt, blocks, fields)
-        return self._drain(batch, blocks, on_event)
+        return drain(self._session(prompt, blocks, fields, on_event), blocks)
 
-    def _session_batch(self, prompt: str | None, blocks: int | None, fields: Mapping[str, Any]) -> ForwardBatch:
+    def _session(
+        self,
+        prompt: str | None,
+        blocks: int | None,
+        fields: Mapping[str, Any],
+        on_event: Callable[[RunEvent], None] | None,
+    ) -> Callable[[], Session | RemoteSession]:
+        """What opens the session; the request is checked now."""
         batch = session_batch(self.pipeline, self.defaults(), prompt, fields)
         if blocks is not None:
             if type(blocks) is not int or blocks < 1:
                 raise InputError(f"blocks={blocks!r} is not a positive whole number")
             self.pipeline.check_blocks(batch, blocks)
-        return batch
-
-    def _drain(
-        self, batch: ForwardBatch, blocks: int | None, on_event: Callable[[RunEvent], None] | None
-    ) -> Generator[np.ndarray[Any, Any], None, None]:
-        with Session(self.pipeline, batch, self.options, on_event, self._loras.run()) as session:
-            while blocks is None or session.blocks < blocks:
-                yield session.step()
+        if isinstance(self.executor, Pool):
+            check_pool(self.executor.name, batch.hooks, None)
+            order = {"prompt": prompt, "blocks": blocks, "fields": dict(fields), "lora": list(self.options["lora"])}
+            return partial(RemoteSession, self.executor, order, on_event)
+        return lambda: Session(self.pipeline, batch, self.options, on_event, self._loras.run())
 
     def _run(self, request: VideoRequest) -> Generator[RunEvent, None, list[GenerationResult]]:
         plan = plan_request(self.pipeline, self.defaults(), request)
-        previews = open_previews(self.pipeline, request, plan)
-        return self._run_plan(plan, request.batch_size or usual_batch_size(self.pipeline, plan.params), previews)
-
-    def _run_plan(
-        self, plan: VideoPlan, size: int, previews: Previews | None = None
-    ) -> Generator[RunEvent, None, list[GenerationResult]]:
-        with self._loras.run():
-            options = dict(self.options)  # LoRAs may be set for later runs before this one ends
-            return (yield from run_plan(self.pipeline, options, plan, size, previews))
+        size = request.batch_size or usual_batch_size(self.pipeline, plan.params)
+        return self.executor.run(Job(plan, size, self.options, request.trace, request.preview))

@@ -65,11 +65,11 @@ def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: 
     return plan
 
 
-def open_previews(pipeline: ComposedPipeline, request: VideoRequest, plan: VideoPlan) -> Previews | None:
+def open_previews(pipeline: ComposedPipeline, preview: bool | str | Path, plan: VideoPlan) -> Previews | None:
     """What makes small frames of every step, its hook among the plan's; None where none are asked for."""
-    if request.preview is False:
+    if preview is False:
         return None
-    previews = Previews(load_preview_map(pipeline.model, None if request.preview is True else Path(request.preview)))
+    previews = Previews(load_preview_map(pipeline.model, None if preview is True else Path(preview)))
     plan.hooks.append(previews.hook)
     return previews
 
@@ -82,9 +82,18 @@ def usual_batch_size(pipeline: ComposedPipeline, params: SamplingParams) -> int:
 
 
 def run_plan(
-    pipeline: ComposedPipeline, options: Mapping[str, Any], plan: VideoPlan, size: int, previews: Previews | None
+    pipeline: ComposedPipeline,
+    options: Mapping[str, Any],
+    plan: VideoPlan,
+    size: int,
+    previews: Previews | None,
+    *,
+    records: bool = True,
 ) -> Generator[RunEvent, None, list[GenerationResult]]:
-    """Make the videos of a plan, `size` at a time, yielding events; the return value is their results."""
+    """Make the videos of a plan, `size` at a time, yielding events; the return value is their results.
+
+    Without `records` the results have none: it takes reading all files of the model.
+    """
     results: list[GenerationResult] = []
     for start in range(0, len(plan.prompts), size):
         part = slice(start, start + size)
@@ -106,7 +115,7 @@ def run_plan(
             batch = yield from run if previews is None else previews.among(run, start)
             done = [batch] * batch.size
         for index, path in enumerate(plan.paths[part]):
-            record = make_record(pipeline, options, batch, index, given)
+            record = make_record(pipeline, options, batch, index, given) if records else {}
             results.append(_finish(batch, index, path, record, done[index].logging_info))
     return results
 

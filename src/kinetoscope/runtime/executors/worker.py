@@ -1,0 +1,262 @@
+"""What each process of a layout does: it opens the model as its rank, and answers messages until it is told to stop.
+
+All ranks get the same orders and do the same; the first of them tells the caller. Messages to a worker are
+("do", number, kind, payload), ("cancel", number) and ("stop",); those it sends are ("ready", pid), ("beat", Status),
+("event", number, event), ("done", number, value), ("cancelled", number) and ("failed", number, cause, text, error).
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kinetoscope.core.errors import ConfigError, InputError, KinetoscopeError, RunCancelled
+from kinetoscope.engine.hooks import StepTraceHook
+from kinetoscope.engine.protocols import Event
+from kinetoscope.parallel import Groups
+from kinetoscope.parallel.groups import join, leave
+from kinetoscope.pipelines.composed import StageEvent
+from kinetoscope.runtime.executors.orders import Setup, Status
+from kinetoscope.runtime.executors.ranks import rank_generator
+from kinetoscope.runtime.generator import VideoGenerator
+from kinetoscope.runtime.request import VideoPlan
+from kinetoscope.runtime.running import open_previews, run_plan
+from kinetoscope.runtime.session import Session
+
+BEAT = 1.0
+"""Seconds between two signs of life at most; a quarter of the time after which a worker counts as stopped, if less."""
+TURNS = ("step", "stage_start", "block_start")
+"""Events after which a cancelled request stops, on all ranks at once."""
+
+
+class Worker:
+    """One rank. `serve` is its life.
+
+    Args:
+        setup: what to open.
+        send: sends a message; any thread may call it.
+    """
+
+    def __init__(self, setup: Setup, send: Callable[[Any], None]) -> None:
+        self.setup = setup
+        self.status = Status()
+        self.inbox: queue.Queue[Any] = queue.Queue()
+        self._send = send
+        self._cancelled: set[int] = set()
+        self._ended = threading.Event()
+        self._sessions: dict[int, Session] = {}
+        self._number = -1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that decides and tells."""
+        return self.setup.rank == 0
+
+    def post(self, message: Any) -> None:
+        """Take a message, from any thread; a cancellation is heard at once."""
+        if message[0] == "cancel":
+            self._cancelled.add(message[1])
+        else:
+            self.inbox.put(message)
+
+    def serve(self) -> None:
+        """Open the model, then do what comes until told to stop."""
+        threading.Thread(target=self._beat, daemon=True).start()
+        try:
+            self.generator, self.groups = open_worker(self.setup)
+            self._control = control_group(self.groups)
+        except BaseException as error:
+            self._fail(-1, error)
+            return
+        self._idle()
+        self._send(("ready", None))
+        while (message := self.inbox.get())[0] != "stop":
+            _, number, kind, payload = message
+            self._number = number
+            try:
+                outcome = self._drive(number, getattr(self, f"_{kind}")(payload))
+            except BaseException as error:
+                self._fail(number, error)
+                error.__traceback__ = None  # it would keep the tensors of all its frames
+            else:
+                self._idle()  # before it is told, so that who asks then hears it
+                self._send(outcome)
+            self._idle()
+            self._cancelled.discard(number)
+        self._ended.set()
+        for session in self._sessions.values():
+            session.close()
+        leave()
+
+    # -- orders -------------------------------------------------------------------------------------------------------
+
+    def _generate(self, payload: Mapping[str, Any]) -> Generator[Any, None, Any]:
+        """Videos; the results of the rank that leads, as plain values."""
+        self._take_loras(payload["lora"])
+        plan: VideoPlan = replace(
+            payload["plan"],
+            hooks=[StepTraceHook()] if payload["trace"] and self.leads else [],
+            **{name: torch.from_numpy(value) for name, value in payload["given"].items()},
+        )
+        pipeline = self.generator.pipeline
+        previews = open_previews(pipeline, payload["preview"], plan) if self.leads else None
+        with self.generator.held():
+            results = yield from run_plan(
+                pipeline, self.generator.options, plan, payload["size"], previews, records=self.leads
+            )
+        if not self.leads:
+            return None
+        return [
+            replace(r, latents=r.latents.contiguous().numpy(), frames=np.ascontiguousarray(r.frames)) for r in results
+        ]
+
+    def _session(self, payload: Mapping[str, Any]) -> Generator[Any, None, Any]:
+        """A stream begins."""
+        self._take_loras(payload["lora"])
+        session = self.generator.start_session(
+            payload["prompt"], blocks=payload["blocks"], on_event=self._tell, **payload["fields"]
+        )
+        self._sessions[payload["key"]] = session
+        yield from ()
+        return {"params": session.params, "seed": session.seed, "next_frames": session.next_frames}
+
+    def _session_call(self, payload: Mapping[str, Any]) -> Generator[Any, None, Any]:
+        """A block of a stream, a new prompt, its record, or its end."""
+        key, name = payload["key"], payload["name"]
+        session = self._sessions.get(key)
+        if session is None:
+            raise InputError("this session was lost when its processes were started again; start a new one")
+        yield from ()
+        try:
+            value: Any = getattr(session, name)(*payload["args"], **payload["kwargs"])
+        finally:
+            if name == "close" or session.closed:
+                self._sessions.pop(key).close()
+        state = {"closed": session.closed, "blocks": session.blocks, "frames": session.frames}
+        if not session.closed:
+            state["next_frames"] = session.next_frames
+        return (np.ascontiguousarray(value) if name == "step" else value, state) if self.leads else None
+
+    def _take_loras(self, wanted: list[dict[str, Any]]) -> None:
+        """Have the LoRAs that the caller has now, loaded in the same order."""
+        have = self.generator.options["lora"]
+        if [{**r, "weight": 0} for r in have] != [{**r, "weight": 0} for r in wanted]:
+            for record in have:
+                self.generator.unload_lora(record["name"])
+            for record in wanted:
+                self.generator.load_lora(**record)
+        elif have != wanted:
+            self.generator.set_lora({r["name"]: r["weight"] for r in wanted})
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def _drive(self, number: int, events: Generator[Any, None, Any]) -> tuple[Any, ...]:
+        """Run an order to its end, or to where the ranks agree to stop it; the message of its outcome."""
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as stop:
+                return ("done", number, stop.value)
+            self._tell(event)
+            if event.kind in TURNS and self._agree(number in self._cancelled):
+                events.close()
+                return ("cancelled", number)
+
+    def _tell(self, event: Any) -> None:
+        self.status = self.status.after(event)
+        if self.leads:
+            self._send(("event", self._number, without_tensors(event)))
+
+    def _agree(self, cancel: bool) -> bool:
+        """What the leading rank has heard: one rank that left the loop alone would leave the others waiting."""
+        if self._control is None:
+            return cancel
+        word = torch.tensor([cancel], dtype=torch.uint8)
+        dist.broadcast(word, src=0, group=self._control)
+        return bool(word.item())
+
+    def _idle(self) -> None:
+        self.status = Status("idle", 0, self.status.count + 1)
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if not isinstance(error, KinetoscopeError):
+            traceback.print_exception(error)
+        own = error if isinstance(error, KinetoscopeError) and not isinstance(error, RunCancelled) else None
+        cause = "memory" if out_of_memory(error) else "failed"
+        self._send(("failed", number, cause, " ".join(text.split()), _sendable(own), self.status))
+
+    def _beat(self) -> None:
+        """Signs of life: this thread goes on while the main one computes or waits for others."""
+        while not self._ended.wait(min(BEAT, self.setup.stall / 4)):
+            try:
+                self._send(("beat", self.status))
+            except OSError:
+                return
+
+
+def open_worker(setup: Setup) -> tuple[VideoGenerator, Groups]:
+    """Meet the other ranks, and open the model as one of them.
+
+    Raises:
+        KinetoscopeError: whatever opening refuses.
+    """
+    torch.set_num_threads(setup.threads)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("kinetoscope").setLevel(setup.level)
+    if isinstance(setup.store, str):
+        store: dist.Store = dist.FileStore(setup.store, setup.config.world)
+    else:
+        host, port = setup.store
+        store = dist.TCPStore(host, port, setup.config.world, is_master=setup.rank == 0)
+    groups = join(setup.config, rank=setup.rank, store=store, device=setup.device, timeout=setup.timeout)
+    options = dict(setup.options)
+    if setup.rank > 0:
+        options["perf_logging"] = False
+    return rank_generator(setup.model, groups, setup.dtype, options), groups
+
+
+def control_group(groups: Groups) -> dist.ProcessGroup | None:
+    """All processes of the layout, for words on the CPU; None for one alone."""
+    if groups.config.world == 1:
+        return None
+    found = dist.new_group(backend="gloo")
+    if not isinstance(found, dist.ProcessGroup):
+        raise ConfigError("this process is not of its own layout")
+    return found
+
+
+def without_tensors(event: Any) -> Any:
+    """An event as other processes get it: previews whole, of a step its numbers."""
+    if isinstance(event, StageEvent) or not isinstance(event, Event):
+        return event
+    step = None if event.step is None else replace(event.step, prediction=None, guided=None)
+    return replace(event, step=step, latents=None)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory, in one of the ways in which torch and the system do."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    words = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "can't start new thread")
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(w in text for w in words)
+
+
+def _sendable(error: KinetoscopeError | None) -> KinetoscopeError | None:
+    """The error, if it survives the way."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return None
+    return error
