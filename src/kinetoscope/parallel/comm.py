@@ -89,3 +89,35 @@ def pass_on(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
         request.wait()
     _count(group, sum(t.nbytes for t in sent))
     return got
+
+
+def swap_rows(x: Tensor, group: Group, before: int, after: int, dim: int) -> tuple[Tensor | None, Tensor | None]:
+    """The last `before` rows of the process before this one, and the first `after` of the next; None at the ends.
+
+    All processes ask for the same numbers, and have that many rows along `dim`.
+    """
+    length = x.shape[dim]
+    work: list[dist.P2POp] = []
+    sent: list[Tensor] = []
+
+    def meet(step: int, given: Tensor, wanted: int) -> Tensor | None:
+        """Give the neighbour `given`, and get `wanted` rows."""
+        if not 0 <= group.index + step < group.size:
+            return None
+        other = group.ranks[group.index + step]
+        if given.shape[dim]:
+            sent.append(given.contiguous())
+            work.append(dist.P2POp(dist.isend, sent[-1], other, group.handle))
+        if not wanted:
+            return None
+        got = torch.empty_like(x.narrow(dim, 0, wanted), memory_format=torch.contiguous_format)
+        work.append(dist.P2POp(dist.irecv, got, other, group.handle))
+        return got
+
+    above = meet(-1, x.narrow(dim, 0, after), before)
+    below = meet(1, x.narrow(dim, length - before, before), after)
+    if work:
+        for request in dist.batch_isend_irecv(work):
+            request.wait()
+    _count(group, sum(t.nbytes for t in sent))
+    return above, below

@@ -15,6 +15,7 @@ from kinetoscope.loading.components import Place
 from kinetoscope.loading.offload import OFFLOADS, Mover, Offload
 from kinetoscope.loading.quantize import check_quantization, quantize_blocks
 from kinetoscope.parallel import Groups
+from kinetoscope.parallel.vae import check_shared, share_vae
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.decoding import VAE_MODES, DecodingStage
 from kinetoscope.runtime.compile import check_compile, compile_blocks, compile_mode
@@ -81,6 +82,10 @@ class Care:
             CompositionError: its VAE cannot; the message names both.
         """
         kind = pipeline.model.components().get(VAE)
+        if self._shares_vae:
+            if VAE in pipeline.given:
+                raise CompositionError("parallel vae and modules= (vae) cannot be used together: it would be changed")
+            check_shared(str(kind), pipeline.model.config(VAE))
         if self.vae == "tiled" and not hasattr(getattr(diffusers, str(kind), None), "enable_tiling"):
             raise CompositionError(f"vae='tiled' and {kind} cannot be used together: it has no tiles")
         if self.vae != "streaming":
@@ -93,6 +98,10 @@ class Care:
         if kind != "AutoencoderKLWan":
             raise CompositionError(f"vae='streaming' and {kind} cannot be used together: it may look ahead in time")
         stage.streaming = True
+
+    @property
+    def _shares_vae(self) -> bool:
+        return self.groups is not None and self.groups.vae.size > 1
 
     def home(self, name: str) -> torch.device:
         """The device, or the CPU for weights that change or wait before they go there."""
@@ -112,6 +121,9 @@ class Care:
         if self.vae == "tiled" and name == VAE:
             any_vae: Any = module
             any_vae.enable_tiling()
+        if self._shares_vae and name == VAE:
+            assert self.groups is not None
+            share_vae(module, self.groups.vae)
         if self.offload:
             self.offload.add(name, module)
         else:
