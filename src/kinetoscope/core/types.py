@@ -160,6 +160,7 @@ class ExecutionArgs:
             devices share the branches.
         attention: role -> attention function, from `attention.resolve_attention`.
         text_mode: "padded" or "true_length" instead of what the model was trained with (`nn.text_padding`).
+        ulysses: devices that share the heads of self-attention, so that a K/V cache holds a device's own.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -168,3 +169,4 @@ class ExecutionArgs:
     cfg: str = "auto"
     attention: Mapping[str, AttentionFn] = field(default_factory=dict[str, AttentionFn])
     text_mode: str | None = None
+    ulysses: int = 1

@@ -7,12 +7,13 @@ a view of the buffer, and memory and work of a block do not grow with the stream
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from kinetoscope.core.errors import InputError
+from kinetoscope.core.errors import CompositionError, InputError
 
 
 class RingCache(NamedTuple):
@@ -58,6 +59,16 @@ class RingCache(NamedTuple):
     def tokens(self) -> int:
         """Tokens of a frame."""
         return self.keys[0].shape[2]
+
+    def split_frames(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[R, F M, H, D] tokens of F frames, `grid` F, H', W' -> [R, F, M, H, D]
+
+        Raises:
+            CompositionError: they are a part of the frames' tokens.
+        """
+        if x.shape[1] != math.prod(grid):
+            raise CompositionError("ring and a K/V cache of frames cannot be used together; use ulysses")
+        return x.unflatten(1, (grid[0], self.tokens))
 
     def runs(self, start: int, count: int) -> list[tuple[int, int, int]]:
         """Where frames [start, start + count) of the stream are: (first frame less `start`, place, frames) each.

@@ -159,7 +159,7 @@ class CausalStrategy:
         guidance = [Guidance.make(s, rescale, params.guidance) for _, s in zip(networks, scales, strict=False)]
         branches = max((g.branches for g in guidance), key=len)
         size, rows = _size(batch), len(branches) * batch.size
-        options = {"window": extra.get(WINDOW), "sink": extra.get(SINK), "dtype": args.dtype}
+        options = {"window": extra.get(WINDOW), "sink": extra.get(SINK), "dtype": args.dtype, "devices": args.ulysses}
         times = [*schedule.times, float(int(extra.get(CONTEXT_NOISE) or 0)), 0.0]
         experts = [
             Expert(

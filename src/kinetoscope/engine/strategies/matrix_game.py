@@ -67,8 +67,11 @@ class PlayableTransformer(Protocol):
 
     def __call__(self, latents: Tensor, timestep: Tensor, **conditioning: Tree) -> Tensor: ...
 
-    def new_memory(self, rows: int, latent_shape: Sequence[int], dtype: torch.dtype | None = None) -> Tree:
-        """Empty memory, a row-first tree, for a video or a stream of any length."""
+    def new_memory(
+        self, rows: int, latent_shape: Sequence[int], dtype: torch.dtype | None = None, devices: int = 1
+    ) -> Tree:
+        """Empty memory, a row-first tree, for a video or a stream of any length, of one of so many devices that share
+        the heads."""
         ...
 
     def prepare_conditioning(self, *, image_embeds: Tensor) -> dict[str, Tree]:
@@ -161,7 +164,7 @@ class MatrixGameStrategy:
         times = torch.tensor([*schedule.times, self._context_time(batch)], device=args.device)
         size = (config.out_channels, *shape[2:])
         image = transformer.prepare_conditioning(image_embeds=batch.image_embeds.to(args.device, args.dtype))
-        memory = transformer.new_memory(shape[0], size, args.dtype)
+        memory = transformer.new_memory(shape[0], size, args.dtype, args.ulysses)
         return StrategyState(
             batch=batch,
             args=args,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from kinetoscope.nn.embeddings import TimestepEmbedding, sinusoidal_embedding
 from kinetoscope.nn.linear import Linear, linear_gelu
 from kinetoscope.nn.norm import ModulatedNorm, RMSNorm
 from kinetoscope.nn.rope import apply_rope, rope_table
+from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, join_tokens, run_blocks
 
 
@@ -244,10 +246,12 @@ class HunyuanVideoTransformer3DModel(nn.Module):
         table = torch.cat([rope, unrotated])  # [N + L, D/2]
         rows = {"emb": emb, "key_bias": key_bias}
         shared = {"first": first, "grid": tuple(grid)}
+        apart = TokenAxes(each={"rope": 0}, leading=("first",))
+        joint = replace(apart, tail=words.shape[1])
         joined = run_blocks((x, words), [  # [R, N + L, d]
-            *(BlockCall(block, rows, {"rope": rope, **shared}) for block in self.transformer_blocks),
+            *(BlockCall(block, rows, {"rope": rope, **shared}, apart) for block in self.transformer_blocks),
             BlockCall(join_tokens),
-            *(BlockCall(block, rows, {"rope": table, **shared}) for block in self.single_transformer_blocks),
+            *(BlockCall(block, rows, {"rope": table, **shared}, joint) for block in self.single_transformer_blocks),
         ])  # fmt: skip
         x = self.norm_out(joined[:, : x.shape[1]], emb[:, -1:])
         return self.x_embedder.undo(self.proj_out(x), grid).to(latents.dtype)

@@ -32,10 +32,12 @@ from kinetoscope.nn.embeddings import TimestepEmbedding, sinusoidal_embedding
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm
 from kinetoscope.nn.rope import rope_table
+from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
 
 GLYPH_HIDDEN = 2048
 WORDS, GLYPHS, IMAGE = range(3)  # rows of the table of token kinds
+TOKENS = TokenAxes(each={"rope": 0})
 
 
 class Hunyuan15Text(NamedTuple):
@@ -237,7 +239,8 @@ class HunyuanVideo15Transformer3DModel(nn.Module):
         emb = F.silu(time.vector).unsqueeze(1)  # [R or 1, 1, d]
         rows = {"emb": emb, "key_bias": key_bias}
         shared = {"rope": rope, "grid": tuple(grid)}
-        x, _ = run_blocks((x, context), [BlockCall(block, rows, shared) for block in self.transformer_blocks])
+        calls = [BlockCall(block, rows, shared, TOKENS) for block in self.transformer_blocks]
+        x, _ = run_blocks((x, context), calls)
         return self.x_embedder.undo(self.proj_out(self.norm_out(x, emb)), grid).to(latents.dtype)
 
     def _time(self, timestep: Tensor, timestep_r: Tensor | None) -> Hunyuan15Time:

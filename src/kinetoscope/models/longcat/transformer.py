@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetoscope.attention import attention
+from kinetoscope.core.context import Rows
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.longcat.config import LongCatConfig
 from kinetoscope.nn.embeddings import sinusoidal_embedding
@@ -22,11 +23,13 @@ from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
 from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
 from kinetoscope.nn.swiglu import SwiGLU
 from kinetoscope.nn.text_padding import PADDED, TRUE_LENGTH, read_text
 
 EPS = 1e-6
+TOKENS = TokenAxes(each={"rope": 0}, groups={"time": 1}, leading=("clean",))
 
 
 class TextContext(NamedTuple):
@@ -42,6 +45,13 @@ class KeyValue(NamedTuple):
 
     keys: Tensor  # [B, N_cond, H, D]
     values: Tensor  # [B, N_cond, H, D]
+
+
+class Past(NamedTuple):
+    """Condition frames that are not among the tokens."""
+
+    pair: KeyValue
+    rope: Tensor  # complex64 [N_cond, D/2]
 
 
 class SelfAttention(nn.Module):
@@ -64,23 +74,20 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,
         rope: Tensor,
-        condition: int,
-        cache: KeyValue | None,
+        past: Past | None,
+        rows: Rows | None = None,
         grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
-        """[R, T, M, d] -> [R, T, M, d]; rope covers condition and x, `condition` frames of x (or of the cache) lead."""
+        """[R, T, M, d] -> [R, T, M, d]; see `attention` for rows and grid."""
         q, k, v = self.project(x)
-        own = condition * x.shape[2]  # condition tokens
-        if cache is not None:
-            keys, values = (t.to(x.device).repeat(x.shape[0] // t.shape[0], 1, 1, 1) for t in cache)
-            k, v = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
-        q, k = apply_rope(q, rope[-q.shape[1] :]), apply_rope(k, rope)
-        if cache is None and own:
-            clean = attention(q[:, :own], k[:, :own], v[:, :own], role="self")
-            noisy = attention(q[:, own:], k, v, role="self")
-            out = torch.cat([clean, noisy], dim=1)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if past is None:
+            out = attention(q, k, v, role="self", rows=rows, grid=grid)
         else:
-            out = attention(q, k, v, role="self", grid=grid if cache is None else None)
+            keys, values = (t.to(x.device).repeat(x.shape[0] // t.shape[0], 1, 1, 1) for t in past.pair)
+            keys = apply_rope(keys, past.rope)
+            k, v = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
+            out = attention(q, k, v, role="self", lead=keys.shape[1])
         return self.proj(out.reshape(*x.shape[:-1], -1))
 
 
@@ -102,9 +109,9 @@ class CrossAttention(nn.Module):
         return self.k_norm(k), v.contiguous()
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, key_bias: Tensor | None) -> Tensor:
-        """[R, T, M, d] -> [R, T, M, d]"""
-        q = self.q_norm(self.q_linear(x).flatten(1, 2).unflatten(-1, (-1, self.head_dim)))
-        return self.proj(attention(q, keys, values, role="cross", key_bias=key_bias).reshape(*x.shape[:-1], -1))
+        """[R, N, d] -> [R, N, d]"""
+        q = self.q_norm(self.q_linear(x).unflatten(-1, (-1, self.head_dim)))
+        return self.proj(attention(q, keys, values, role="cross", key_bias=key_bias).flatten(2))
 
 
 class LongCatSingleStreamBlock(nn.Module):
@@ -132,16 +139,17 @@ class LongCatSingleStreamBlock(nn.Module):
         time: Tensor,
         text: tuple[Tensor, Tensor, Tensor | None],
         rope: Tensor,
-        condition: int,
-        cache: KeyValue | None,
+        clean: int,
+        past: Past | None,
+        rows: Rows | None = None,
         grid: tuple[int, int, int] | None = None,
     ) -> Tensor:
-        """x [R, T, M, d], time [R, T, a] -> [R, T, M, d]"""
+        """x [R, T, M, d], time [R, T, a] -> [R, T, M, d]; the first `clean` tokens are of condition frames"""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(time)
-        x = gated_add(x, self.attn(self.mod_norm_attn(x, shift_a, 1 + scale_a), rope, condition, cache, grid), gate_a)
-        clean, noisy = x.tensor_split([condition if cache is None else 0], dim=1)  # condition frames read no text
+        x = gated_add(x, self.attn(self.mod_norm_attn(x, shift_a, 1 + scale_a), rope, past, rows, grid), gate_a)
+        given, noisy = x.flatten(1, 2).tensor_split([clean], dim=1)  # condition frames read no text
         noisy = noisy + self.cross_attn(self.pre_crs_attn_norm(noisy), *text)
-        x = torch.cat([clean, noisy], dim=1) if clean.shape[1] else noisy
+        x = (torch.cat([given, noisy], dim=1) if clean else noisy).view(x.shape)
         return gated_add(x, self.ffn(self.mod_norm_ffn(x, shift_f, 1 + scale_f)), gate_f)
 
     def condition(self, x: Tensor, time: Tensor, rope: Tensor) -> tuple[Tensor, KeyValue]:
@@ -153,6 +161,11 @@ class LongCatSingleStreamBlock(nn.Module):
         x = gated_add(x, self.attn.proj(out.reshape(*x.shape[:-1], -1)), gate_a)
         x = gated_add(x, self.ffn(self.mod_norm_ffn(x, shift_f, 1 + scale_f)), gate_f)
         return x, KeyValue(k, v)
+
+
+def condition_rows(clean: int, tokens: int) -> Rows:
+    """Condition tokens attend to themselves, the others to all."""
+    return (((0, clean), ((0, clean),)), ((clean, tokens), ((0, tokens),)))
 
 
 class TimestepEmbedder(nn.Module):
@@ -333,12 +346,15 @@ class LongCatVideoTransformer3DModel(nn.Module):
         if timestep.ndim == 1:
             timestep = timestep.unsqueeze(1).expand(-1, frames)
         time = self.t_embedder(timestep.to(x.dtype).float())  # [R, T, a]; published: timesteps in the compute dtype
-        caches = kv_cache if kv_cache is not None else [None] * len(self.blocks)
         grid = token_grid((frames, height, width), self.config.patch_size)
+        before, rope = rope.tensor_split([len(rope) - math.prod(grid)])
+        pasts = [None] * len(self.blocks) if kv_cache is None else [Past(pair, before) for pair in kv_cache]
+        clean = 0 if kv_cache is not None else num_cond_latents * grid[1] * grid[2]
+        rows = condition_rows(clean, math.prod(grid)) if clean else None
         calls = [
             BlockCall(block, {"time": time, "text": (k, v, text.key_bias)},
-                      {"rope": rope, "condition": num_cond_latents, "cache": cache, "grid": grid})
-            for block, k, v, cache in zip(self.blocks, text.keys, text.values, caches, strict=True)
+                      {"rope": rope, "clean": clean, "past": past, "rows": rows, "grid": grid}, TOKENS)
+            for block, k, v, past in zip(self.blocks, text.keys, text.values, pasts, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, T, M, d]
         return unpatchify(self.final_layer(x, time), grid, self.config.patch_size)

@@ -10,13 +10,15 @@ block: they attend to each other and to what is remembered of earlier ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kinetoscope.attention import attention
+from kinetoscope.core.context import current_context
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.matrix_game.config import MatrixGameConfig
 from kinetoscope.nn.action import ActionMemory, ActionModule, action_rope, action_windows, pad_actions
@@ -27,8 +29,10 @@ from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
 from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.ring_cache import RingCache
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
+from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
 
+TOKENS = TokenAxes(each={"rope.tokens": 0}, groups={"modulation": 1})
 UNBOUNDED_WINDOW = 15
 """Latent frames that are remembered where `local_attn_size` is -1, as published."""
 
@@ -90,16 +94,22 @@ class Attention(nn.Module):
         heads = (-1, self.head_dim)
         return self.norm_k(self.to_k(x)).unflatten(-1, heads), self.to_v(x).unflatten(-1, heads)
 
-    def past_and_present(self, x: Tensor, rope: Tensor, memory: RingCache | None, layer: int, start: int) -> Tensor:
+    def past_and_present(
+        self, x: Tensor, rope: Tensor, memory: RingCache | None, layer: int, start: int, grid: tuple[int, int, int]
+    ) -> Tensor:
         """Self-attention: [R, F, M, d] -> [R, F, M, d]"""
         q = apply_rope(self.queries(x), rope)
         k, v = self.keys_values(x.flatten(1, 2))
         k = apply_rope(k, rope)
-        if memory is not None:
-            frames = (x.shape[1], x.shape[2])
-            k, v = memory.update(layer, k.unflatten(1, frames), v.unflatten(1, frames), start)
-            k, v = k.flatten(1, 2), v.flatten(1, 2)  # [R, N', H, D]
-        return self.to_out(attention(q, k, v, role="self").reshape(*x.shape[:-1], -1))
+
+        def remember(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            """Remembers [R, N, H, D]; [R, N', H, D] are seen"""
+            assert memory is not None
+            k, v = memory.update(layer, memory.split_frames(k, grid), memory.split_frames(v, grid), start)
+            return k.flatten(1, 2), v.flatten(1, 2)
+
+        out = attention(q, k, v, role="self", memory=None if memory is None else remember)
+        return self.to_out(out.reshape(*x.shape[:-1], -1))
 
     def image(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Cross-attention: [R, F, M, d] -> [R, F, M, d]"""
@@ -133,19 +143,32 @@ class MatrixGameBlock(nn.Module):
         rope: Rope,
         memory: Memory | None,
         start: int,
+        grid: tuple[int, int, int],
     ) -> Tensor:
-        """x [R, F, M, d], modulation [R or 1, F or 1, 6, d] -> [R, F, M, d]"""
+        """x [R, F, M, d] of tokens in a `grid`, modulation [R or 1, F or 1, 6, d] -> [R, F, M, d]"""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         tokens = None if memory is None else memory.tokens
-        attended = self.attn1.past_and_present(self.norm1(x, shift_a, scale_a), rope.tokens, tokens, self.layer, start)
-        x = gated_add(x, attended, gate_a)
+        normed = self.norm1(x, shift_a, scale_a)
+        x = gated_add(x, self.attn1.past_and_present(normed, rope.tokens, tokens, self.layer, start, grid), gate_a)
         x = x + self.attn2.image(self.norm2(x), *image)
         if self.action_model is not None:
             past = None
             if memory is not None and memory.keyboard is not None:
                 past = ActionMemory(memory.keyboard, memory.mouse, self.action_layer, start)
-            x = self.action_model(x, keyboard, mouse, rope.actions, past)
+            act = partial(self.action_model, keyboard=keyboard, mouse=mouse, rope=rope.actions, memory=past)
+            context = current_context()
+            shared = context is not None and context.share is not None
+            x = _on_whole_frames(act, x, grid) if shared else act(x)
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
+
+
+@torch.compiler.disable
+def _on_whole_frames(act: Callable[[Tensor], Tensor], x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """`act`, which attends along time, where x is this process's part of the tokens: every process does all of it."""
+    context = current_context()
+    assert context is not None and context.share is not None
+    whole = context.share.gather(x.flatten(1, 2), 1).unflatten(1, (grid[0], -1))
+    return context.share.take(act(whole).flatten(1, 2), 1).view(x.shape)
 
 
 class ConditionEmbedder(nn.Module):
@@ -195,13 +218,16 @@ class MatrixGameTransformer3DModel(nn.Module):
 
     # -- what a run computes or allocates once ------------------------------------------------------------------------
 
-    def new_memory(self, rows: int, latent_shape: Sequence[int], dtype: torch.dtype | None = None) -> Memory:
+    def new_memory(
+        self, rows: int, latent_shape: Sequence[int], dtype: torch.dtype | None = None, devices: int = 1
+    ) -> Memory:
         """Empty memory for a video or a stream of any length.
 
         Args:
             rows: R.
             latent_shape: [..., H, W] of the latents.
             dtype: of keys and values; None: that of the weights.
+            devices: that share the heads of self-attention (Ulysses), each of which remembers its own.
 
         Raises:
             InputError: a size that is not a multiple of the patch.
@@ -211,8 +237,8 @@ class MatrixGameTransformer3DModel(nn.Module):
         tokens = math.prod(self._grid((1, *latent_shape[-2:])))
         weight = self.proj_out.weight
 
-        def ring(layers: int, tokens: int, width: int, head_dim: int) -> RingCache:
-            shape = (rows, frames, tokens, width // head_dim, head_dim)
+        def ring(layers: int, tokens: int, width: int, head_dim: int, devices: int = 1) -> RingCache:
+            shape = (rows, frames, tokens, -(-(width // head_dim) // devices), head_dim)
             dt = dtype or weight.dtype
             return RingCache.allocate(layers, shape, sink=config.sink_size, dtype=dt, device=weight.device)
 
@@ -222,7 +248,7 @@ class MatrixGameTransformer3DModel(nn.Module):
         keys = 0 if module is None else module.mouse_attn_q.out_features
         layers, size = len(action.blocks), 1 if module is None else module.head_dim
         return Memory(
-            ring(config.num_layers, tokens, width, config.attention_head_dim),
+            ring(config.num_layers, tokens, width, config.attention_head_dim, devices),
             ring(layers, 1, keys, size) if layers else None,
             ring(layers, tokens, keys, size) if layers and action.enable_mouse else None,
         )
@@ -301,7 +327,7 @@ class MatrixGameTransformer3DModel(nn.Module):
         tables = modulation.blocks.unbind(2)
         calls = [
             BlockCall(block, {"image": (k, v), "keyboard": keyboard, "mouse": mouse, "modulation": table},
-                      {"rope": rope, "memory": memory, "start": start_frame})
+                      {"rope": rope, "memory": memory, "start": start_frame, "grid": tuple(grid)}, TOKENS)
             for block, k, v, table in zip(self.blocks, image.keys, image.values, tables, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, F, M, d]

@@ -7,8 +7,8 @@ keys and values of earlier blocks from a cache that the caller owns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from kinetoscope.attention import attention
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.wan.config import WanConfig
-from kinetoscope.models.wan.transformer import SelfAttention, WanTransformer3DModel
+from kinetoscope.models.wan.transformer import TOKENS, SelfAttention, WanTransformer3DModel
 from kinetoscope.nn.ring_cache import RingCache, remember
+from kinetoscope.nn.split import TokenAxes
 
 Span = tuple[int, int]
 """Consecutive frames or tokens [start, stop)."""
@@ -140,24 +141,17 @@ class CausalSelfAttention(SelfAttention):
         """[R, F, M, d] -> [R, F, M, d]; dense, since blocks of a video come with the past between them."""
         place = rope if isinstance(rope, Place) else Place(rope)
         q, k, v = self.project(x, place.table)  # [R, N, H, D] each
-        if place.cache is not None:
-            frames = (-1, place.cache.tokens)
-            k, v = remember(self, place, k.unflatten(1, frames), v.unflatten(1, frames))  # pyright: ignore[reportCallIssue]
-            k, v = k.flatten(1, 2), v.flatten(1, 2)  # [R, N', H, D]
-        if place.rows is None:
-            out = attention(q, k, v, role="self")
-        else:
-            out = torch.cat([self._attend(q, k, v, *row) for row in place.rows], dim=1)
+        cache = place.cache
+
+        def memory(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            """Remembers [R, N, H, D]; [R, N', H, D] are seen"""
+            assert cache is not None
+            k, v = cache.split_frames(k, grid), cache.split_frames(v, grid)
+            k, v = remember(self, place, k, v)  # pyright: ignore[reportCallIssue]
+            return k.flatten(1, 2), v.flatten(1, 2)
+
+        out = attention(q, k, v, role="self", rows=place.rows, memory=None if cache is None else memory)
         return self.to_out(out.reshape(*x.shape[:-1], -1))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Span, keys: tuple[Span, ...]) -> Tensor:
-        """Attention of some queries to some keys: [R, n, H, D]"""
-        return attention(q[:, slice(*queries)], _spans(k, keys), _spans(v, keys), role="self")
-
-
-def _spans(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    parts = [x[:, slice(*span)] for span in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -168,6 +162,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     """
 
     config: CausalWanConfig
+    token_axes: ClassVar[TokenAxes] = replace(TOKENS, each={"rope.table": 0})
 
     def __init__(self, config: CausalWanConfig) -> None:
         super().__init__(config)
@@ -183,6 +178,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         window: int | None = None,
         sink: int | None = None,
         dtype: torch.dtype | None = None,
+        devices: int = 1,
     ) -> RingCache:
         """Memory for a video or a stream.
 
@@ -192,6 +188,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             frames: latent frames of the whole video; None: a stream.
             window, sink: in place of the configured `local_attn_size` and `sink_size`.
             dtype: of keys and values; None: that of the weights.
+            devices: that share the heads in attention (Ulysses), each of which remembers its own.
 
         Raises:
             InputError: a video longer than an unbounded window may be; a size that is not a multiple of the patch.
@@ -216,7 +213,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         size = limit if frames is None else min(limit, max(frames, sink + 1))
         return RingCache.allocate(
             config.num_layers,
-            (rows, size, tokens, heads, head_dim),
+            (rows, size, tokens, -(-heads // devices), head_dim),
             sink=sink,
             dtype=dtype or weight.dtype,
             device=weight.device,

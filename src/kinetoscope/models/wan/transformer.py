@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,7 @@ class WanTransformer3DModel(nn.Module):
     """
 
     keep_in_float32 = ("time_embedder", "scale_shift_table", "norm2")
+    token_axes: ClassVar[TokenAxes] = TOKENS
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -361,7 +362,7 @@ class WanTransformer3DModel(nn.Module):
         images = text.image or [None] * len(self.blocks)
         calls = [
             BlockCall(block, {"keys": k, "values": v, "key_bias": text.key_bias, "modulation": table, "image": image},
-                      {"rope": rope, "grid": (frames, height, width)}, TOKENS)
+                      {"rope": rope, "grid": (frames, height, width)}, self.token_axes)
             for block, k, v, image, table in zip(self.blocks, text.keys, text.values, images, tables, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, F, M, d]
