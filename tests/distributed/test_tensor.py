@@ -24,7 +24,9 @@ from kinetoscope.parallel import Groups
 from kinetoscope.parallel.comm import SENT
 from kinetoscope.parallel.tensor import STYLES, misfit
 from kinetoscope.parallel.tensor.plan import Style
+from kinetoscope.runtime.compile import compile_blocks
 from kinetoscope.runtime.placement import place_module
+from lora_files import factors, tensors, write
 from runtime.families import FAMILIES as PIPELINES
 from tiny import make_tiny_wan
 
@@ -102,6 +104,18 @@ def test_a_plan_is_laid_over_a_model_strictly() -> None:
     assert misfit(case.model, styles, 8) == "blocks.0.attn1.to_q has 4 heads of 16, which tp=8 does not divide"
 
 
+def compiled(groups: Groups, case: Case) -> float:
+    model = shared_out(groups, case)
+    compile_blocks(model, "default", backend="eager")
+    return max((out - case.expected).abs().max().item() for out in case.outputs(model))
+
+
+@pytest.mark.distributed
+def test_compiled_blocks() -> None:
+    """Graphs break where devices talk, and compute the same."""
+    assert max(run_ranks("cfg=2,tp=2,fsdp=true", compiled, make_case("wan"))) <= TOLERANCE
+
+
 # -- bytes, gradients, weights that are read -------------------------------------------------------------------------
 
 
@@ -121,9 +135,7 @@ def test_bytes_sent_are_those_of_the_formula() -> None:
     rows, _, frames, height, width = case.inputs["latents"].shape
     tokens, layers = rows * frames * height * width // 4, len(case.model.blocks)  # pyright: ignore
     summed = 4 * tokens * layers * (3 * 64 + 3)
-    for devices in (2, 4):
-        expected = summed * 2 * (devices - 1) // devices
-        assert run_ranks(f"tp={devices}", sent_in_a_forward, case) == [expected] * devices
+    assert run_ranks("tp=2", sent_in_a_forward, case) == [summed] * 2  # 2 (P - 1) / P = 1
 
 
 def gradients(groups: Groups | None, case: Case) -> dict[str, Tensor]:
@@ -158,9 +170,13 @@ def test_cuts() -> None:
     assert take(x[:4], (4, 2), [Cut(0, 2, 3)]).shape == (0, 2)
 
 
-def video(groups: Groups | None, folder: Path, family: str, **options: Any) -> dict[str, Any]:
+def video(groups: Groups | None, folder: Path, family: str, lora: Path | None = None, **options: Any) -> dict[str, Any]:
     """Latents of a whole pipeline, and the bytes that each component holds."""
     generator = open_among(groups, folder / family, **options)
+    if lora is not None:  # set, changed while the weights are there, and taken away by nobody
+        generator.load_lora(lora)
+        generator.generate_video("a red circle", **PIPELINES[family].request())
+        generator.set_lora(dict.fromkeys(generator.loras, 0.7))
     result = generator.generate_video("a red circle", **PIPELINES[family].request())
     modules = generator.pipeline.loaded_modules()
     held = {name: held_bytes(module) for name, module in modules.items() if isinstance(module, nn.Module)}
@@ -184,6 +200,14 @@ def test_videos_of_two_devices_equal_one(tmp_path: Path) -> None:
     check_videos(tmp_path, "wan", "tp=2", 0.75)
     whole, own = (read_own(devices, tmp_path / "wan") for devices in (1, 2))
     assert own["text_encoder"] < 0.6 * whole["text_encoder"] and own["transformer"] < 0.75 * whole["transformer"]
+
+
+@pytest.mark.parametrize("parallel", ["tp=2", pytest.param("cfg=2,tp=2,fsdp=true", marks=pytest.mark.distributed)])
+def test_lora_changes_each_devices_part(tmp_path: Path, parallel: str) -> None:
+    lora = write(tmp_path / "lora.safetensors", tensors("diffusers", factors()))
+    check_videos(tmp_path, "wan", parallel, 0.75, lora=lora)
+    plain, changed = (video(None, tmp_path, "wan", lora=file)["latents"] for file in (None, lora))
+    assert (plain - changed).abs().max() > 1e-2 * plain.std(), "the LoRA does nothing"
 
 
 def read_own(devices: int, path: Path) -> dict[str, int]:

@@ -13,7 +13,6 @@ from kinetoscope.loading.components import Place, register_component
 from kinetoscope.loading.directory import ModelDir
 from kinetoscope.loading.weights import load_weights
 
-
 T5_SHARDING = ShardPlan(
     {
         "shared": "vocabulary",

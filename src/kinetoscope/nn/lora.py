@@ -7,16 +7,18 @@ forward costs what it did, compiled graphs stay, and W comes back bit for bit. A
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.lora import Full, LowRank, Weighted
+from kinetoscope.core.sharding import Cut, share_of, take
 
 MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a change is added to in place; the sum is rounded to it once."""
@@ -81,14 +83,19 @@ class Carrier:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         value = getattr(owner, leaf, None)
-        if type(value) is nn.Parameter and value.dtype in MERGED_DTYPES:
-            self._merge(name, value, changes)
+        if isinstance(value, DTensor) or (type(value) is nn.Parameter and value.dtype in MERGED_DTYPES):
+            share = share_of(module)
+            own = value.to_local() if isinstance(value, DTensor) else value
+            self._merge(name, own, changes, value.shape, share.cuts(name) if share else ())
         elif leaf == "weight":
             self._put_beside(name, owner, changes, dtype)
         elif changes:
             raise CompositionError(f"the LoRA changes {name}, which this module keeps in a form that cannot be changed")
 
-    def _merge(self, name: str, parameter: nn.Parameter, changes: Weighted) -> None:
+    def _merge(
+        self, name: str, parameter: Tensor, changes: Weighted, shape: Sequence[int], cuts: Sequence[Cut]
+    ) -> None:
+        """`parameter` is what is here of one of `shape`."""
         changes = tuple((c, w) for c, w in changes if w)
         if not changes:
             if (base := self._base.pop(name, None)) is not None:
@@ -98,7 +105,7 @@ class Carrier:
             self._base[name] = parameter.detach().to("cpu", copy=True)
         total = self._base[name].to(parameter.device, torch.float32, copy=True)
         for change, weight in changes:
-            total += weight * change.delta(total.shape, total.device)
+            total += weight * take(change.delta(shape, total.device), shape, cuts)
         parameter.copy_(total)
 
     def _put_beside(self, name: str, owner: nn.Module, changes: Weighted, dtype: torch.dtype) -> None:

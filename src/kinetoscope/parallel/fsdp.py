@@ -23,6 +23,8 @@ from kinetoscope.parallel.groups import Group, Groups
 
 AXES = ("cfg", "ring", "ulysses")
 """Axes of the mesh along which weights are equal."""
+NAME = "fsdp"
+"""Under which `comm.SENT` counts what gathering sends."""
 
 
 def shard_fully(module: nn.Module, plan: ShardPlan, groups: Groups) -> dict[str, Cut]:
@@ -88,7 +90,7 @@ class _CountedGather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        SENT[self.group.name] += input_tensor.nbytes * (self.group.size - 1)
+        SENT[NAME] += input_tensor.nbytes * (self.group.size - 1)
         return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 

@@ -45,6 +45,8 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict("cfg", "cfg=sequential|batched", "the branches are shared among devices"),
     Conflict("tp", "offload", "the shares of the weights are made as they load, and stay"),
     Conflict("fsdp", "offload", "the shares of the weights are made as they load, and stay"),
+    Conflict("tp", "quantize", "a device's part of a layer would be rounded by scales of its own"),
+    Conflict("fsdp", "quantize", "weights in 8 bits cannot be cut and gathered by rows"),
     Conflict("fsdp", "compile=reduce-overhead|max-autotune", "CUDA graphs replay addresses of weights, which move"),
 )
 

@@ -94,10 +94,11 @@ def misfit(module: nn.Module, styles: Mapping[str, str], devices: int) -> str | 
     """
     for path, text in _cover(module, styles).items():
         name, _, parts = text.partition(":")
-        layer: Any = module.get_submodule(path)
-        if not isinstance(layer, STYLES[name].of):
+        found = module.get_submodule(path)
+        if not isinstance(found, STYLES[name].of):
             wanted = " or ".join(kind.__name__ for kind in STYLES[name].of)
-            raise ConfigError(f"plan of {type(module).__name__}: {path} is a {type(layer).__name__}, not a {wanted}")
+            raise ConfigError(f"plan of {type(module).__name__}: {path} is a {type(found).__name__}, not a {wanted}")
+        layer: Any = found
         if name == "heads" and layer.n_heads % devices:
             return f"{path} has {layer.n_heads} heads, which tp={devices} does not divide"
         for leaf, dim in STYLES[name].cuts.items() if name != "vocabulary" else ():  # words need not come out even
@@ -110,6 +111,20 @@ def misfit(module: nn.Module, styles: Mapping[str, str], devices: int) -> str | 
                 count = value.shape[dim] // int(parts or 1) // width
                 return f"{path} has {count} {what}, which tp={devices} does not divide"
     return None
+
+
+def shared_parameters(module: nn.Module, styles: Mapping[str, str]) -> dict[str, str]:
+    """Parameter -> style by which devices share it, where they do: what `apply_plan` would cut.
+
+    Raises:
+        ConfigError: the plan does not fit the model; see `apply_plan`.
+    """
+    found: dict[str, str] = {}
+    for path, text in _cover(module, styles).items():
+        style = text.partition(":")[0]
+        layer = module.get_submodule(path)
+        found |= {f"{path}.{leaf}": style for leaf in STYLES[style].cuts if getattr(layer, leaf) is not None}
+    return found
 
 
 def _head_width(module: nn.Module, path: str, size: int) -> int:
