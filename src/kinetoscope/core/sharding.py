@@ -21,7 +21,7 @@ class ShardPlan:
         outside: what is called of each block before the blocks run, by name in the block ("attn2.project").
         roots: and of the whole model.
         may_be_whole: a model whose heads do not divide is on every device, instead of being refused; for encoders,
-            which are not what a layout is chosen for.
+            whose heads are not chosen with the layout in mind.
     """
 
     styles: Mapping[str, str]

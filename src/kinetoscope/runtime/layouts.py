@@ -246,7 +246,8 @@ def bytes_a_step(config: ParallelConfig, work: Workload) -> dict[str, int]:
     """scheme -> bytes that the busiest rank sends in one step.
 
     With R rows on this rank, N tokens of the video in P = ulysses x ring parts of n = ceil(N / P), L of text, and d
-    channels in H heads, of which a rank of `tp` has d' = d / tp (heads padded to a multiple of ulysses), e bytes a number:
+    channels in H heads, of which a rank of `tp` has d' = d / tp (heads padded to a multiple of ulysses), e bytes a
+    number:
 
     - ulysses: 4 R n d' e (u - 1) / u a block: queries, keys and values out, results back.
     - ring: 2 R n d' e (r - 1) a block: keys and values of the others pass by.
