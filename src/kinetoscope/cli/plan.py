@@ -89,7 +89,7 @@ def _print_table(found: Any) -> None:
     for e in found:
         numbers = (e.step, e.compute, e.waiting, e.decode, e.seconds, e.videos, sum(e.sent.values()) / 1e9)
         rows.append(
-            (str(e.config), *(f"{n:.3g}" for n in numbers), f"{e.peak / 1e9:.3g}", "" if e.fits else "too much")
+            (str(e.config), *(f"{n:.3g}" for n in numbers), f"{e.peak / 1e9:.3g}", "" if e.fits else "too much")  # pyright: ignore
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

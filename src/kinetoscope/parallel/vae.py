@@ -373,7 +373,7 @@ def _adapt(module: nn.Module, strips: Strips) -> None:
             finally:
                 strips.joined = False
 
-        module.forward = joined
+        module.forward = joined  # pyright: ignore
     elif name in PICTURES or processor == PICTURE_PROCESSOR:
         plain = module.forward
 

@@ -143,7 +143,7 @@ def workload(
         itemsize=kind.itemsize,
         flops=flops,
         attention_flops=(pipeline.forward_flops(2 * tokens) - 2 * flops + none) / 2,
-        latent=channels * math.prod(size),
+        latent=channels * math.prod(size),  # pyright: ignore
         latent_size=size,
         block_bytes=block_bytes,
         other_bytes=everything - sum(block_bytes),

@@ -161,7 +161,7 @@ class TransformerSection(Section):
     optimizer: OptimizerSection
     batches: list[ClipMix]
     clips: Positive = 8192
-    levels: list[NoiseLevels] = [NoiseLevels()]
+    levels: list[NoiseLevels] = [NoiseLevels()]  # pyright: ignore
     sampling_shift: float = Field(3.0, gt=0)
     caption_dropout: float = Field(0.1, ge=0, lt=1)
 

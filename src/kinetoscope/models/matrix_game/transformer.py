@@ -158,7 +158,7 @@ class MatrixGameBlock(nn.Module):
             act = partial(self.action_model, keyboard=keyboard, mouse=mouse, rope=rope.actions, memory=past)
             context = current_context()
             shared = context is not None and context.share is not None
-            x = _on_whole_frames(act, x, grid) if shared else act(x)
+            x = _on_whole_frames(act, x, grid) if shared else act(x)  # pyright: ignore
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
 
 

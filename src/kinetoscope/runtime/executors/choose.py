@@ -95,7 +95,7 @@ def open_pool(
 
     replica_config = ParallelConfig.of(of_one(config))
     if spec.name == "ray":
-        from kinetoscope.runtime.executors.on_ray import RayExecutor
+        from kinetoscope.runtime.executors.on_ray import RayExecutor  # pyright: ignore
 
         return RayExecutor(config, model, spec, setup, device)
     from kinetoscope.runtime.executors.processes import MultiProcExecutor

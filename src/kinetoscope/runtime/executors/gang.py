@@ -215,15 +215,15 @@ class Gang:
             if rank >= 0:
                 self._hear(rank, message)
             kind = message[0]
-            if kind == "event" and ticket is not None and message[1] == number:
-                ticket.tell("event", message[2])
-            elif kind == outcome and (outcome == "ready" or message[1] == number):
+            if kind == "event" and ticket is not None and message[1] == number:  # pyright: ignore
+                ticket.tell("event", message[2])  # pyright: ignore
+            elif kind == outcome and (outcome == "ready" or message[1] == number):  # pyright: ignore
                 waiting.discard(rank)
-                value = message[2] if rank == 0 and outcome == "done" else value
-            elif kind == "cancelled" and message[1] == number:
+                value = message[2] if rank == 0 and outcome == "done" else value  # pyright: ignore
+            elif kind == "cancelled" and message[1] == number:  # pyright: ignore
                 waiting.discard(rank)
                 cancelled = True
-            elif kind == "failed" and message[1] == number:
+            elif kind == "failed" and message[1] == number:  # pyright: ignore
                 waiting.discard(rank)
                 failures[rank] = message
             if ticket is not None and ticket.cancelled.is_set() and not told:
@@ -260,7 +260,7 @@ class Gang:
             return
         status = message[-1]
         if message[0] == "event":  # fresher than the signs of life
-            status = known.status.after(message[2])
+            status = known.status.after(message[2])  # pyright: ignore
         if isinstance(status, Status):
             if status != known.status:
                 known.moved = known.heard

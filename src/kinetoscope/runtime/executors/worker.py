@@ -126,7 +126,7 @@ class Worker:
         session = self.generator.start_session(
             payload["prompt"], blocks=payload["blocks"], on_event=self._tell, **payload["fields"]
         )
-        self._sessions[payload["key"]] = session
+        self._sessions[payload["key"]] = session  # pyright: ignore
         yield from ()
         return {"params": session.params, "seed": session.seed, "next_frames": session.next_frames}
 
@@ -215,10 +215,10 @@ def open_worker(setup: Setup) -> tuple[VideoGenerator, Groups]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("kinetoscope").setLevel(setup.level)
     if isinstance(setup.store, str):
-        store: dist.Store = dist.FileStore(setup.store, setup.config.world)
+        store: dist.Store = dist.FileStore(setup.store, setup.config.world)  # pyright: ignore
     else:
         host, port = setup.store
-        store = dist.TCPStore(host, port, setup.config.world, is_master=setup.rank == 0)
+        store = dist.TCPStore(host, port, setup.config.world, is_master=setup.rank == 0)  # pyright: ignore
     groups = join(setup.config, rank=setup.rank, store=store, device=setup.device, timeout=setup.timeout)
     options = dict(setup.options)
     if setup.rank > 0:
