@@ -1,0 +1,126 @@
+"""Which families can be trained: class of a transformer -> what stands for it in any role."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kinetoscope.core.errors import ConfigError, ModelLoadError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.loading import ModelDir
+from kinetoscope.loading.resolve import resolve_model
+from kinetoscope.loading.weights import load_weights
+from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets import build_pipeline
+from kinetoscope.pipelines.stages.text import TextEncodingStage
+from kinetoscope.train.roles import ModelBase, Text
+
+PLUGINS: dict[str, str] = {
+    "WanTransformer3DModel": "kinetoscope.train.plugins.wan:WanModel",
+    "CausalWanTransformer3DModel": "kinetoscope.train.plugins.causal_wan:CausalWanModel",
+    "LongCatVideoTransformer3DModel": "kinetoscope.train.plugins.longcat:LongCatModel",
+}
+"""Class name of the transformer, as in model_index.json -> where its plugin is."""
+
+
+def register_plugin(class_name: str, place: str) -> None:
+    """Let transformers of a class be trained by `place`, "module:class" of a `ModelBase`."""
+    PLUGINS[class_name] = place
+
+
+def plugin_of(class_name: str) -> type[ModelBase]:
+    """The plugin of a transformer's class.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if class_name not in PLUGINS:
+        raise ConfigError(f"a {class_name} cannot be trained here; the families that can: {', '.join(PLUGINS)}")
+    module, _, name = PLUGINS[class_name].partition(":")
+    return getattr(import_module(module), name)
+
+
+class Opened:
+    """A model directory opened for training: its pipeline, with weights in float32.
+
+    Attributes:
+        pipeline: samples with the very weights that are trained.
+    """
+
+    def __init__(self, init_from: str, transformer: str | None = None, device: str = "cpu") -> None:
+        """
+        Args:
+            init_from: an embedded name, a directory, or a hub id.
+            transformer: a folder or .safetensors file whose weights are used in place of the directory's own.
+
+        Raises:
+            ModelLoadError: there is no such model, or the weights do not fit.
+        """
+        self.model: ModelDir = resolve_model(init_from)
+        args = ExecutionArgs(device=torch.device(device), dtype=torch.float32)
+        self.pipeline: ComposedPipeline = build_pipeline(self.model, args)
+        self.class_name = self.model.components()["transformer"]
+        self.transformer: nn.Module = self.pipeline.get_module("transformer")
+        if transformer is not None:
+            override_weights(self.transformer, Path(transformer))
+        for name, parameter in self.transformer.named_parameters():  # mapped files are read-only and not aligned
+            owner = self.transformer.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(parameter.detach().clone()))
+
+    def role(self, **options: Any) -> ModelBase:
+        """The transformer by its family's plugin; `options` are `ModelBase`'s."""
+        return plugin_of(self.class_name)(self.transformer, **options)
+
+    def encoder(self) -> Callable[[list[str]], Text]:
+        """Prompts to text states, by the pipeline's own stage.
+
+        Raises:
+            ConfigError: the family reads its text in another way.
+        """
+        stage = self.pipeline.stages.get("text_encoding")
+        if not isinstance(stage, TextEncodingStage):
+            raise ConfigError(f"{self.model.name}: its text is not of T5 states; give them in the data")
+        return lambda prompts: Text(*stage.encode(prompts, self.pipeline.args.device))
+
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        vae = self.model.config("vae")
+        return int(vae.get("z_dim") or vae["latent_channels"])
+
+    def sample(self, prompts: list[str], seeds: list[int], **params: Any) -> ForwardBatch:
+        """Videos by the engine, with the weights as they are now; `params` over the directory's sampling defaults."""
+        from dataclasses import replace
+
+        batch = ForwardBatch(
+            replace(self.pipeline.defaults(), **params), prompts, [self.negative_prompt] * len(prompts), seeds
+        )
+        return self.pipeline.run(batch)
+
+    @property
+    def negative_prompt(self) -> str:
+        """That of the directory's sampling defaults."""
+        return self.pipeline.defaults().negative_prompt or ""
+
+
+def override_weights(transformer: nn.Module, path: Path) -> None:
+    """Weights of a folder or a .safetensors file into a loaded transformer.
+
+    Raises:
+        ModelLoadError: they are missing or do not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.is_dir():
+        load_weights(transformer, path, dtype=lambda _: torch.float32, device=torch.device("cpu"))
+        return
+    try:
+        transformer.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        message = " ".join(str(error).split())[:300]
+        raise ModelLoadError(f"transformer file {path} does not fit this model: {message}") from error

@@ -1,0 +1,313 @@
+"""Roles: the models that a method trains or asks, and what it may ask of them, whatever their family.
+
+A role is a transformer with its convention, thin over `Denoiser`: training and sampling read the network's output by the
+same arithmetic. What a family says differently is in `train.plugins`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kinetoscope.attention import make_sparse
+from kinetoscope.core.context import ForwardContext, forward_context
+from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.diffusion.convention import Convention, shift_sigma
+from kinetoscope.diffusion.denoiser import Denoiser
+from kinetoscope.nn.ring_cache import RingCache
+from kinetoscope.nn.stack import run_calls
+
+Uncond = Literal["negative", "empty", "zero"]
+"""What the unconditional branch reads: the negative prompt, the empty one, or zeros in place of text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Encoded prompts.
+
+    Attributes:
+        states: [B, L, D], zero beyond the true lengths.
+        lengths: [B] true token counts.
+    """
+
+    states: Tensor
+    lengths: Tensor
+
+    def expand(self, rows: int) -> Text:
+        """One prompt for all of `rows` samples."""
+        return Text(self.states.expand(rows, -1, -1), self.lengths.expand(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """What a step sees.
+
+    Attributes:
+        latents: [B, C, T, H, W] float32, normalised.
+        text: of the samples.
+        captions: that it was made from.
+    """
+
+    latents: Tensor
+    text: Text
+    captions: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.latents)
+
+
+class ModelBase:
+    """A model in a role (student, teacher, critic).
+
+    Noise levels `s` are as in `Denoiser`: float [B], or [B, T] for one a latent frame.
+
+    Args:
+        transformer: the network; it is frozen unless `trainable`.
+        trainable: whether gradients go into its parameters.
+        shift: of noise levels; None: the convention's.
+        uncond: what the unconditional branch reads.
+        attention: "dense", or a sparse kind with its settings ("vsa:sparsity=0.8"), for self-attention.
+        checkpointing: recompute each block in the backward pass rather than keep what it computed.
+
+    Raises:
+        ConfigError: an unknown kind of attention.
+    """
+
+    convention: ClassVar[Convention]
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        trainable: bool = False,
+        shift: float | None = None,
+        uncond: Uncond = "negative",
+        attention: str = "dense",
+        checkpointing: bool = False,
+    ) -> None:
+        self.transformer = transformer.requires_grad_(trainable)
+        self.trainable, self.uncond, self.checkpointing = trainable, uncond, checkpointing
+        self.shift = self.convention.default_shift if shift is None else shift
+        self.denoiser = Denoiser(transformer, self.convention)
+        self._attention = {} if attention == "dense" else {"self": make_sparse(attention)}
+        self._uncond: Text | None = None
+
+    # -- before training ----------------------------------------------------------------------------------------------
+
+    def init_preprocessors(self, encoder: Any, negative_prompt: str = "") -> None:
+        """Encode what the unconditional branch reads, once, on every rank (one that did it alone would leave the
+        others waiting in the encoder's collectives).
+
+        Args:
+            encoder: list of prompts -> `Text`.
+        """
+        found: Text = encoder([negative_prompt if self.uncond == "negative" else ""])
+        if self.uncond == "zero":
+            found = Text(torch.zeros_like(found.states), torch.zeros_like(found.lengths))
+        self._uncond = found
+
+    def on_train_start(self) -> None:
+        """Modes of the modules; called once, after weights were loaded or resumed."""
+        self.transformer.train(self.trainable)
+
+    # -- batches and noise --------------------------------------------------------------------------------------------
+
+    def prepare_batch(
+        self,
+        text: Text,
+        latents: Tensor | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        captions: Sequence[str] = (),
+    ) -> TrainBatch:
+        """A batch of latents from data, or of zeros of `shape` [C, T, H, W] where a method needs prompts alone.
+
+        Raises:
+            InputError: neither or both are given, or they are not one a prompt.
+        """
+        if (latents is None) == (shape is None):
+            raise InputError("a batch is made of latents, or of the shape of zeros in their place")
+        if latents is None:
+            assert shape is not None
+            latents = torch.zeros(len(text.states), *shape)
+        if len(latents) != len(text.states):
+            raise InputError(f"{len(latents)} latents and {len(text.states)} prompts do not make a batch")
+        device = next(self.transformer.parameters()).device
+        moved = Text(text.states.to(device), text.lengths)
+        return TrainBatch(latents.to(device, torch.float32), moved, tuple(captions))
+
+    def add_noise(self, x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
+        """Noisy latents at level `s`."""
+        return self.denoiser.add_noise(x0, noise, s)
+
+    def shift_and_clamp_timestep(self, s: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Levels in [0, 1] by the role's shift, and then within [low, high] (DMD2 keeps to [.02, .98])."""
+        return shift_sigma(s, self.shift).clamp(low, high)
+
+    # -- predictions --------------------------------------------------------------------------------------------------
+
+    def conditioning(self, text: Text) -> dict[str, Any]:
+        """Arguments of the network that tell it the prompt."""
+        return {"encoder_hidden_states": text.states, "text_lengths": text.lengths}
+
+    def text_of(self, batch: TrainBatch, conditional: bool) -> Text:
+        """What a branch reads.
+
+        Raises:
+            InputError: the unconditional branch before `init_preprocessors`.
+        """
+        if conditional:
+            return batch.text
+        if self._uncond is None:
+            raise InputError("the unconditional branch has nothing to read; call init_preprocessors first")
+        states = self._uncond.states.to(batch.latents.device)
+        return Text(states, self._uncond.lengths).expand(batch.rows)
+
+    def predict(self, x: Tensor, s: Tensor, batch: TrainBatch, *, conditional: bool = True, **more: Any) -> Tensor:
+        """The network's output in the convention's terms, float32 [B, C, T, H, W]; `more` goes to the network."""
+        with self.context():
+            return self.denoiser.predict(x, s, **self.conditioning(self.text_of(batch, conditional)), **more)
+
+    def predict_noise(
+        self, x: Tensor, s: Tensor, batch: TrainBatch, *, conditional: bool = True, **more: Any
+    ) -> Tensor:
+        """Estimate of the noise in `x`."""
+        return self.denoiser.to_noise(self.predict(x, s, batch, conditional=conditional, **more), x, s)
+
+    def predict_x0(
+        self,
+        x: Tensor,
+        s: Tensor,
+        batch: TrainBatch,
+        *,
+        conditional: bool = True,
+        guidance: float | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Estimate of the clean latents.
+
+        Args:
+            guidance: u + w (c - u) of both branches' estimates (arXiv 2207.12598), which for every convention is the
+                same as guiding the network's output; None: one branch, which `conditional` says.
+        """
+        if guidance is None:
+            return self.denoiser.to_x0(self.predict(x, s, batch, conditional=conditional, **more), x, s)
+        cond, uncond = (self.predict_x0(x, s, batch, conditional=c, **more) for c in (True, False))
+        return uncond + guidance * (cond - uncond)
+
+    # -- gradients ----------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, accumulate: int = 1) -> None:
+        """Gradients of a micro-batch, one of `accumulate` that make an update."""
+        (loss / accumulate).backward()
+
+    @contextmanager
+    def context(self, *, checkpointing: bool | None = None) -> Generator[None]:
+        """What the network's attention and loop over blocks are told in a forward of this role."""
+        wanted = self.checkpointing if checkpointing is None else checkpointing
+        plain = ForwardContext(attention=dict(self._attention))
+        stack = _Recomputed(plain) if wanted and torch.is_grad_enabled() else None
+        with forward_context(replace(plain, stack=stack)):
+            yield
+
+
+class _Recomputed:
+    """Blocks that keep nothing but their input. The context is opened again around the second computation, which
+    happens in the backward pass, where the first one's is long closed."""
+
+    def __init__(self, context: ForwardContext) -> None:
+        self._context = context
+
+    def __call__(self, x: Any, calls: Sequence[Any]) -> Any:
+        for number, call in enumerate(calls):
+            x = checkpoint(self._one, x, call, number, use_reentrant=False, preserve_rng_state=False)
+        return x
+
+    def _one(self, x: Any, call: Any, number: int) -> Any:
+        with forward_context(replace(self._context)):
+            return run_calls(x, [call], number)
+
+
+class CausalModelBase(ModelBase):
+    """A model that also predicts block by block, with keys and values of earlier blocks in memory.
+
+    Memories are named by `cache_tag` and by branch, and made anew where the shape, the dtype or the device of what is
+    predicted changes. Gradients go through the block at hand, never into the past.
+    """
+
+    def __init__(self, transformer: nn.Module, **options: Any) -> None:
+        super().__init__(transformer, **options)
+        if self._attention:
+            raise ConfigError("a causal model attends densely: blocks with a cache are not a grid; set attention=dense")
+        self._caches: dict[tuple[str, bool], tuple[Any, RingCache]] = {}
+
+    def blocks(self, frames: int) -> tuple[int, ...]:
+        """Sizes of the blocks of a video, in latent frames."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, s: Tensor, batch: TrainBatch, *, conditional: bool = True, **more: Any) -> Tensor:
+        """The whole video under the block-causal mask."""
+        more.setdefault("blocks", self.blocks(x.shape[2]))
+        return super().predict(x, s, batch, conditional=conditional, **more)
+
+    def predict_streaming(
+        self,
+        x: Tensor,
+        s: Tensor,
+        batch: TrainBatch,
+        *,
+        cur_start_frame: int,
+        cache_tag: str = "",
+        store_kv: bool = False,
+        conditional: bool = True,
+    ) -> Tensor | None:
+        """The network's output for one block [B, C, t, H, W] that begins at latent frame `cur_start_frame`.
+
+        Args:
+            store_kv: keep the keys and values of this block (as a rule its clean frames at level 0) for later blocks.
+                Such a pass records no gradient and returns nothing. Without it, memory is as if nothing had happened
+                once the block is stored; blocks come in order.
+        """
+        key = (cache_tag, conditional)
+        made_for = (x.shape[0], *x.shape[3:], x.device, next(self.transformer.parameters()).dtype)
+        if key not in self._caches or self._caches[key][0] != made_for:
+            if cur_start_frame:
+                raise InputError(
+                    f"a block at latent frame {cur_start_frame} has no past in cache {cache_tag!r}; store the blocks "
+                    "before it, of the same shape, first"
+                )
+            self._caches[key] = (made_for, self._new_cache(x))
+        cache = self._caches[key][1]
+        text = self.conditioning(self.text_of(batch, conditional))
+        gradient = torch.is_grad_enabled() and not store_kv
+        if gradient:  # what the backward pass will read must not be written over by later passes
+            cache = RingCache([k.clone() for k in cache.keys], [v.clone() for v in cache.values], cache.sink)
+        with torch.set_grad_enabled(gradient), self.context(checkpointing=False):
+            x = x if gradient else x.detach()
+            out = self.denoiser.predict(x, s, **text, cache=cache, start_frame=cur_start_frame)
+        return None if store_kv else out
+
+    def predict_noise_streaming(self, x: Tensor, s: Tensor, batch: TrainBatch, **options: Any) -> Tensor | None:
+        """Estimate of the noise in a block; see `predict_streaming`."""
+        out = self.predict_streaming(x, s, batch, **options)
+        return None if out is None else self.denoiser.to_noise(out, x, s)
+
+    def predict_x0_streaming(self, x: Tensor, s: Tensor, batch: TrainBatch, **options: Any) -> Tensor | None:
+        """Estimate of a block's clean latents; see `predict_streaming`."""
+        out = self.predict_streaming(x, s, batch, **options)
+        return None if out is None else self.denoiser.to_x0(out, x, s)
+
+    def clear_caches(self, cache_tag: str | None = None) -> None:
+        """Forget the past, of one tag or (None) of all."""
+        self._caches = {k: v for k, v in self._caches.items() if cache_tag is not None and k[0] != cache_tag}
+
+    def _new_cache(self, x: Tensor) -> RingCache:
+        raise NotImplementedError
