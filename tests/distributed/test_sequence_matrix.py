@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,11 +12,12 @@ from PIL import Image
 
 from distributed.opened import open_among
 from distributed.ranks import run_ranks
-from distributed.sequence_cases import CONTRACTS, EXACT, MERGED, check_cases, make_cases
+from distributed.sequence_cases import CONTRACTS, EXACT, MERGED, Case, check_cases, forward, make_cases
 from distributed.test_sequence import ODD, SPARSE
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.loading import resolve_model
 from kinetoscope.parallel import Groups, ParallelConfig
+from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.runtime.parallel import check_layout
 from models.tiny_cosmos import make_tiny_cosmos, without_torchvision
 from models.tiny_ltx import make_tiny_ltx
@@ -54,6 +55,24 @@ def test_forwards_of_few_tokens(parallel: str) -> None:
 def test_sparse_kinds(parallel: str, kind: str) -> None:
     cases = make_cases(["wan-gated", "wan-frames", "skyreels", "cosmos", "ltx"], ODD, kind)
     check_cases(parallel, cases, tolerance(parallel), kind)
+
+
+def compiled(groups: Groups, cases: list[Case]) -> list[torch.Tensor]:
+    torch._dynamo.reset()
+    for case in cases:
+        for block in cast(Any, case.model).blocks:
+            block.compile(backend="eager")
+    return [forward(case, "auto", SequenceShard.of(groups)) for case in cases for _ in range(2)]
+
+
+@pytest.mark.parametrize("parallel", ["ulysses=2", "ring=2"])
+def test_compiled_blocks(parallel: str) -> None:
+    """A graph breaks where processes talk; what is around it is compiled."""
+    cases = make_cases(["wan-frames", "skyreels-causal"], [(2, 4, 6, 2)])
+    ranks = run_ranks(parallel, compiled, cases, seconds=300)
+    for index, got in enumerate(ranks[0]):
+        np.testing.assert_allclose(got, cases[index // 2].expected.numpy(), rtol=0, atol=MERGED)
+        np.testing.assert_array_equal(got, ranks[1][index])
 
 
 # -- videos -----------------------------------------------------------------------------------------------------------

@@ -29,14 +29,15 @@ from kinetoscope.runtime.layouts import (
     weight_bytes,
 )
 from kinetoscope.runtime.paper import PAPER, paper_pipeline
-from kinetoscope.runtime.workload import Workload, workload
+from kinetoscope.runtime.workload import Weights, Workload, workload
 from tiny import make_tiny_wan
 
 # 2 blocks of 4 heads x 8 channels, 10 tokens, 2 rows, 4 bytes a number
 SMALL = Workload(
     model="small", params=SamplingParams(), tokens=10, text=3, joint=False, branches=2, steps=5, batched=False, dim=32,
-    hidden=64, heads=4, blocks=2, wide_blocks=0, across_heads=True, itemsize=4, flops=1000.0, attention_flops=400.0,
-    latent=40, latent_size=(1, 4, 10), block_bytes=(1000, 3000), other_bytes=500, encoder_bytes=70, vae_bytes=30,
+    hidden=64, heads=4, blocks=2, wide_blocks=0, across_heads=False, itemsize=4, flops=1000.0, attention_flops=400.0,
+    latent=40, latent_size=(1, 4, 10), modulation=0, refined=0, transformer=Weights(4000, 100, 40, 360),
+    transformers=Weights(4000, 100, 40, 360), encoders=Weights(0, 0, 0, 70), largest_block=3000, vae_bytes=30,
     activation_bytes=800, kept_bytes=60, vae="AutoencoderKLWan", vae_flops=100.0, vae_activation_bytes=600,
     vae_fixed_bytes=100,
 )  # fmt: skip
@@ -62,8 +63,8 @@ PAPERY = Accelerator("paper", 1e-12 / COMPUTE, 1e-6, 1e-9 / NETWORK, 0.5e-9 / NE
         ("tp=2", {"tp": 2 * 2 * 3 * 2 * 10 * 32 * 4 // 2}),
         ("tp=4", {"tp": 2 * 2 * 3 * 2 * 10 * 32 * 4 * 3 // 4}),
         ("cfg=2", {"cfg": 1 * 40 * 4}),
-        ("cfg=2,fsdp=true", {"cfg": 160, "fsdp": 4000 // 2}),
-        ("cfg=2,tp=2,fsdp=true", {"cfg": 160, "tp": 2 * 2 * 3 * 10 * 32 * 4 // 2, "fsdp": 2000 // 2}),
+        ("cfg=2,fsdp=true", {"cfg": 160, "fsdp": 4100 // 2}),
+        ("cfg=2,tp=2,fsdp=true", {"cfg": 160, "tp": 2 * 2 * 3 * 10 * 32 * 4 // 2, "fsdp": 2100 // 2}),
     ],
 )  # fmt: skip
 def test_bytes_by_hand(parallel: str, sent: dict[str, int]) -> None:
@@ -72,8 +73,19 @@ def test_bytes_by_hand(parallel: str, sent: dict[str, int]) -> None:
 
 def test_bytes_of_joint_attention() -> None:
     """Sums run over the text too; blocks of two streams have two, those of one stream one."""
-    joint = replace(SMALL, joint=True, wide_blocks=1)
-    assert bytes_a_step(ParallelConfig(tp=2), joint) == {"tp": 2 * 3 * 2 * 13 * 32 * 4 // 2}
+    joint = replace(SMALL, joint=True, wide_blocks=1, refined=4)
+    assert bytes_a_step(ParallelConfig(tp=2), joint) == {"tp": 2 * 2 * (3 * 13 + 4 * 3) * 32 * 4 // 2}
+    video, text = bytes_a_step(ParallelConfig(ring=2), SMALL)["ring"], 2 * 2 * 3 * (32 + 4) * 4
+    assert bytes_a_step(ParallelConfig(ring=2), joint)["ring"] == video + text
+    video, text = bytes_a_step(ParallelConfig(ulysses=2), SMALL)["ulysses"], 2 * 2 * 3 * 16 * 4
+    assert bytes_a_step(ParallelConfig(ulysses=2), joint)["ulysses"] == video + text
+
+
+def test_bytes_of_norms_and_modulation() -> None:
+    """Three norms a block of 2 rows x 10 tokens, summed in float32; 2 rows x 48 numbers, of which each has half."""
+    plain = bytes_a_step(ParallelConfig(tp=2), SMALL)["tp"]
+    more = replace(SMALL, across_heads=True, modulation=48, itemsize=4)
+    assert bytes_a_step(ParallelConfig(tp=2), more)["tp"] == plain + 2 * 3 * 2 * 10 * 4 + 2 * 24 * 4
 
 
 def test_seconds_by_hand() -> None:
@@ -98,16 +110,17 @@ def test_ring_and_fsdp_hide_behind_arithmetic() -> None:
 
 
 def test_memory_by_hand() -> None:
-    assert weight_bytes(ParallelConfig(), SMALL) == 4000 + 500 + 100
-    assert weight_bytes(ParallelConfig(tp=2), SMALL) == 2000 + 500 + 100
-    assert weight_bytes(ParallelConfig(cfg=2, fsdp=True), SMALL) == 2000 + 250 + 100
+    assert weight_bytes(ParallelConfig(), SMALL) == 4500 + 100
+    assert weight_bytes(ParallelConfig(tp=2), SMALL) == 2100 + 20 + 360 + 100
+    assert weight_bytes(ParallelConfig(cfg=2, fsdp=True), SMALL) == 2050 + 400 + 100
+    assert weight_bytes(ParallelConfig(cfg=2, tp=2, fsdp=True), SMALL) == 1050 + 20 + 360 + 100
     one = estimate(ParallelConfig(), SMALL, PAPERY)
     assert one.peak == 4600 + max(800 + 2 * 60, 600 + 100) and not one.fits
     shared = estimate(ParallelConfig(cfg=2, fsdp=True, vae=2), SMALL, PAPERY)
-    assert shared.peak == 2350 + 800 + 60 + 2 * 3000  # two blocks are whole at a time
+    assert shared.peak == 2550 + 800 + 60 + 2 * 3000  # two blocks are whole at a time
     batched = estimate(ParallelConfig(), replace(SMALL, batched=True), PAPERY)
     assert batched.activations == 1600
-    assert estimate(ParallelConfig(), SMALL, replace(PAPERY, memory_gb=5520 / FILL / 1e9)).fits
+    assert estimate(ParallelConfig(), SMALL, replace(PAPERY, memory_gb=5520.5 / FILL / 1e9)).fits
     assert not estimate(ParallelConfig(), SMALL, replace(PAPERY, memory_gb=5519 / FILL / 1e9)).fits
 
 
@@ -154,7 +167,7 @@ def test_choosing() -> None:
     assert seconds == sorted(seconds) and {e.config.world for e in choice.compared} == {2}
     assert "times as long" in choice.explain()[1]
     assert all(e.config.replicas == 2 for e in choose(4, SMALL, device, replicas=2).compared)
-    # 4600 bytes of weights do not fit 4300, with FSDP they do: 2350 and two whole blocks would not, so tp
+    # 4600 bytes of weights do not fit 4300, with FSDP they do: 2550 and two whole blocks would not, so tp
     tight = replace(device, memory_gb=4300 / FILL / 1e9)
     assert choose(2, SMALL, tight).best.config == ParallelConfig(tp=2)
     with pytest.raises(ConfigError, match=r"small at this size fits no layout .* the least is"):
@@ -183,10 +196,10 @@ def test_a_workload_of_a_published_model() -> None:
     with paper_pipeline("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") as pipeline:
         work = workload(pipeline, SamplingParams())
     assert (work.tokens, work.text, work.branches, work.blocks, work.heads) == (32760, 512, 2, 30, 12)
-    assert (sum(work.block_bytes) + work.other_bytes) / 4 == pytest.approx(1.419e9, rel=1e-3)
+    assert work.transformers.total / 4 == pytest.approx(1.419e9, rel=1e-3)
     assert work.flops == pytest.approx(0.283e15, rel=0.01)
     assert work.attention_flops / work.flops == pytest.approx(0.70, abs=0.01)
-    assert work.encoder_bytes / 4 == pytest.approx(5.68e9, rel=0.01)
+    assert work.encoders.total / 4 == pytest.approx(5.68e9, rel=0.01)
     assert work.vae_bytes / 4 == pytest.approx(127e6, rel=0.01)
     assert work.vae_flops == pytest.approx(0.275e15, rel=0.01)
 
@@ -198,7 +211,7 @@ def test_published_models_on_paper(name: str) -> None:
     size = next((n for part, n in sizes.items() if part in name), 1.92e9)
     with paper_pipeline(name) as pipeline:
         work = workload(pipeline, SamplingParams())
-    assert (sum(work.block_bytes) + work.other_bytes) / 4 == pytest.approx(size, rel=0.02)
+    assert work.transformers.total / 4 == pytest.approx(size, rel=0.02)
 
 
 def test_the_command_on_configurations_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,11 @@ from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
+    add_device_options,
     add_input_options,
     add_video_options,
     compute_fields,
+    device_fields,
     input_fields,
     read_prompts,
     video_fields,
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_video_options(parser)
     add_input_options(parser)
     add_compute_options(parser)
+    add_device_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.runtime.generator import VideoGenerator
     from kinetoscope.runtime.request import output_paths
 
-    generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args))
+    generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args), **device_fields(args))
     fields: dict[str, Any] = {
         **video_fields(args),
         **input_fields(args),

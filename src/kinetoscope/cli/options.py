@@ -134,6 +134,21 @@ def compute_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, *memory)} | {"compile": args.compile_mode or args.compile}
 
 
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """How many devices, and what runs them."""
+    group = parser.add_argument_group("devices (see docs/parallel.md)")
+    group.add_argument("--parallel", metavar="LAYOUT", help="ulysses=2,cfg=2, ...; auto chooses for this machine")
+    group.add_argument(
+        "--executor", metavar="SPEC",
+        help="in-process, processes, torchrun or ray, perhaps with settings: processes:timeout=900",
+    )  # fmt: skip
+
+
+def device_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `from_pretrained` that `add_device_options` gave."""
+    return {name: getattr(args, name) for name in ("parallel", "executor")}
+
+
 def read_prompts(path: str) -> list[str]:
     """The lines of a file that are not empty.
 

@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_table(found: Any) -> None:
-    rows = [("layout", "step s", "compute", "waiting", "decode s", "video s", "videos/h", "sent GB", "GB a device", "")]
+    rows: list[tuple[str, ...]] = [
+        ("layout", "step s", "compute", "waiting", "decode s", "video s", "videos/h", "sent GB", "GB a device", "")
+    ]
     for e in found:
         numbers = (e.step, e.compute, e.waiting, e.decode, e.seconds, e.videos, sum(e.sent.values()) / 1e9)
         rows.append(

@@ -7,7 +7,15 @@ import hashlib
 import sys
 import time
 
-from kinetoscope.cli.options import add_compute_options, add_input_options, compute_fields, input_fields, parse_size
+from kinetoscope.cli.options import (
+    add_compute_options,
+    add_device_options,
+    add_input_options,
+    compute_fields,
+    device_fields,
+    input_fields,
+    parse_size,
+)
 
 NAME = "stream"
 HELP = "make a video block by block with a causal model, and write it as it comes"
@@ -30,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--flow-shift", type=float, metavar="S", help="shift of the noise schedule")
     add_input_options(parser)
     add_compute_options(parser)
+    add_device_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = output_paths(args.output, [args.prompt or NAME], [args.seed], one=True)[0]
     assert path is not None
-    generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args))
+    generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args), **device_fields(args))
     height, width = args.size or (None, None)
     begun, digest = time.perf_counter(), hashlib.sha256()
     with generator.start_session(

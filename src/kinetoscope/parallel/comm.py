@@ -6,7 +6,7 @@ A group of one sends nothing. Every call is made by all processes of its group, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,17 +78,28 @@ def tell(value: Any, group: Group) -> list[Any]:
 
 def pass_on(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """Give `tensors` to the next process of the ring, and get those of the one before."""
+    return begin_pass(tensors, group)()
+
+
+def begin_pass(tensors: Sequence[Tensor], group: Group) -> Callable[[], list[Tensor]]:
+    """`pass_on` that goes on while other work is done: what it returns waits, and gives what came."""
     if group.size == 1:
-        return list(tensors)
+        return lambda: list(tensors)
     after, before = (group.ranks[(group.index + step) % group.size] for step in (1, -1))
     sent = [t.contiguous() for t in tensors]
     got = [torch.empty_like(t) for t in sent]
     work = [dist.P2POp(dist.isend, t, after, group.handle) for t in sent]
     work += [dist.P2POp(dist.irecv, t, before, group.handle) for t in got]
-    for request in dist.batch_isend_irecv(work):
-        request.wait()
+    requests = dist.batch_isend_irecv(work)
     _count(group, sum(t.nbytes for t in sent))
-    return got
+
+    def finish() -> list[Tensor]:
+        for request in requests:
+            request.wait()
+        sent.clear()  # kept until they are sent
+        return got
+
+    return finish
 
 
 def swap_rows(x: Tensor, group: Group, before: int, after: int, dim: int) -> tuple[Tensor | None, Tensor | None]:

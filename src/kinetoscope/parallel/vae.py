@@ -373,7 +373,7 @@ def _adapt(module: nn.Module, strips: Strips) -> None:
             finally:
                 strips.joined = False
 
-        module.forward = joined  # pyright: ignore
+        module.forward = joined  # pyright: ignore[reportAttributeAccessIssue] - Conv3d's argument has another name
     elif name in PICTURES or processor == PICTURE_PROCESSOR:
         plain = module.forward
 

@@ -245,16 +245,18 @@ def estimate(config: ParallelConfig, work: Workload, device: Accelerator) -> Est
 def bytes_a_step(config: ParallelConfig, work: Workload) -> dict[str, int]:
     """scheme -> bytes that the busiest rank sends in one step.
 
-    With R rows on this rank, N tokens of the video in P = ulysses x ring parts of n = ceil(N / P), L of text, and d
-    channels in H heads, of which a rank of `tp` has d' = d / tp (heads padded to a multiple of ulysses), e bytes a
-    number:
+    With R rows on this rank, N tokens of the video in P = ulysses x ring parts of n = ceil(N / P), L of text, d
+    channels in H heads, of which a rank of `tp` has d' (heads padded to a multiple of ulysses), and e bytes a number:
 
     - ulysses: 4 R n d' e (u - 1) / u a block: queries, keys and values out, results back.
     - ring: 2 R n d' e (r - 1) a block: keys and values of the others pass by.
+    - joint attention, where every rank has the text, a block: ulysses R L d' e (u - 1) / u, results of the text's
+      heads; ring 4 R L (d' + H') (r - 1) / u, what each found for the text, in float32.
     - sequence: R n d e (P - 1) a forward: the parts of the tokens are joined after the blocks.
-    - tp: 2 m e (t - 1) / t for each sum of m numbers: R n d at the end of every attention and feed-forward.
+    - tp: 2 m (t - 1) / t for each sum of m bytes: R n d e at the end of every attention and feed-forward, and R n 4
+      for every norm over all heads; and the parts of the modulation are joined.
     - cfg: R c e (cfg - 1), with c numbers of latents a row.
-    - fsdp: w (n - 1) / n a forward, with w bytes of the blocks after tp and n = cfg x P.
+    - fsdp: w (s - 1) / s a forward, with w bytes of the linear layers after tp and s = cfg x P.
     """
     e, u, r, t = work.itemsize, config.ulysses, config.ring, config.tp
     rows = -(-work.branches // config.cfg)
@@ -267,27 +269,28 @@ def bytes_a_step(config: ParallelConfig, work: Workload) -> dict[str, int]:
         sent["ulysses"] = work.blocks * 4 * rows * n * d * e * (u - 1) // u
     if r > 1:
         sent["ring"] = work.blocks * 2 * rows * n * d * e * (r - 1)
+    if work.joint and u > 1:
+        sent["ulysses"] += work.blocks * rows * work.text * d // u * e * (u - 1)
+    if work.joint and r > 1:
+        sent["ring"] += work.blocks * rows * work.text * (d + d // head) // u * 4 * (r - 1)
     if parts > 1:
         sent["sequence"] = rows * n * work.dim * e * (parts - 1)
     if t > 1:
-        sent["tp"] = 2 * rows * _summed(work, n) * (t - 1) // t
+        joined = rows * work.modulation // t * e * (t - 1)
+        sent["tp"] = 2 * rows * _summed(work, n) * (t - 1) // t + joined
     if config.cfg > 1:
         sent["cfg"] = rows * work.latent * e * (config.cfg - 1)
     if config.fsdp:
         shard = config.cfg * parts
         forwards = 1 if work.batched else rows
-        sent["fsdp"] = forwards * sum(work.block_bytes) // t * (shard - 1) // shard
+        sent["fsdp"] = forwards * work.transformer.matrices(t) * (shard - 1) // shard
     return sent
 
 
 def weight_bytes(config: ParallelConfig, work: Workload) -> int:
-    """Bytes of weights a rank: blocks shared by tp, and by FSDP; the VAE and text encoders whole."""
-    blocks = sum(work.block_bytes) // config.tp
-    other = work.other_bytes
-    if config.fsdp:
-        shard = config.cfg * config.sequence
-        blocks, other = blocks // shard, other // shard
-    return blocks + other + work.encoder_bytes + work.vae_bytes
+    """Bytes of weights a rank: of transformers and encoders what tp and FSDP leave, the VAE whole."""
+    shard = config.cfg * config.sequence if config.fsdp else 1
+    return (work.transformers + work.encoders).held(config.tp, shard) + work.vae_bytes
 
 
 def seconds_sent(size: int, span: int, device: Accelerator) -> float:
@@ -304,11 +307,12 @@ def as_row(found: Estimate) -> dict[str, Any]:
 
 def _summed(work: Workload, n: int) -> int:
     """Bytes of all that tensor parallel sums in a forward of one row: see `bytes_a_step`."""
-    d, e = work.dim, work.itemsize
+    line = work.dim * work.itemsize
     if work.joint:
         narrow = work.blocks - work.wide_blocks
-        return (2 * work.wide_blocks + narrow) * (n + work.text) * d * e
-    return 3 * work.blocks * n * d * e
+        return ((2 * work.wide_blocks + narrow) * (n + work.text) + work.refined * work.text) * line
+    norms = 3 * 4 if work.across_heads else 0  # of queries twice and of keys; those of the text are kept
+    return work.blocks * n * (3 * line + norms)
 
 
 def _calls(config: ParallelConfig, work: Workload) -> dict[str, int]:
@@ -334,7 +338,7 @@ def _spans(config: ParallelConfig) -> dict[str, int]:
 
 def _gathered(config: ParallelConfig, work: Workload) -> int:
     """Bytes of the two blocks that FSDP holds whole at a time."""
-    return 2 * max(work.block_bytes) // config.tp if config.fsdp else 0
+    return 2 * work.largest_block // config.tp if config.fsdp else 0
 
 
 def _uneven(count: int, parts: int) -> float:

@@ -15,10 +15,43 @@ from torch.utils.flop_counter import FlopCounterMode
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.rows import BATCH_POSITIONS
-from kinetoscope.loading.components import empty_transformer, parameter_dtype
+from kinetoscope.loading import ModelDir
+from kinetoscope.loading.components import empty_transformer, parameter_dtype, shard_plan
+from kinetoscope.parallel.tensor.plan import shared_parameters
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.footprint import STREAM_FRAMES, decode_peak
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of weights, by who shares them.
+
+    Attributes:
+        cut_matrices, whole_matrices: of linear layers, which FSDP shares out: cut by tensor parallel, and not.
+        cut_rest, whole_rest: all else (norms, biases, tables).
+    """
+
+    cut_matrices: int = 0
+    whole_matrices: int = 0
+    cut_rest: int = 0
+    whole_rest: int = 0
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(*(getattr(self, n) + getattr(other, n) for n in Weights.__dataclass_fields__))
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.held()
+
+    def matrices(self, tp: int = 1) -> int:
+        """Of linear layers, those of a device of `tp`."""
+        return self.cut_matrices // tp + self.whole_matrices
+
+    def held(self, tp: int = 1, shard: int = 1) -> int:
+        """Of one device where `tp` share heads and hidden units, and `shard` what is left of the matrices."""
+        return self.matrices(tp) // shard + self.cut_rest // tp + self.whole_rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +72,11 @@ class Workload:
         flops, attention_flops: of one row's forward, and the part of it that grows with the square of the tokens.
         latent: numbers of the transformer's output for one row.
         latent_size: [T, H, W].
-        block_bytes: weights of each block; of the larger transformer where there are two.
-        other_bytes: the transformers' other weights, and the blocks of a second transformer.
-        encoder_bytes, vae_bytes: weights.
+        modulation: numbers of one row's modulation, where devices of tensor parallel compute parts of it.
+        refined: sums over the text alone that tensor parallel makes in a forward (token refiners).
+        transformer: weights of one; where there are two, of the larger.
+        transformers, encoders: weights of all.
+        largest_block, vae_bytes: weights.
         activation_bytes: of one row's forward (`runtime.footprint`).
         kept_bytes: keys and values that a run keeps of the text for one row, and of past frames in causal models.
         vae: class of the VAE.
@@ -68,9 +103,12 @@ class Workload:
     attention_flops: float
     latent: int
     latent_size: tuple[int, int, int]
-    block_bytes: tuple[int, ...]
-    other_bytes: int
-    encoder_bytes: int
+    modulation: int
+    refined: int
+    transformer: Weights
+    transformers: Weights
+    encoders: Weights
+    largest_block: int
     vae_bytes: int
     activation_bytes: int
     kept_bytes: int
@@ -107,21 +145,23 @@ def workload(
     made = {n: t for n in names if (t := empty_transformer(model, n)) is not None}
     if not made:
         raise ModelLoadError(f"{model.path} has no transformer of ours; its layouts cannot be compared")
-    first = max(made.values(), key=lambda t: sum(_bytes(t, kind).values()))
-    sizes, blocks = _bytes(first, kind), _blocks(first)
-    block_bytes = tuple(sum(sizes[id(p)] for p in block.parameters()) for block in blocks)
-    everything = sum(sum(_bytes(t, kind).values()) for t in made.values())
+    weighed = {n: weights_of(t, model.components()[n], kind) for n, t in made.items()}
+    larger = max(made, key=lambda n: weighed[n].total)
+    first, blocks = made[larger], list(getattr(made[larger], "blocks"))  # noqa: B009 - every family's own
+    plan = shard_plan(model.components()[larger])
+    cut = {} if plan is None else shared_parameters(first, plan.styles)
+    shapes = {n: p.shape for n, p in first.named_parameters()}
     config: Any = getattr(pipeline, "config")  # noqa: B009 - every family's own
     dim, hidden = pipeline.widths()
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     text = pipeline.text_tokens
     mixed = (kind.itemsize + 4) / 2  # as in `runtime.footprint`
     vae_config = model.config("vae")
-    channels = vae_config.get("z_dim", vae_config.get("latent_channels"))
-    plan = pipeline.args.cfg
-    batched = plan == "batched" or (plan == "auto" and branches * math.prod(size) <= BATCH_POSITIONS)
+    channels = int(vae_config["z_dim"] if "z_dim" in vae_config else vae_config["latent_channels"])
+    rows = pipeline.args.cfg
+    batched = rows == "batched" or (rows == "auto" and branches * math.prod(size) <= BATCH_POSITIONS)
     flops, none = pipeline.forward_flops(tokens), pipeline.forward_flops(0)
-    parts = {n: parameter_count(pipeline, n) for n in model.components() if n not in made}
+    parts = {n: m for n in model.components() if n not in made and (m := empty_module(model, n)) is not None}
     decoding = decode_peak(model.components()["vae"], vae_config, size, vae) or 0
     joined = 3 * params.num_frames * params.height * params.width * 4
     fixed = min(2 * joined, decoding)
@@ -145,10 +185,13 @@ def workload(
         attention_flops=(pipeline.forward_flops(2 * tokens) - 2 * flops + none) / 2,
         latent=channels * math.prod(size),  # pyright: ignore
         latent_size=size,
-        block_bytes=block_bytes,
-        other_bytes=everything - sum(block_bytes),
-        encoder_bytes=sum(n for name, n in parts.items() if name != "vae") * kind.itemsize,
-        vae_bytes=parts.get("vae", 0) * 4,
+        modulation=sum(shapes[n][0] for n, style in cut.items() if style == "gathered" and n.endswith(".weight")),
+        refined=2 * getattr(config, "num_refiner_layers", 0),
+        transformer=weighed[larger],
+        transformers=sum(weighed.values(), Weights()),
+        encoders=sum((weights_of(m, model.components()[n], kind) for n, m in parts.items() if n != "vae"), Weights()),
+        largest_block=max(sum(p.numel() for p in block.parameters()) for block in blocks) * kind.itemsize,
+        vae_bytes=sum(p.numel() for p in parts["vae"].parameters()) * 4,
         activation_bytes=int(tokens * max(10 * dim * mixed, 4 * dim * mixed + 3 * hidden * kind.itemsize)),
         kept_bytes=_kept(config, len(blocks), dim, text, tokens // size[0], size[0], joint) * kind.itemsize,
         vae=model.components()["vae"],
@@ -158,19 +201,33 @@ def workload(
     )
 
 
-def parameter_count(pipeline: ComposedPipeline, name: str) -> int:
-    """Parameters of a component that is not ours, by its class and configuration; 0 for tokenizers and the like."""
+def weights_of(module: nn.Module, class_name: str, dtype: torch.dtype) -> Weights:
+    """What devices can share of a component, by the plan of its class.
+
+    Args:
+        dtype: it computes in.
+    """
+    plan = shard_plan(class_name)
+    cut = {} if plan is None else shared_parameters(module, plan.styles)
+    matrices = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Linear)} if plan else set[str]()
+    found = dict.fromkeys(Weights.__dataclass_fields__, 0)
+    for name, parameter in module.named_parameters():
+        kind = f"{'cut' if name in cut else 'whole'}_{'matrices' if name in matrices else 'rest'}"
+        found[kind] += parameter.numel() * parameter_dtype(module, dtype, name).itemsize
+    return Weights(**found)
+
+
+def empty_module(model: ModelDir, name: str) -> nn.Module | None:
+    """A component that is not ours on the meta device, by its class and configuration; None for tokenizers and such."""
     import transformers
 
-    model = pipeline.model
     class_name = model.components()[name]
     kind: Any = getattr(diffusers, class_name, None) or getattr(transformers, class_name, None)
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        return 0
+        return None
     config = {k: v for k, v in model.config(name).items() if not k.startswith("_")}
     with torch.device("meta"):
-        made = kind(**config) if hasattr(diffusers, class_name) else _encoder(kind, config)
-    return sum(p.numel() for p in made.parameters())
+        return kind(**config) if hasattr(diffusers, class_name) else _encoder(kind, config)
 
 
 def _encoder(kind: Any, config: Mapping[str, Any]) -> nn.Module:
@@ -202,17 +259,6 @@ def decode_flops(class_name: str, config: Mapping[str, Any], latent_size: tuple[
         return float(count(frames))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return 0.0
-
-
-def _bytes(transformer: nn.Module, dtype: torch.dtype) -> dict[int, int]:
-    """id of a parameter -> its bytes."""
-    return {
-        id(p): p.numel() * parameter_dtype(transformer, dtype, n).itemsize for n, p in transformer.named_parameters()
-    }
-
-
-def _blocks(transformer: nn.Module) -> list[nn.Module]:
-    return list(getattr(transformer, "blocks"))  # noqa: B009 - every family's own
 
 
 def _kept(config: Any, blocks: int, dim: int, text: int, frame_tokens: int, frames: int, joint: bool) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kinetoscope.core.context import SharedAttention, Span
 from kinetoscope.core.errors import CompositionError
-from kinetoscope.parallel.comm import all_gather, pass_on
+from kinetoscope.parallel.comm import all_gather, begin_pass
 from kinetoscope.parallel.groups import Group
 from kinetoscope.parallel.sequence.partial import Partial, merge, partial_attention
 
@@ -102,10 +102,11 @@ def ring_attention(
     going = [_padded(k_own, size), _padded(v_own, size)]
     for turn in range(ring.size):
         source = (ring.index - turn) % ring.size
+        coming = begin_pass(going, ring) if turn < ring.size - 1 else None
         for part in own:
             part.see(going[0][:, : sizes[source]], going[1][:, : sizes[source]], starts[source], call.key_bias)
-        if turn < ring.size - 1:
-            going = pass_on(going, ring)
+        if coming is not None:
+            going = coming()
     whole = [_gathered(part, ring) for part in shared]
     for part in (*own, *whole):  # what every process has comes last, in one order everywhere
         part.see(k_first, v_first, 0, call.key_bias)

@@ -128,7 +128,8 @@ class _Process:
             self._process = launch(theirs.fileno())
         self._wire = Wire(ours.detach())
         self.pid: int | None = self._process.pid
-        threading.Thread(target=self._hear, args=(rank, inbox, gone), daemon=True).start()
+        self._hearing = threading.Thread(target=self._hear, args=(rank, inbox, gone), daemon=True)
+        self._hearing.start()
         with contextlib.suppress(OSError):  # the thread tells that it died
             self._wire.send(setup)
 
@@ -140,6 +141,7 @@ class _Process:
         """See `Link`."""
         self._process.kill()
         self._process.wait()
+        self._hearing.join(timeout=5.0)  # it clears up behind the process
 
     def wait(self, seconds: float) -> bool:
         """See `Link`."""

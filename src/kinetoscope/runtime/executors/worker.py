@@ -7,6 +7,7 @@ All ranks get the same orders and do the same; the first of them tells the calle
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import queue
@@ -190,11 +191,12 @@ class Worker:
 
     def _fail(self, number: int, error: BaseException) -> None:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        if not isinstance(error, KinetoscopeError):
-            traceback.print_exception(error)
         own = error if isinstance(error, KinetoscopeError) and not isinstance(error, RunCancelled) else None
         cause = "memory" if out_of_memory(error) else "failed"
         self._send(("failed", number, cause, " ".join(text.split()), _sendable(own), self.status))
+        if not isinstance(error, KinetoscopeError):
+            with contextlib.suppress(Exception):  # there may be no memory for it
+                traceback.print_exception(error)
 
     def _beat(self) -> None:
         """Signs of life: this thread goes on while the main one computes or waits for others."""

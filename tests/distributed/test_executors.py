@@ -1,0 +1,263 @@
+"""One API whatever carries out the requests: the same videos, events, records, streams and refusals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from distributed.forked import Forked
+from distributed.ranks import run_ranks
+from kinetoscope import VideoGenerator
+from kinetoscope.core.config import read_launch
+from kinetoscope.core.errors import CompositionError, ConfigError, InputError, ModelLoadError, RunCancelled
+from kinetoscope.engine.hooks import Hook
+from kinetoscope.loading import resolve_model
+from kinetoscope.parallel import Groups
+from kinetoscope.runtime.executors import processes
+from kinetoscope.runtime.executors.base import ExecutorSpec, replica_shares
+from kinetoscope.runtime.executors.pool import Pool
+from kinetoscope.runtime.executors.ranks import rank_generator
+from kinetoscope.runtime.executors.torchrun import Torchrun
+from pipelines.test_causal_wan import make_directory
+from tiny import make_tiny_wan
+
+ASKED: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "fps": 8, "num_inference_steps": 3, "seed": 3}
+RED, BLUE = "a red circle", "a blue square moving left"
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_wan(tmp_path_factory.mktemp("executors") / "wan")
+
+
+@pytest.fixture(scope="module")
+def here(wan: Path) -> VideoGenerator:
+    return VideoGenerator.from_pretrained(wan, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def forking() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "interpreter", Forked)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pool(wan: Path, forking: None) -> Iterator[VideoGenerator]:
+    with VideoGenerator.from_pretrained(wan, device="cpu", executor="processes") as generator:
+        yield generator
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((got - expected).abs().max() <= 1e-4 * expected.std())
+
+
+def starts(generator: VideoGenerator) -> int:
+    assert isinstance(generator.executor, Pool)
+    return sum(g.starts for g in generator.executor.gangs)
+
+
+# -- the same ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_makes_the_same_video(here: VideoGenerator, pool: VideoGenerator, tmp_path: Path) -> None:
+    heard: tuple[list[Any], list[Any]] = ([], [])
+    paths = [tmp_path / "here.mp4", tmp_path / "there.mp4"]
+    a, b = (g.generate_video(RED, output_path=p, on_event=h.append, trace=True, **ASKED)
+            for g, p, h in zip((here, pool), paths, heard, strict=True))  # fmt: skip
+    assert torch.equal(a.latents, b.latents) and np.array_equal(a.frames, b.frames)
+    assert a.record == b.record and a.params == b.params and b.path == paths[1]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert [e["t"] if "t" in e else e.keys() for e in a.logging_info["step_trace"]] == [
+        e["t"] if "t" in e else e.keys() for e in b.logging_info["step_trace"]
+    ]
+    assert a.timings.keys() == b.timings.keys()
+    assert [e.kind for e in heard[0]] == [e.kind for e in heard[1]]
+    steps = [(e, f) for e, f in zip(*heard, strict=True) if e.kind == "step"]
+    assert len(steps) == 3
+    for ours, theirs in steps:
+        assert ours.step.index == theirs.step.index and theirs.latents is theirs.step.prediction is None
+    b.frames[0] = 0  # it is the caller's own memory
+
+
+def test_what_was_given_travels(here: VideoGenerator, pool: VideoGenerator) -> None:
+    latents = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(5))
+    asked = {**ASKED, "latents": latents, "guidance_scale": 1.0}
+    a, b = (g.generate_video(RED, **asked) for g in (here, pool))
+    assert torch.equal(a.latents, b.latents) and a.record == b.record
+
+
+@pytest.mark.parametrize("layout", ["ulysses=2", {"cfg": 2}])
+def test_two_ranks_make_it_within_rounding(here: VideoGenerator, wan: Path, forking: None, layout: Any) -> None:
+    expected = here.generate_video(RED, **ASKED).latents
+    with VideoGenerator.from_pretrained(wan, device="cpu", parallel=layout) as generator:
+        made = [generator.generate_video(RED, **ASKED) for _ in range(2)]
+        assert [h.rank for h in generator.health()] == [0, 1] and all(h.alive for h in generator.health())
+    assert close(made[0].latents, expected) and torch.equal(made[0].latents, made[1].latents)
+    assert made[0].record["options"]["parallel"] == ({"ulysses": 2} if isinstance(layout, str) else layout)
+    assert not made[0].record["interceptors"]
+
+
+def test_replicas_share_out_the_prompts(here: VideoGenerator, wan: Path, forking: None, tmp_path: Path) -> None:
+    prompts, seeds = [RED, BLUE, RED], [1, 2, 3]
+    asked = {**ASKED, "seed": seeds}
+    expected = here.generate_video(prompts, **asked)
+    with VideoGenerator.from_pretrained(wan, device="cpu", parallel="replicas=2") as generator:
+        made = generator.generate_video(prompts, output_path=tmp_path, **asked)
+        pids = {h.pid for h in generator.health()}
+    assert len(pids) == 2 and [r.seed for r in made] == seeds and [r.prompt for r in made] == prompts
+    assert all(close(a.latents, b.latents) for a, b in zip(made, expected, strict=True))
+    assert sorted(tmp_path.iterdir()) == sorted(r.path for r in made if r.path)
+    assert [r.record["batch"]["seeds"] for r in made] == [[1, 2], [1, 2], [3]]
+    assert made[0].record["options"]["parallel"] is None
+
+
+def test_shares() -> None:
+    assert replica_shares(5, 8, 1) == [slice(0, 5)]
+    assert replica_shares(5, 2, 1) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert replica_shares(5, 8, 2) == [slice(0, 3), slice(3, 5)]
+    assert replica_shares(1, 8, 4) == [slice(0, 1)]
+
+
+def test_loras_follow(here: VideoGenerator, pool: VideoGenerator, wan: Path, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    file = tmp_path / "style.safetensors"
+    save_file({f"transformer.blocks.0.attn1.to_q.lora_{side}.weight": torch.randn(shape, generator=draw)
+               for side, shape in (("A", (2, 24)), ("B", (24, 2)))}, file)  # fmt: skip
+    plain = pool.generate_video(RED, **ASKED).latents
+    made: list[list[torch.Tensor]] = [[], []]
+    for generator, latents in zip((here, pool), made, strict=True):
+        generator.load_lora(file)
+        latents.append(generator.generate_video(RED, **ASKED).latents)
+        generator.set_lora({"style": 0.5})
+        latents.append(generator.generate_video(RED, **ASKED).latents)
+        generator.unload_lora("style")
+        latents.append(generator.generate_video(RED, **ASKED).latents)
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+    assert torch.equal(made[1][2], plain) and not torch.equal(made[1][0], made[1][1])
+    count = starts(pool)
+    pool.load_lora(file)
+    file.unlink()
+    with pytest.raises(ModelLoadError, match="style"):  # the worker's own error, and the worker goes on
+        pool.generate_video(RED, **ASKED)
+    pool.unload_lora("style")
+    assert torch.equal(pool.generate_video(RED, **ASKED).latents, plain) and starts(pool) == count
+
+
+def test_streams(tmp_path: Path, forking: None) -> None:
+    model = make_directory(tmp_path / "causal")
+    asked: dict[str, Any] = {"height": 32, "width": 48, "seed": 3}
+    expected = list(VideoGenerator.from_pretrained(model, device="cpu").stream(RED, blocks=2, **asked))
+    events: list[str] = []
+    with VideoGenerator.from_pretrained(model, device="cpu", executor="processes") as generator:
+        made = list(generator.stream(RED, blocks=2, on_event=lambda e: events.append(e.kind), **asked))
+        assert all(np.array_equal(a, b) for a, b in zip(made, expected, strict=True)) and "step" in events
+        with generator.start_session(RED, **asked) as session:
+            assert session.next_frames == len(expected[0]) and session.seed == 3
+            with pytest.raises(InputError, match="keyboard"):
+                session.step(keyboard=1)
+            assert np.array_equal(session.step(), expected[0]) and session.blocks == 1
+            session.prompt(BLUE)
+            assert not np.array_equal(session.step(), expected[1])
+            assert session.record("0") is None
+        with pytest.raises(InputError, match="closed after 2 blocks"):
+            session.step()
+        with pytest.raises(CompositionError, match=r"hooks=.*processes"):
+            generator.start_session(RED, hooks=[Hook()], **asked)
+
+
+# -- cancelled and refused --------------------------------------------------------------------------------------------
+
+
+def test_closing_the_events_cancels_on_all_ranks(here: VideoGenerator, wan: Path, forking: None) -> None:
+    expected = here.generate_video(RED, **ASKED).latents
+    with VideoGenerator.from_pretrained(wan, device="cpu", parallel="ulysses=2") as generator:
+        events = generator.iterate(RED, **{**ASKED, "num_inference_steps": 900})
+        while next(events).kind != "step":
+            pass
+        events.close()
+        assert close(generator.generate_video(RED, **ASKED).latents, expected)
+        assert starts(generator) == 1
+        events = generator.iterate(RED, **{**ASKED, "num_inference_steps": 900})
+        next(events)
+        generator.close()
+        with pytest.raises(RunCancelled):
+            list(events)
+        with pytest.raises(ConfigError, match="closed"):
+            generator.generate_video(RED, **ASKED)
+
+
+def test_a_bad_request_is_refused_before_it_travels(pool: VideoGenerator) -> None:
+    with pytest.raises(InputError, match="height=33"):
+        pool.generate_video(RED, **{**ASKED, "height": 33})
+    with pytest.raises(CompositionError, match=r"hooks=.*processes"):
+        pool.generate_video(RED, hooks=[Hook()], **ASKED)
+    with pytest.raises(ModelLoadError, match="preview map"):
+        pool.generate_video(RED, preview=True, **ASKED)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"executor": "proceses"}, InputError, "did you mean processes?"),
+        ({"executor": "processes:stal=3"}, InputError, "did you mean stall?"),
+        ({"executor": "processes:stall=0"}, ConfigError, "stall should be a number of seconds above 0"),
+        ({"executor": "in-process", "parallel": "cfg=2"}, ConfigError, "one process has one device"),
+        ({"executor": "torchrun"}, ConfigError, "not started by torchrun"),
+        ({"executor": "processes", "hooks": [Hook()]}, CompositionError, "hooks= and executor='processes'"),
+        ({"executor": "processes", "modules": {"vae": 1}}, CompositionError, "modules= and executor='processes'"),
+        ({"parallel": "tp=3"}, ConfigError, "tp=3 does not divide the 2 attention heads"),
+        ({"parallel": "cfg=4"}, ConfigError, "at most 3 branches"),
+        ({"parallel": "tp=2", "offload": "blocks"}, CompositionError, "tp=2 and offload='blocks'"),
+    ],
+)
+def test_refused_before_anything_starts(
+    wan: Path, monkeypatch: pytest.MonkeyPatch, options: Any, kind: Any, message: str
+) -> None:
+    monkeypatch.setattr(processes, "interpreter", lambda descriptor: pytest.fail("a process was started"))
+    with pytest.raises(kind, match=re.escape(message)):
+        VideoGenerator.from_pretrained(wan, device="cpu", **options)
+
+
+def test_settings_of_an_executor() -> None:
+    assert ExecutorSpec.of("processes:stall=3,timeout=20,start=9") == ExecutorSpec("processes", 3, 20, 9)
+    assert ExecutorSpec.of("ray:address=auto").address == "auto"
+
+
+# -- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+def torchrun_rank(groups: Groups, path: Path, output: Path) -> Any:
+    generator = rank_generator(resolve_model(str(path)), groups, "float32")
+    generator.executor = Torchrun(generator.pipeline, generator._loras, groups)
+    made = generator.generate_video([RED, BLUE], output_path=output, **{**ASKED, "seed": [1, 2]})
+    alone = generator.generate_video(RED, output_path=output / "alone.mp4", **ASKED)
+    return [r.latents for r in made], [r.path is not None for r in made], alone.path is not None
+
+
+@pytest.mark.parametrize("layout", ["ulysses=2", "replicas=2"])
+def test_torchrun(here: VideoGenerator, wan: Path, tmp_path: Path, layout: str) -> None:
+    expected = here.generate_video([RED, BLUE], **{**ASKED, "seed": [1, 2]})
+    ranks = run_ranks(layout, torchrun_rank, wan, tmp_path)
+    for latents, _, _ in ranks:
+        assert all(close(torch.from_numpy(a), b.latents) for a, b in zip(latents, expected, strict=True))
+    assert len(list(tmp_path.glob("*.mp4"))) == 3
+    written = [paths for _, paths, _ in ranks]
+    assert written == ([[True, True], [False, False]] if "ulysses" in layout else [[True, True], [True, True]])
+    assert [alone for _, _, alone in ranks] == ([True, False] if "ulysses" in layout else [True, True])
+
+
+def test_what_torchrun_says() -> None:
+    said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    launch = read_launch(said)
+    assert launch is not None and (launch.rank, launch.world, launch.local) == (3, 4, 1)
+    assert read_launch({**said} | {"RANK": "3"}) and read_launch({"RANK": "3"}) is None
+    with pytest.raises(ConfigError, match="not numbers"):
+        read_launch({**said, "RANK": "first"})
