@@ -134,6 +134,12 @@ def current_context() -> ForwardContext | None:
     return _STACK[-1] if _STACK else None
 
 
+def current_share() -> TokenShare | None:
+    """Which part of the tokens this process computes; None: all of them."""
+    context = current_context()
+    return None if context is None else context.share
+
+
 @contextmanager
 def forward_context(context: ForwardContext) -> Generator[ForwardContext]:
     """Make `context` current inside the `with`."""

@@ -121,14 +121,19 @@ class CachePlace(Protocol):
 
 
 @torch.compiler.disable
-def remember(owner: Layer, place: CachePlace, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """`RingCache.update` for a block that may be compiled.
+def remember(
+    owner: Layer, place: CachePlace, grid: tuple[int, int, int], keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`RingCache.update` for a block that may be compiled: [R, F M, H, D] of F frames; [R, l M, H, D] are seen.
 
     Which layer, and where in the ring, are Python numbers that differ from block to block and from layer to layer; a
     graph that saw them would be compiled again for each. So they are read outside of it.
     """
-    assert place.cache is not None
-    return place.cache.update(owner.layer, keys, values, place.start)
+    cache = place.cache
+    assert cache is not None
+    keys, values = cache.split_frames(keys, grid), cache.split_frames(values, grid)
+    keys, values = cache.update(owner.layer, keys, values, place.start)
+    return keys.flatten(1, 2), values.flatten(1, 2)
 
 
 def _write(buffer: Tensor, new: Tensor, runs: list[tuple[int, int, int]], filled: int) -> Tensor:

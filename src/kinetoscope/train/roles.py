@@ -1,7 +1,7 @@
 """Roles: the models that a method trains or asks, and what it may ask of them, whatever their family.
 
-A role is a transformer with its convention, thin over `Denoiser`: training and sampling read the network's output by the
-same arithmetic. What a family says differently is in `train.plugins`.
+A role is a transformer with its convention, thin over `Denoiser`: training and sampling read the network's output by
+the same arithmetic. What a family says differently is in `train.plugins`.
 """
 
 from __future__ import annotations

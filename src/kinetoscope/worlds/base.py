@@ -29,13 +29,28 @@ class Spec(Protocol):
 SpecT = TypeVar("SpecT", bound=Spec)
 
 
+@dataclass(frozen=True, eq=False)
+class Actions:
+    """What is done in each pixel frame of a clip, as in the layout "universal" of `media.actions`.
+
+    Attributes:
+        keyboard: float32 [T, 4] in [0, 1], whether forward, back, left and right are pressed.
+        mouse: float32 [T, 2] in [-1, 1], turns (up, right).
+    """
+
+    keyboard: np.ndarray
+    mouse: np.ndarray
+
+
 @dataclass(frozen=True)
 class Clip(Generic[SpecT]):
-    """A rendered clip: `frames` uint8 [T, H, W, 3] (RGB), the sentence that describes it, and its spec."""
+    """A rendered clip: `frames` uint8 [T, H, W, 3] (RGB), the sentence that describes it, its spec, and, in worlds
+    where somebody acts, what was done in each frame."""
 
     frames: np.ndarray
     caption: str
     spec: SpecT
+    actions: Actions | None = None
 
 
 class World(Protocol[SpecT]):

@@ -46,6 +46,7 @@ class CFGParallel(Interceptor):
 
     name: ClassVar[str] = "cfg-parallel"
     order: ClassVar[int] = 130  # around step caches (150)
+    from_options: ClassVar[bool] = True
     conflicts: ClassVar[frozenset[str]] = frozenset({"cache-calibration"})  # measures the branches that it sees
 
     def __init__(self, group: Group, *, lockstep: bool = False) -> None:

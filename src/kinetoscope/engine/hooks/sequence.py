@@ -24,6 +24,7 @@ class SequenceParallel(Interceptor):
 
     name: ClassVar[str] = "sequence-parallel"
     order: ClassVar[int] = 900
+    from_options: ClassVar[bool] = True
 
     def __init__(self, shard: TokenShard) -> None:
         self.shard = shard

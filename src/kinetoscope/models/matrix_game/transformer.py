@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetoscope.attention import attention
-from kinetoscope.core.context import current_context
+from kinetoscope.core.context import current_share
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.matrix_game.config import MatrixGameConfig
 from kinetoscope.nn.action import ActionMemory, ActionModule, action_rope, action_windows, pad_actions
@@ -156,19 +156,18 @@ class MatrixGameBlock(nn.Module):
             if memory is not None and memory.keyboard is not None:
                 past = ActionMemory(memory.keyboard, memory.mouse, self.action_layer, start)
             act = partial(self.action_model, keyboard=keyboard, mouse=mouse, rope=rope.actions, memory=past)
-            context = current_context()
-            shared = context is not None and context.share is not None
-            x = _on_whole_frames(act, x, grid) if shared else act(x)  # pyright: ignore
+            shared = current_share() is not None
+            x = _on_whole_frames(act, x, grid) if shared else act(x)  # pyright: ignore[reportCallIssue]
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
 
 
 @torch.compiler.disable
 def _on_whole_frames(act: Callable[[Tensor], Tensor], x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """`act`, which attends along time, where x is this process's part of the tokens: every process does all of it."""
-    context = current_context()
-    assert context is not None and context.share is not None
-    whole = context.share.gather(x.flatten(1, 2), 1).unflatten(1, (grid[0], -1))
-    return context.share.take(act(whole).flatten(1, 2), 1).view(x.shape)
+    share = current_share()
+    assert share is not None
+    whole = share.gather(x.flatten(1, 2), 1).unflatten(1, (grid[0], -1))
+    return share.take(act(whole).flatten(1, 2), 1).view(x.shape)
 
 
 class ConditionEmbedder(nn.Module):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kinetoscope.attention import attention
+from kinetoscope.core.context import current_share
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import TOKENS, SelfAttention, WanTransformer3DModel
@@ -141,16 +143,10 @@ class CausalSelfAttention(SelfAttention):
         """[R, F, M, d] -> [R, F, M, d]; dense, since blocks of a video come with the past between them."""
         place = rope if isinstance(rope, Place) else Place(rope)
         q, k, v = self.project(x, place.table)  # [R, N, H, D] each
-        cache = place.cache
-
-        def memory(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            """Remembers [R, N, H, D]; [R, N', H, D] are seen"""
-            assert cache is not None
-            k, v = cache.split_frames(k, grid), cache.split_frames(v, grid)
-            k, v = remember(self, place, k, v)  # pyright: ignore[reportCallIssue]
-            return k.flatten(1, 2), v.flatten(1, 2)
-
-        out = attention(q, k, v, role="self", rows=place.rows, memory=None if cache is None else memory)
+        memory: Any = None if place.cache is None else partial(remember, self, place, grid)
+        if memory is not None and current_share() is None:  # here rather than there: a compiled block breaks once less
+            (k, v), memory = memory(k, v), None  # [R, N', H, D]
+        out = attention(q, k, v, role="self", rows=place.rows, memory=memory)
         return self.to_out(out.reshape(*x.shape[:-1], -1))
 
 

@@ -1,0 +1,116 @@
+"""Who walks in a maze: how actions move an agent, and a restless one's actions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kinetoscope.worlds.base import Actions
+from kinetoscope.worlds.maze.layout import Maze
+
+Array = np.ndarray[Any, Any]
+
+KEYS = ("forward", "back", "left", "right")
+STEP = 0.1
+"""Way of a pressed key in a frame, in cells."""
+TURN = float(np.deg2rad(60.0))
+"""Turn of a frame at mouse 1; the published demonstrations' 0.1 is 6 degrees."""
+MOUSE = 0.1
+"""Mouse of a restless agent that turns."""
+RADIUS = 0.28
+"""An agent keeps this far from walls, in cells."""
+
+_HOLD = (4, 8, 12, 16)  # frames that an action lasts, so that it changes with the latent frames of a video model
+_MOVES = {"forward": 6, "back": 2, "left": 2, "right": 2, "forward left": 1, "forward right": 1, "": 2,
+          "back left": 0.5, "back right": 0.5}  # fmt: skip
+_TRIES = 3  # actions that a restless agent thinks of, to take the one that leads farthest
+
+
+def _free(maze: Maze, x: float, y: float) -> bool:
+    """Whether no wall is nearer than the radius (measured along the axes)."""
+    walls = maze.walls
+    top, bottom, left, right = int(y - RADIUS), int(y + RADIUS), int(x - RADIUS), int(x + RADIUS)
+    return not (walls[top, left] or walls[top, right] or walls[bottom, left] or walls[bottom, right])
+
+
+def step(maze: Maze, pose: tuple[float, float, float], keys: Array, mouse: Array) -> tuple[float, float, float]:
+    """The pose (x, y, heading) one frame later.
+
+    First the agent turns, then it moves; where a wall is in the way of one axis of the map it slides along the other,
+    up to the distance that it keeps.
+    """
+    x, y, heading = pose
+    heading += TURN * float(mouse[1])
+    ahead, aside = float(keys[0] - keys[1]) * STEP, float(keys[3] - keys[2]) * STEP
+    c, s = float(np.cos(heading)), float(np.sin(heading))
+    x = _slide(maze, x, y, ahead * c - aside * s, True)
+    y = _slide(maze, y, x, ahead * s + aside * c, False)
+    return x, y, heading
+
+
+def _slide(maze: Maze, along: float, across: float, way: float, is_x: bool) -> float:
+    """The new coordinate after a move along one axis; a wall in the way is touched, not crossed."""
+    new = along + way
+    if way == 0 or (_free(maze, new, across) if is_x else _free(maze, across, new)):
+        return new
+    near = np.floor(new + RADIUS) - RADIUS - 1e-6 if way > 0 else np.ceil(new - RADIUS) + RADIUS + 1e-6
+    return max(along, float(near)) if way > 0 else min(along, float(near))
+
+
+def start(maze: Maze, rng: np.random.Generator) -> tuple[float, float, float]:
+    """A random place and heading."""
+    places = maze.free
+    row, column = places[int(rng.integers(len(places)))]
+    room = 0.5 - RADIUS - 0.02
+    dx, dy = rng.uniform(-room, room, 2)
+    return float(column + 0.5 + dx), float(row + 0.5 + dy), float(rng.uniform(0, 2 * np.pi))
+
+
+def walk(maze: Maze, pose: tuple[float, float, float], actions: Actions) -> Array:
+    """Poses [T, 3] of every frame. Frame 0 shows `pose`; the action of frame t > 0 leads from frame t - 1 to t, so that
+    the first frame's action does nothing."""
+    poses = np.empty((len(actions.keyboard), 3))
+    for t in range(len(poses)):
+        if t:
+            pose = step(maze, pose, actions.keyboard[t], actions.mouse[t])
+        poses[t] = pose
+    return poses
+
+
+def restless(maze: Maze, pose: tuple[float, float, float], frames: int, rng: np.random.Generator) -> Actions:
+    """Actions of an agent that keeps going: turns and keys are held for 4 to 16 frames, and of a few random choices it
+    takes the one that leads farthest, so that it runs into walls now and then but does not stay there."""
+    keyboard, mouse = np.zeros((frames, 4), np.float32), np.zeros((frames, 2), np.float32)
+    weights = np.array(list(_MOVES.values()))
+    moves = [np.array([float(k in name.split()) for k in KEYS], np.float32) for name in _MOVES]
+    at = 1  # changes fall between the groups 1-4, 5-8, ... that are one latent frame each
+    while at < frames:
+        hold = min(int(rng.choice(_HOLD)), frames - at)
+        best: tuple[float, Any, Any, Any] | None = None
+        for _ in range(_TRIES):
+            keys = moves[int(rng.choice(len(moves), p=weights / weights.sum()))]
+            turn = np.array([0, rng.integers(-1, 2) * MOUSE], np.float32)
+            then, way = pose, 0.0
+            for _ in range(hold):
+                x, y, _ = then
+                then = step(maze, then, keys, turn)
+                way += float(np.hypot(then[0] - x, then[1] - y))
+            gain = way / (STEP * hold) + (0.5 if turn[1] else 0.0) + float(rng.uniform(0, 0.7))
+            if best is None or gain > best[0]:
+                best = gain, keys, turn, then
+        assert best is not None
+        _, keyboard[at : at + hold], mouse[at : at + hold], pose = best
+        at += hold
+    if frames > 1:
+        keyboard[0], mouse[0] = keyboard[1], mouse[1]
+    return Actions(keyboard, mouse)
+
+
+def seen_motion(poses: Array) -> Array:
+    """What an eye can see of a walk [T, 3]: float [T - 1, 3] of turn to the right in degrees, and ways ahead and to the
+    right in steps, along the new heading."""
+    way = np.diff(poses[:, :2], axis=0)
+    c, s = np.cos(poses[1:, 2]), np.sin(poses[1:, 2])
+    ahead, aside = way[:, 0] * c + way[:, 1] * s, way[:, 1] * c - way[:, 0] * s
+    return np.stack([np.rad2deg(np.diff(poses[:, 2])), ahead / STEP, aside / STEP], axis=1)
