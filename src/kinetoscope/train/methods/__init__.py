@@ -1,0 +1,44 @@
+"""Ways of post-training, by the name that a recipe's `method` section gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.train.methods.base import BatchSource, Method, MethodSettings
+from kinetoscope.train.roles import ModelBase
+
+__all__ = ["METHODS", "BatchSource", "Method", "MethodSettings", "make_method", "method_class", "register_method"]
+
+METHODS: dict[str, str] = {}
+"""Name -> where the method is, "module:class"."""
+
+
+def register_method(name: str, place: str) -> None:
+    """Let recipes name the `Method` at `place`, "module:class"."""
+    METHODS[name] = place
+
+
+def method_class(name: str) -> type[Method]:
+    """The method called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}; the known ones are: {', '.join(sorted(METHODS))}")
+    module, _, found = METHODS[name].partition(":")
+    return getattr(import_module(module), found)
+
+
+def make_method(settings: MethodSettings, roles: Mapping[str, ModelBase]) -> Method:
+    """The method of a recipe's section over opened roles.
+
+    Raises:
+        ConfigError: a role that it needs is missing.
+    """
+    made = method_class(settings.name)
+    if missing := [name for name in made.needs if name not in roles]:
+        raise ConfigError(f"method {settings.name} needs models.{', models.'.join(missing)} in the recipe")
+    return made(roles, settings)

@@ -1,0 +1,65 @@
+"""What a way of post-training is, and where its batches come from: two small protocols that the trainer drives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from kinetoscope.train.recipe import Section
+from kinetoscope.train.roles import ModelBase, TrainBatch
+
+
+class MethodSettings(Section):
+    """Base of the settings of methods.
+
+    Attributes:
+        name: of the method (`train.methods.METHODS`).
+    """
+
+    name: str
+
+
+class Method(Protocol):
+    """One way of post-training, made by `Method(roles, settings)`.
+
+    All randomness comes from the generators given, all phases from `step`: resume needs no state of the method. What a
+    method keeps from call to call (caches of keys and values) must not change what it computes.
+
+    Attributes:
+        settings_class: of the recipe's `method` section.
+        needs: names of the roles it cannot do without.
+        roles: "student" (what is exported), "teacher", "critic".
+    """
+
+    settings_class: ClassVar[type[MethodSettings]]
+    needs: ClassVar[tuple[str, ...]]
+    roles: Mapping[str, ModelBase]
+
+    def __init__(self, roles: Mapping[str, ModelBase], settings: Any) -> None: ...
+
+    def updates(self, step: int) -> Sequence[str]:
+        """Names of the trainable roles that are updated in this step, in order."""
+        ...
+
+    def losses(self, role: str, batch: TrainBatch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Scalar terms by name; `total` is minimised by `role`'s optimizer.
+
+        Gradients may only reach parameters of `role`: those of others stay out by `torch.no_grad` or `detach`.
+
+        Args:
+            batch: the same for all roles of a step and micro-batch.
+            generator: on the CPU, its own for each step, micro-batch and role.
+        """
+        ...
+
+
+class BatchSource(Protocol):
+    """Where batches come from. The position in the data is the step: nothing is stored and nothing can be lost."""
+
+    def batch(self, step: int, generator: torch.Generator) -> TrainBatch:
+        """Batch number `step`, a function of it, of `generator` (seeded by the recipe's seed and `step`) and of the
+        source's settings alone. Latents are float32 and normalised as the transformer reads them."""
+        ...
