@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.models.wan.spec import CONVENTION, TEXT_LENGTH, WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
-from kinetoscope.train.basis import Basis
 from kinetoscope.train.loop import step_generator
 from kinetoscope.train.recipe import TransformerSection, WorldSection
 from kinetoscope.train.text import encode_text
@@ -26,8 +25,16 @@ from kinetoscope.worlds import get_world
 BATCH = 32
 
 
+class LatentEncoder(Protocol):
+    """What makes latents of clips: a `Basis`, or a model's own VAE."""
+
+    def latents(self, video: Tensor) -> Tensor:
+        """Clips [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, C, t, h, w]."""
+        ...
+
+
 def prepare_latents(
-    basis: Basis, clips: Clips, count: int, path: Path, on_clip: Callable[[int, int], None] | None = None
+    encoder: LatentEncoder, clips: Clips, count: int, path: Path, on_clip: Callable[[int, int], None] | None = None
 ) -> np.ndarray[Any, Any]:
     """Normalised latents of the world's first `count` clips, float16 [N, C, T, H, W], kept in a .npy file.
 
@@ -41,7 +48,7 @@ def prepare_latents(
     latents: Any = np.load(part, mmap_mode="r+") if done else None
     for start in range(done, count, BATCH):
         seeds = range(start, min(start + BATCH, count))
-        z = basis.latents(torch.cat([clips.whole(s) for s in seeds]))
+        z = encoder.latents(torch.cat([clips.whole(s) for s in seeds]))
         if latents is None:
             latents = np.lib.format.open_memmap(part, "w+", np.float16, (count, *z.shape[1:]))
         latents[seeds.start : seeds.stop] = z.to(torch.float16).numpy()

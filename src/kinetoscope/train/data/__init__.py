@@ -1,0 +1,67 @@
+"""Where batches of post-training come from, by the name that a recipe's `data` section gives as `source`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.train.methods.base import BatchSource
+from kinetoscope.train.plugins import Opened
+from kinetoscope.train.recipe import Section
+
+
+class DataSection(Section):
+    """Base of the settings of sources.
+
+    Attributes:
+        source: its name (`SOURCES`).
+    """
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceContext:
+    """What a source is made with.
+
+    Attributes:
+        opened: the student's model directory: its encoders make latents and text states.
+        folder: of the run.
+        on_count: called with (done, total) of lengthy preparations.
+    """
+
+    opened: Opened
+    folder: Path
+    on_count: Callable[[int, int], None] | None = None
+
+
+SOURCES: dict[str, str] = {
+    "world": "kinetoscope.train.data.worlds:WorldSource",
+}
+"""Name -> where the source is, "module:class"; the class has `settings_class` and is made of (settings, context)."""
+
+
+def register_source(name: str, place: str) -> None:
+    """Let recipes name the source at `place`, "module:class"."""
+    SOURCES[name] = place
+
+
+def source_class(name: str) -> Any:
+    """The class of the source called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SOURCES:
+        raise ConfigError(f"unknown data source {name!r}; the known ones are: {', '.join(sorted(SOURCES))}")
+    module, _, found = SOURCES[name].partition(":")
+    return getattr(import_module(module), found)
+
+
+def make_source(section: DataSection, context: SourceContext) -> BatchSource:
+    """The source of a recipe's `data` section."""
+    return source_class(section.source)(section, context)

@@ -1,0 +1,122 @@
+"""Batches of a procedural world: clips drawn by a program, as latents, under captions worded anew each time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.pipelines.stages.images import encode_video
+from kinetoscope.train.basis import fit_basis
+from kinetoscope.train.data import DataSection, SourceContext
+from kinetoscope.train.flow import LatentEncoder, prepare_latents
+from kinetoscope.train.plugins import Opened
+from kinetoscope.train.recipe import Positive, WorldSection
+from kinetoscope.train.roles import TrainBatch
+from kinetoscope.train.vae import Clips
+
+MEASURED_SEED = 10**9
+"""Clips from here on measure the basis, as in the recipe of tiny-t2v."""
+
+
+class WorldData(DataSection):
+    """Settings of `WorldSource`.
+
+    Attributes:
+        world: which, and the size of its clips.
+        batch: samples of a micro-batch.
+        frames: pixel frames from the beginning of a clip; None: all.
+        clips: how many there are; each epoch words their captions anew.
+        latents: "encoder": by the model's own VAE. "basis": principal components of blocks of pixels, which the VAEs
+            of the tiny models were trained to compute; the same thing without the encoder's error, and far faster.
+            "none": zeros, for methods that need prompts alone.
+        basis_clips: clips over which the components are measured.
+        cache: folder in which latents are kept for all runs with the same clips.
+    """
+
+    world: WorldSection
+    batch: Positive = 8
+    frames: Positive | None = None
+    clips: Positive = 8192
+    latents: Literal["encoder", "basis", "none"] = "encoder"
+    basis_clips: Positive = Field(512)
+    cache: str = "runs/latents"
+
+
+class WorldSource:
+    """Clips of a world (`WorldData`)."""
+
+    settings_class: ClassVar[type[WorldData]] = WorldData
+
+    def __init__(self, settings: WorldData, context: SourceContext) -> None:
+        world, opened = settings.world, context.opened
+        self.settings, self.encode = settings, opened.encoder()
+        clips = Clips(world)
+        vae = opened.model.config("vae")
+        temporal = int(vae.get("scale_factor_temporal", 4))
+        frames = settings.frames or world.num_frames
+        if frames > world.num_frames or (frames - 1) % temporal:
+            raise ConfigError(
+                f"data.frames={frames}: use 1 + a multiple of {temporal}, and at most the clip's {world.num_frames}"
+            )
+        self.frames = 1 + (frames - 1) // temporal
+        self.specs = [
+            clips.world.sample(i, height=16, width=16, num_frames=1).spec for i in range(settings.clips)
+        ]  # drawn small: a spec does not depend on the size
+        self.latents: Any = None
+        if settings.latents == "none":
+            spatial = int(vae.get("scale_factor_spatial", 8))
+            self.shape = (opened.latent_channels(), self.frames, world.height // spatial, world.width // spatial)
+            return
+        path = Path(settings.cache) / f"{world.name}-{self._digest(opened)}.npy"
+        if not path.exists():
+            encoder = self._basis(clips, vae) if settings.latents == "basis" else OwnEncoder(opened)
+            prepare_latents(encoder, clips, settings.clips, path, context.on_count)
+        self.latents = np.load(path, mmap_mode="r")
+
+    def batch(self, step: int, generator: torch.Generator) -> TrainBatch:
+        """Random clips under fresh captions."""
+        picked = torch.randint(0, self.settings.clips, (self.settings.batch,), generator=generator)
+        rng = np.random.default_rng(int(torch.randint(0, 2**31, (1,), generator=generator)))
+        captions = tuple(self.specs[i].caption(rng) for i in picked.tolist())
+        text = self.encode(list(captions))
+        if self.latents is None:
+            return TrainBatch(torch.zeros(len(picked), *self.shape), text, captions)
+        chosen = self.latents[picked.numpy(), :, : self.frames]
+        return TrainBatch(torch.from_numpy(np.asarray(chosen, dtype=np.float32)), text, captions)
+
+    def _basis(self, clips: Clips, vae: dict[str, Any]) -> LatentEncoder:
+        return fit_basis(
+            clips.whole, self.settings.basis_clips, int(vae["z_dim"]), int(vae["scale_factor_spatial"]),
+            int(vae["scale_factor_temporal"]), MEASURED_SEED,
+        )  # fmt: skip
+
+    def _digest(self, opened: Opened) -> str:
+        """Names what the latents depend on."""
+        s = self.settings
+        facts: dict[str, Any] = {"world": s.world.model_dump(), "clips": s.clips, "latents": s.latents}
+        if s.latents == "basis":
+            facts |= {"basis_clips": s.basis_clips, "vae": opened.model.config("vae")}
+        else:
+            files = sorted(opened.model.folder("vae").glob("*.safetensors"))
+            facts["vae"] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class OwnEncoder:
+    """Latents by the VAE of an opened model, as sampling takes them."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._vae = opened.pipeline.get_module("vae")
+
+    @torch.no_grad()
+    def latents(self, video: Tensor) -> Tensor:
+        """Clips [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, C, t, h, w] float32."""
+        return encode_video(self._vae, video).cpu()
