@@ -22,9 +22,12 @@ def draw_curves(logs: Path, path: Path) -> None:
     figure = Figure(figsize=(4 * max(len(files), 1), 3), layout="constrained")
     for axis, file in zip(figure.subplots(1, max(len(files), 1), squeeze=False)[0], files, strict=False):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        for name in (k for k in rows[0] if k not in ("step", "grad_norm")):
-            axis.plot([r["step"] for r in rows], _smooth([r[name] for r in rows]), label=name, linewidth=1)
-        axis.set(title=file.stem, xlabel="step", yscale="log")
+        positive = True
+        for name in dict.fromkeys(k for r in rows for k in r if k != "step" and not k.endswith("grad_norm")):
+            told = [r for r in rows if name in r]  # a role is not updated in every step
+            axis.plot([r["step"] for r in told], _smooth([r[name] for r in told]), label=name, linewidth=1)
+            positive = positive and all(r[name] > 0 for r in told)
+        axis.set(title=file.stem, xlabel="step", yscale="log" if positive else "linear")
         axis.legend(fontsize="small")
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=80)

@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,217 @@ def learning_rate(section: OptimizerSection, step: int) -> float:
     return section.learning_rate * warm * (section.final_fraction + (1 - section.final_fraction) * cosine)
 
 
+class Learner:
+    """A module in training: its optimizer, its learning rate and the moving average of its weights.
+
+    Frozen parameters are neither optimized, averaged nor kept in checkpoints.
+
+    Attributes:
+        average: name -> value of what is exported, on the module's device.
+    """
+
+    def __init__(self, name: str, module: nn.Module, section: OptimizerSection) -> None:
+        self.name, self.module, self.section = name, module, section
+        self._frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self._parameters, lr=1.0, betas=section.betas, weight_decay=section.weight_decay
+        )
+        self.average = {k: v.detach().clone() for k, v in self._current().items()}
+
+    def clear(self) -> None:
+        """No gradients, before those of an update are gathered."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self, step: int, values: dict[str, float]) -> float:
+        """Clip and apply the gathered gradients.
+
+        Args:
+            step: of the training.
+            values: losses that the gradients are of, for the message.
+
+        Returns:
+            the norm of the gradients before clipping.
+
+        Raises:
+            KinetoscopeError: a loss or the norm is not finite; nothing is applied.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.section.clip))
+        if not all(math.isfinite(v) for v in (*values.values(), norm)):
+            told = values | {"grad_norm": norm}
+            raise KinetoscopeError(
+                f"{self.name}: step {step} gave values that are not finite ({told}); lower learning_rate"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.section, step)
+        self.optimizer.step()
+        _blend(self.average, self._current(), min(self.section.ema, (1 + step) / (10 + step)))
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"module": self._current(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self._set(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = state["average"]
+
+    def finish(self) -> None:
+        """The module holds the averaged weights from now on."""
+        self._set(self.average)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The module holds the averaged weights inside."""
+        kept = {k: v.detach().clone() for k, v in self._current().items()}
+        self._set(self.average)
+        try:
+            yield
+        finally:
+            self._set(kept)
+
+    def _current(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.module.state_dict().items() if k not in self._frozen}
+
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        self.module.load_state_dict(dict(values), strict=not self._frozen)
+
+
+class Job(Protocol):
+    """A training as the loop sees it.
+
+    Attributes:
+        name: of its log, and for progress.
+        steps: how many there are.
+        log_every: steps between lines of the log.
+    """
+
+    name: str
+    steps: int
+    log_every: int
+
+    def step(self, step: int) -> dict[str, float]:
+        """Do step number `step`, and what is worth telling of it."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        ...
+
+
+class Store(Protocol):
+    """Where checkpoints are kept."""
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Keep the state after `step` steps; a kill at any moment leaves the last good one."""
+        ...
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state, None before the first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneFile:
+    """The newest checkpoint alone, at `path`."""
+
+    path: Path
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Replace the file as a whole."""
+        save_checkpoint(self.path, state)
+
+    def load(self) -> dict[str, Any] | None:
+        """What the file holds, if there is one."""
+        return load_checkpoint(self.path) if self.path.exists() else None
+
+
+def run_job(
+    job: Job,
+    store: Store,
+    log: Path,
+    *,
+    checkpoint_minutes: float,
+    checkpoint_every: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> float:
+    """Do all steps of `job`, from the newest checkpoint of `store` on.
+
+    Args:
+        log: JSON lines of what the steps tell.
+        checkpoint_every: steps between checkpoints, beside those by the clock; 0: by the clock alone.
+
+    Returns:
+        wall seconds over all runs.
+
+    Raises:
+        RunCancelled: SIGINT or SIGTERM arrived; the checkpoint is written first.
+        KinetoscopeError: a loss is not finite.
+    """
+    start, spent = 0, 0.0
+    if (found := store.load()) is not None:
+        job.load(found)
+        start, spent = found["step"], found["seconds"]
+    _keep_log(log, start)
+    begun = saved = time.monotonic()
+
+    def save(step: int) -> None:
+        store.save(step, {**job.state(), "step": step, "seconds": spent + time.monotonic() - begun})
+
+    with _stop_signal() as stopping, log.open("a", encoding="utf-8") as lines:
+        for step in range(start, job.steps):
+            tick = time.monotonic()
+            values = job.step(step)
+            if on_progress:
+                on_progress(Progress(job.name, step + 1, job.steps, values, time.monotonic() - tick))
+            if (step + 1) % job.log_every == 0 or step + 1 == job.steps:
+                lines.write(json.dumps({"step": step + 1, **values}) + "\n")
+                lines.flush()
+            if stopping():
+                save(step + 1)
+                raise RunCancelled(f"{job.name}: stopped after step {step + 1}; run the same command to continue")
+            due = checkpoint_every and (step + 1) % checkpoint_every == 0
+            if due or time.monotonic() - saved > 60 * checkpoint_minutes:
+                save(step + 1)
+                saved = time.monotonic()
+    if start < job.steps:
+        save(job.steps)
+    return spent + time.monotonic() - begun if start < job.steps else spent
+
+
+class _TaskJob:
+    """A `Task` with one module."""
+
+    log_every = LOG_EVERY
+
+    def __init__(self, task: Task, section: OptimizerSection, seed: int, precision: str) -> None:
+        self.name, self.steps = task.name, section.steps
+        self.learner = Learner(task.name, task.module, section)
+        self.last: dict[str, float] = {}
+        self._task, self._seed, self._precision = task, seed, precision
+
+    def step(self, step: int) -> dict[str, float]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._precision == "bfloat16"):
+            terms = self._task.losses(step, step_generator(self._seed, step))
+        self.learner.clear()
+        terms["total"].backward()
+        values = {name: float(value.detach()) for name, value in terms.items()}
+        self.last = values | {"grad_norm": self.learner.update(step, values)}
+        return self.last
+
+    def state(self) -> dict[str, Any]:
+        return self.learner.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.learner.load(state)
+
+
 def train(
     task: Task,
     section: OptimizerSection,
@@ -90,75 +301,20 @@ def train(
         RunCancelled: SIGINT or SIGTERM arrived; the checkpoint is written first.
         KinetoscopeError: a loss is not finite.
     """
-    path, log = folder / f"{task.name}.pt", folder / f"{task.name}.jsonl"
-    parameters = task.module.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=section.betas, weight_decay=section.weight_decay)
-    average = {k: v.detach().clone() for k, v in task.module.state_dict().items()}
-    start, spent = 0, 0.0
-    if path.exists():
-        state = load_checkpoint(path)
-        task.module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, start, spent = state["average"], state["step"], state["seconds"]
-    _keep_log(log, start)
-    begun = saved = time.monotonic()
-
-    def save(step: int) -> None:
-        seconds = spent + time.monotonic() - begun
-        values = {"module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-        save_checkpoint(path, {**values, "step": step, "seconds": seconds})
-
-    losses: dict[str, float] = {}
+    job = _TaskJob(task, section, seed, precision)
     task.module.train()
-    with _stop_signal() as stopping, log.open("a", encoding="utf-8") as lines:
-        for step in range(start, section.steps):
-            tick = time.monotonic()
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                terms = task.losses(step, step_generator(seed, step))
-            losses = _update(task, terms, optimizer, section, step)
-            _blend(average, task.module, min(section.ema, (1 + step) / (10 + step)))
-            if on_progress:
-                on_progress(Progress(task.name, step + 1, section.steps, losses, time.monotonic() - tick))
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == section.steps:
-                lines.write(json.dumps({"step": step + 1, **losses}) + "\n")
-                lines.flush()
-            if stopping():
-                save(step + 1)
-                raise RunCancelled(f"{task.name}: stopped after step {step + 1}; run the same command to continue")
-            if time.monotonic() - saved > 60 * checkpoint_minutes:
-                save(step + 1)
-                saved = time.monotonic()
-    if start < section.steps:
-        save(section.steps)
-    task.module.load_state_dict(average)
+    seconds = run_job(
+        job, OneFile(folder / f"{task.name}.pt"), folder / f"{task.name}.jsonl",
+        checkpoint_minutes=checkpoint_minutes, on_progress=on_progress,
+    )  # fmt: skip
+    job.learner.finish()
     task.module.eval()
-    return {"steps": section.steps, "seconds": load_checkpoint(path)["seconds"], "losses": losses}
-
-
-def _update(
-    task: Task,
-    terms: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    section: OptimizerSection,
-    step: int,
-) -> dict[str, float]:
-    optimizer.zero_grad(set_to_none=True)
-    terms["total"].backward()
-    norm = nn.utils.clip_grad_norm_(task.module.parameters(), section.clip)
-    values = {name: float(value.detach()) for name, value in terms.items()} | {"grad_norm": float(norm)}
-    if not all(math.isfinite(v) for v in values.values()):
-        raise KinetoscopeError(
-            f"{task.name}: step {step} gave values that are not finite ({values}); lower learning_rate"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(section, step)
-    optimizer.step()
-    return values
+    return {"steps": section.steps, "seconds": seconds, "losses": job.last}
 
 
 @torch.no_grad()
-def _blend(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
-    for name, value in module.state_dict().items():
+def _blend(average: dict[str, Tensor], values: Mapping[str, Tensor], decay: float) -> None:
+    for name, value in values.items():
         if value.is_floating_point():
             average[name].lerp_(value, 1.0 - decay)
         else:
@@ -169,8 +325,18 @@ def _keep_log(log: Path, steps: int) -> None:
     """Drop the lines of steps that the checkpoint does not hold; they will be written again."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= steps]
-        log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= steps]
+        temporary = log.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(log)
+
+
+def _logged_step(line: str) -> float:
+    """The step of a line; of one that a kill cut in half, one that no checkpoint holds."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import difflib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -161,7 +161,7 @@ class TransformerSection(Section):
     optimizer: OptimizerSection
     batches: list[ClipMix]
     clips: Positive = 8192
-    levels: list[NoiseLevels] = [NoiseLevels()]  # pyright: ignore
+    levels: list[NoiseLevels] = Field(default_factory=lambda: [NoiseLevels.model_validate({})])
     sampling_shift: float = Field(3.0, gt=0)
     caption_dropout: float = Field(0.1, ge=0, lt=1)
 
@@ -207,6 +207,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: the file is missing or not YAML, or a key or value does not fit; the message names the place and
             the nearest key.
     """
+    return validated(Recipe, read_recipe(path, overrides), path)
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a YAML file, with overrides, not yet checked.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or an override does not fit.
+    """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -217,10 +226,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path} should hold sections; it holds a {type(data).__name__}")
     for override in overrides:
         _override(data, override)
+    return data
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def validated(kind: type[SectionT], data: Any, path: str | Path, place: str = "") -> SectionT:
+    """`data` as a section.
+
+    Args:
+        place: of the section in the file, with a dot at the end, for messages.
+
+    Raises:
+        ConfigError: a key or value does not fit; the message names the place and the nearest key.
+    """
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"recipe {path}: {'; '.join(_explain(e) for e in error.errors())}") from error
+        problems = "; ".join(_explain(e, kind, place) for e in error.errors())
+        raise ConfigError(f"recipe {path}: {problems}") from error
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -238,10 +263,15 @@ def _override(data: dict[str, Any], text: str) -> None:
         raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
 
 
-def _explain(error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"])
+def _explain(error: Any, kind: type[Section], place: str) -> str:
+    where = place + ".".join(str(p) for p in error["loc"])
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}"
-    keys = {name for section in (Recipe, *Section.__subclasses__()) for name in section.model_fields}
+    keys = {name for section in (kind, *_sections(Section)) for name in section.model_fields}
     near = difflib.get_close_matches(str(error["loc"][-1]), sorted(keys), n=1)
     return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _sections(kind: type[Section]) -> set[type[Section]]:
+    """All known subclasses."""
+    return {kind}.union(*(_sections(k) for k in kind.__subclasses__()))

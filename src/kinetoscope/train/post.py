@@ -1,0 +1,208 @@
+"""Recipes of post-training: YAML files with a `method` section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.train.data import DataSection, source_class
+from kinetoscope.train.methods import MethodSettings, method_class
+from kinetoscope.train.recipe import OptimizerSection, Positive, Section, read_recipe, validated
+from kinetoscope.train.roles import Uncond
+
+STUDENT = "student"
+"""The role that is exported."""
+
+
+class RoleOptimizer(OptimizerSection):
+    """As `OptimizerSection`; the schedule is that of the loop unless `steps` says otherwise."""
+
+    steps: int = Field(default=0, ge=0)
+
+
+class LoraSection(Section):
+    """Low-rank changes in place of full training (arXiv 2106.09685).
+
+    Attributes:
+        rank: r.
+        alpha: the change is alpha / r times the product of the matrices; None: r.
+        targets: parts of the names of the linear layers that get one.
+    """
+
+    rank: Positive = 16
+    alpha: float | None = Field(default=None, gt=0)
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net")
+
+
+class ModelSection(Section):
+    """A model in a role.
+
+    Attributes:
+        init_from: an embedded name, a directory or a hub id.
+        transformer: a folder or .safetensors file whose weights are used in place of the directory's own.
+        trainable: whether it has an optimizer.
+        attention: "dense", or a sparse kind with its settings ("vsa:sparsity=0.8").
+        shift: of noise levels; None: that of the family.
+        uncond: what the unconditional branch reads.
+        checkpointing: recompute blocks in the backward pass, for less memory.
+        lora: train low-rank changes of it alone.
+        optimizer: its own, in place of the recipe's.
+    """
+
+    init_from: str
+    transformer: str | None = None
+    trainable: bool = False
+    attention: str = "dense"
+    shift: float | None = Field(default=None, gt=0)
+    uncond: Uncond = "negative"
+    checkpointing: bool = False
+    lora: LoraSection | None = None
+    optimizer: RoleOptimizer | None = None
+
+
+class LoopSection(Section):
+    """The loop.
+
+    Attributes:
+        steps: how many there are; each updates the roles that the method says.
+        accumulate: micro-batches whose gradients make an update.
+        precision: of the forward passes; weights, optimizers and losses are float32.
+        log_every: steps between lines of the log.
+    """
+
+    steps: Positive
+    accumulate: Positive = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    log_every: Positive = 1
+
+
+class CheckpointSection(Section):
+    """Checkpoints.
+
+    Attributes:
+        minutes: between two of them.
+        every: steps between two of them, beside those by the clock; 0: by the clock alone.
+        keep: how many of the newest stay.
+    """
+
+    minutes: float = Field(default=5.0, gt=0)
+    every: int = Field(default=0, ge=0)
+    keep: Positive = 2
+
+
+class ValidationSection(Section):
+    """Videos of the student in training, with its averaged weights, judged as `kinetoscope eval` judges.
+
+    Attributes:
+        every: steps between validations; 0: none.
+        videos: how many.
+        params: sampling parameters, over those of the export.
+    """
+
+    every: int = Field(default=0, ge=0)
+    videos: Positive = 8
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class CallbacksSection(Section):
+    """What happens beside the loop.
+
+    Attributes:
+        tensorboard, wandb: whether losses go there; None: if the package is installed (wandb: only if asked for).
+    """
+
+    validation: ValidationSection = ValidationSection()
+    tensorboard: bool | None = None
+    wandb: bool = False
+
+
+class ExportSection(Section):
+    """The finished model.
+
+    Attributes:
+        dtype: of the weights of its transformer.
+        defaults: sampling defaults, over those of the directory it was made from.
+        index: entries of model_index.json, over those of that directory.
+        scheduler: entries of its scheduler's configuration, likewise.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    index: dict[str, Any] = Field(default_factory=dict)
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+
+
+class PostRecipe(Section):
+    """Everything that makes a model out of another.
+
+    Attributes:
+        name: of the model.
+        output: folder of checkpoints, logs, curves and the finished model.
+        threads: of the CPU.
+        device: where the models are.
+        models: the roles; "student" is the one that is exported.
+        optimizer: of every trainable role that has none of its own.
+    """
+
+    name: str
+    output: str
+    seed: int = 0
+    threads: Positive = 1
+    device: str = "cpu"
+    models: dict[str, ModelSection]
+    method: SerializeAsAny[MethodSettings]
+    data: SerializeAsAny[DataSection]
+    optimizer: RoleOptimizer
+    loop: LoopSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    callbacks: CallbacksSection = CallbacksSection()
+    export: ExportSection = ExportSection()
+
+    @model_validator(mode="after")
+    def _roles(self) -> PostRecipe:
+        if STUDENT not in self.models or not self.models[STUDENT].trainable:
+            raise ValueError("models needs a student that is trainable")
+        if frozen := [name for name, m in self.models.items() if m.lora and not m.trainable]:
+            raise ValueError(f"models.{frozen[0]} has a lora but is not trainable")
+        return self
+
+    def optimizer_of(self, role: str) -> OptimizerSection:
+        """The optimizer of a role, its schedule as long as the loop."""
+        section = self.models[role].optimizer or self.optimizer
+        return section if section.steps else section.model_copy(update={"steps": self.loop.steps})
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What was asked for: for cards."""
+
+    path: str
+    overrides: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(["kinetoscope train", self.path, *(f"--set {o}" for o in self.overrides)])
+
+
+def is_post_recipe(data: Mapping[str, Any]) -> bool:
+    """Whether a file's sections are those of post-training."""
+    return "method" in data
+
+
+def load_post_recipe(path: str | Path, overrides: Sequence[str] = ()) -> PostRecipe:
+    """A recipe of post-training from a YAML file; its method and its source check their own sections.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key or value does not fit; the message names the place.
+    """
+    data = read_recipe(path, overrides)
+    for key, told, find in (("method", "name", method_class), ("data", "source", source_class)):
+        section = data.get(key)
+        if not isinstance(section, dict) or not isinstance(section.get(told), str):
+            raise ConfigError(f"recipe {path}: {key} should be a section with {told}")
+        data[key] = validated(find(section[told]).settings_class, section, path, f"{key}.")
+    return validated(PostRecipe, data, path)
