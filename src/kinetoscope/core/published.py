@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from kinetoscope.core.errors import ConfigError
 
@@ -121,7 +121,7 @@ def require_positive(config: object, what: str) -> None:
 
 def _fits(kind: str, value: Any) -> bool:
     if kind.startswith("tuple"):
-        values: list[Any] = list(value) if isinstance(value, (list, tuple)) else []  # pyright: ignore
+        values = list(cast(Sequence[Any], value)) if isinstance(value, (list, tuple)) else []
         return len(values) == kind.count("int") and all(type(v) is int and v > 0 for v in values)
     if kind == "float":
         return type(value) in (int, float)

@@ -315,8 +315,8 @@ class Offload:
         self._here, self._slots = None, []
 
     def _own(self, name: str) -> Iterator[Slot]:
-        module = self._modules[name]
-        heavy = [m for b in module.blocks for m in heavy_layers(b)] if name in self._blocks else []  # pyright: ignore
+        module: Any = self._modules[name]
+        heavy = [m for b in module.blocks for m in heavy_layers(b)] if name in self._blocks else []
         return slots(module, heavy)
 
     def _coming(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ goes on with a part of the heads (arXiv 1909.08053 calls the first two f and g).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,24 +15,25 @@ from torch import Tensor
 from kinetoscope.parallel import comm
 from kinetoscope.parallel.groups import Group
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _eager(function: F) -> F:
+def _eager(function: Callable[P, R]) -> Callable[P, R]:
     """A compiled graph breaks here, since processes talk and what they send is counted."""
-    return torch.compiler.disable(function)  # pyright: ignore[reportUnknownMemberType, reportReturnType]
+    return cast(Callable[P, R], torch.compiler.disable(function))
 
 
 @_eager
 def summed(x: Tensor, group: Group) -> Tensor:
     """The sum of all devices' parts; the result is used alike by all of them. `x` is written over."""
-    return _Summed.apply(x, group) if _recorded(x) else comm.all_reduce(x, group)  # pyright: ignore
+    return _Summed.apply(x, group) if _recorded(x) else comm.all_reduce(x, group)
 
 
 @_eager
 def summed_for_parts(x: Tensor, group: Group) -> Tensor:
     """The sum of all devices' parts; each goes on with heads of its own. `x` is written over."""
-    return _SummedBoth.apply(x, group) if _recorded(x) else comm.all_reduce(x, group)  # pyright: ignore
+    return _SummedBoth.apply(x, group) if _recorded(x) else comm.all_reduce(x, group)
 
 
 def spread(x: Tensor, group: Group) -> Tensor:
@@ -44,13 +45,13 @@ def spread(x: Tensor, group: Group) -> Tensor:
 def joined(x: Tensor, group: Group, parts: int = 1) -> Tensor:
     """Columns of all devices side by side, [..., n] -> [..., P n]; of each of `parts` equal parts."""
     if _recorded(x):
-        return _Joined.apply(x, group, parts)  # pyright: ignore
+        return _Joined.apply(x, group, parts)
     return _join(x, group, parts)
 
 
 @_eager
 def _spread(x: Tensor, group: Group) -> Tensor:
-    return _Spread.apply(x, group)  # pyright: ignore
+    return _Spread.apply(x, group)
 
 
 def _recorded(x: Tensor) -> bool:
@@ -70,8 +71,8 @@ class _Summed(torch.autograd.Function):
         return comm.all_reduce(x.contiguous().clone(), group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class _SummedBoth(torch.autograd.Function):
@@ -81,8 +82,8 @@ class _SummedBoth(torch.autograd.Function):
         return comm.all_reduce(x.contiguous().clone(), group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return comm.all_reduce(grad.contiguous().clone(), ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return comm.all_reduce(grads[0].contiguous().clone(), ctx.group), None
 
 
 class _Spread(torch.autograd.Function):
@@ -92,8 +93,8 @@ class _Spread(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return comm.all_reduce(grad.contiguous().clone(), ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return comm.all_reduce(grads[0].contiguous().clone(), ctx.group), None
 
 
 class _Joined(torch.autograd.Function):
@@ -103,6 +104,6 @@ class _Joined(torch.autograd.Function):
         return _join(x, group, parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        own = grad.unflatten(-1, (ctx.parts, ctx.group.size, -1))[..., ctx.group.index, :]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        own = grads[0].unflatten(-1, (ctx.parts, ctx.group.size, -1))[..., ctx.group.index, :]
         return own.flatten(-2), None, None

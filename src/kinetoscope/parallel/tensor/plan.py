@@ -99,7 +99,7 @@ def misfit(module: nn.Module, styles: Mapping[str, str], devices: int) -> str | 
             wanted = " or ".join(kind.__name__ for kind in STYLES[name].of)
             raise ConfigError(f"plan of {type(module).__name__}: {path} is a {type(found).__name__}, not a {wanted}")
         layer: Any = found
-        if name == "heads" and layer.n_heads % devices:  # pyright: ignore
+        if name == "heads" and layer.n_heads % devices:
             return f"{path} has {layer.n_heads} heads, which tp={devices} does not divide"
         for leaf, dim in STYLES[name].cuts.items() if name != "vocabulary" else ():  # words need not come out even
             value: Tensor | None = getattr(layer, leaf)
