@@ -15,9 +15,9 @@ from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.loading.components import shard_plan
 from kinetoscope.parallel import Groups
 from kinetoscope.parallel.comm import SENT
+from kinetoscope.parallel.placement import place_module
 from kinetoscope.pipelines.presets import pipeline_class  # noqa: F401 - registers the families
 from kinetoscope.pipelines.presets.matrix_game import TRANSFORMERS
-from kinetoscope.runtime.placement import place_module
 from models import (
     test_causal_wan,
     test_cosmos,

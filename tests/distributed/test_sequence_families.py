@@ -153,7 +153,7 @@ def generate(groups: Groups | None, folder: Path, name: str, cache: str | None =
     generator = open_among(groups, folder / name, cfg=plan, cache=cache, hooks=[kept] if streams else [])
     whole = generator.generate_video("a cat", **fields)
     if not streams:
-        return {"latents": whole.latents}
+        return {"latents": whole.latents, "left_out": whole.logging_info.get("step_cache", {}).get("skipped", 0)}
     prompt = None if name == "world" else "a cat"
     given = {k: v for k, v in fields.items() if k not in ("num_frames", "num_inference_steps")}
     chunks = list(generator.stream(prompt, blocks=3, **given))
@@ -178,6 +178,8 @@ def check_videos(parallel: str, folder: Path, names: Sequence[str], cache: str |
             np.testing.assert_array_equal(rank[name]["latents"], ranks[0][name]["latents"], err_msg=name)
         apart = np.abs(ranks[0][name]["latents"] - one["latents"].numpy()).max() / one["latents"].std()
         assert apart <= 1e-4, (name, apart)
+        if cache is not None:
+            assert one["left_out"] > 0 and all(rank[name]["left_out"] == one["left_out"] for rank in ranks), name
         if "stream" in one:
             got, share = ranks[0][name], ParallelConfig.of(parallel).ulysses
             np.testing.assert_array_equal(got["stream"], got["frames"], err_msg=name)
@@ -208,10 +210,18 @@ def test_branches_and_heads_shared_out(folder: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("cache", ["fbcache:threshold=0.9", "dbcache:threshold=0.9,first=1,last=1,warmup=1"])
-def test_step_caches_see_all_tokens(folder: Path, cache: str) -> None:
-    """Between blocks of two streams and of one, too."""
-    check_videos("ulysses=2", folder, ["hunyuan", "longcat"], cache)
+@pytest.mark.parametrize(
+    ("cache", "names"),
+    [
+        ("fbcache:threshold=0.9", ["hunyuan", "longcat"]),
+        ("dbcache:threshold=0.9,first=1,last=1,warmup=1", ["hunyuan"]),  # LongCat's two blocks leave none to skip
+        ("taylorseer:interval=2,warmup=1", ["hunyuan", "longcat", "hunyuan15"]),
+    ],
+)
+@pytest.mark.parametrize("parallel", ["ulysses=2", "ring=2"])
+def test_step_caches_see_all_tokens(folder: Path, parallel: str, cache: str, names: list[str]) -> None:
+    """Between blocks of two streams and of one, too; every process leaves out what one would."""
+    check_videos(parallel, folder, names, cache)
 
 
 @pytest.mark.parametrize("name", ["causal", "world"])

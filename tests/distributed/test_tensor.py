@@ -22,10 +22,10 @@ from kinetoscope.core.sharding import Cut, take
 from kinetoscope.loading import weights
 from kinetoscope.parallel import Groups
 from kinetoscope.parallel.comm import SENT
+from kinetoscope.parallel.placement import place_module
 from kinetoscope.parallel.tensor import STYLES, misfit
 from kinetoscope.parallel.tensor.plan import Style
 from kinetoscope.runtime.compile import compile_blocks
-from kinetoscope.runtime.placement import place_module
 from lora_files import factors, tensors, write
 from runtime.families import FAMILIES as PIPELINES
 from tiny import make_tiny_wan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -15,12 +16,12 @@ from kinetoscope.loading.components import Place
 from kinetoscope.loading.offload import OFFLOADS, Mover, Offload
 from kinetoscope.loading.quantize import check_quantization, quantize_blocks
 from kinetoscope.parallel import Groups
+from kinetoscope.parallel.placement import is_placed, placing
 from kinetoscope.parallel.vae import check_shared, share_vae
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.decoding import VAE_MODES, DecodingStage
 from kinetoscope.runtime.compile import check_compile, compile_blocks, compile_mode
 from kinetoscope.runtime.composition import check_pairs
-from kinetoscope.runtime.placement import is_placed, placing
 
 CPU = torch.device("cpu")
 VAE = "vae"
@@ -110,7 +111,8 @@ class Care:
 
     def place(self, name: str) -> Place | None:
         """What shares the component's weights out among the devices of the layout, and compiles it on the way."""
-        return placing(self.groups, compile=self.mode if is_transformer(name) else None)
+        mode = self.mode if is_transformer(name) else None
+        return placing(self.groups, compiled=None if mode is None else partial(compile_blocks, mode=mode))
 
     def loaded(self, name: str, module: Any) -> None:
         """All that the settings ask for."""

@@ -3,47 +3,51 @@
     build on the meta device -> share out by tensor parallel -> compile blocks -> share out by FSDP -> read the own part
 
 Weights are read last, since only then does a process know which part of each it holds: no process ever has the whole.
+A model that is there already (a student in training, a copy of its teacher) keeps its part of what it has.
 Sequence parallel and attention backends change no module; they come with each forward (`core.context`). A component
 that is on one device is read first, then quantized and compiled (`runtime.care`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from kinetoscope.core.sharding import ShardPlan, Share, keep_share, share_of
-from kinetoscope.loading.components import Place
-from kinetoscope.parallel import Groups
 from kinetoscope.parallel.fsdp import shard_fully
+from kinetoscope.parallel.groups import Groups
 from kinetoscope.parallel.share import HeldShare
 from kinetoscope.parallel.tensor import apply_plan, misfit
-from kinetoscope.runtime.compile import compile_blocks
+
+Change = Callable[[nn.Module], object]
+"""Changes a module where it stands."""
 
 
-def placing(groups: Groups | None, *, compile: str | None = None) -> Place | None:
+def placing(groups: Groups | None, *, compiled: Change | None = None) -> Callable[[nn.Module, ShardPlan], Share] | None:
     """What shares components out in a layout; None where every device holds all weights.
 
     Args:
         groups: this process's place; None: one device.
-        compile: mode of the blocks.
+        compiled: see `place_module`.
     """
     if groups is None or (groups.tp.size == 1 and not (groups.config.fsdp and groups.shard.size > 1)):
         return None
 
     def place(module: nn.Module, plan: ShardPlan) -> Share:
-        return place_module(module, plan, groups, compile=compile)
+        return place_module(module, plan, groups, compiled=compiled)
 
     return place
 
 
-def place_module(module: nn.Module, plan: ShardPlan, groups: Groups, *, compile: str | None = None) -> Share:
+def place_module(module: nn.Module, plan: ShardPlan, groups: Groups, *, compiled: Change | None = None) -> Share:
     """Share a module out; its weights are read or cut accordingly. All processes of the layout call it.
 
     Args:
         module: on the meta device, or with its weights.
         plan: of its family.
         groups: this process's place.
-        compile: mode of the blocks, or None.
+        compiled: compiles the module's blocks, or None.
 
     Raises:
         ConfigError: the plan does not fit the module, or its sizes do not divide.
@@ -51,8 +55,8 @@ def place_module(module: nn.Module, plan: ShardPlan, groups: Groups, *, compile:
     """
     whole = plan.may_be_whole and misfit(module, plan.styles, groups.tp.size) is not None
     by_tensor = {} if whole else apply_plan(module, plan.styles, groups.tp, groups.mesh["tp"])
-    if compile is not None:
-        compile_blocks(module, compile)
+    if compiled is not None:
+        compiled(module)
     fully = shard_fully(module, plan, groups) if groups.config.fsdp else {}
     share = HeldShare(module, by_tensor, fully)
     keep_share(module, share)
