@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +40,7 @@ class RunProgress:
         self._label = ""
         self._begun = self._told = 0.0
         self._first = 0
+        self._losses: dict[str, float] = {}
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -62,8 +64,10 @@ class RunProgress:
         """One `train.Progress`."""
         if not self._label.startswith(progress.task):
             self._start(progress.task, done=progress.step - 1)
-        loss = progress.losses.get("total")
-        self._label = progress.task + ("" if loss is None else f" loss {loss:.4f}")
+            self._losses = {}
+        ends = "total"  # of one loss, or of each role's
+        self._losses |= {k.removesuffix(ends): v for k, v in progress.losses.items() if k.endswith(ends)}
+        self._label = progress.task + "".join(f" {k.replace('.', ' ')}loss {v:.4f}" for k, v in self._losses.items())
         self._advance(progress.step, progress.steps)
 
     def items(self, label: str, done: int, total: int) -> None:
@@ -71,6 +75,16 @@ class RunProgress:
         if self._label != label:
             self._start(label)
         self._advance(done, total)
+
+    def resumed(self, label: str) -> Callable[[int, int], None]:
+        """Takes (done, total) of a count whose first call says how much an earlier run had done."""
+
+        def tell(done: int, total: int) -> None:
+            if self._label != label:
+                self._start(label, done)
+            self._advance(done, total)
+
+        return tell
 
     def _start(self, label: str, done: int = 0) -> None:
         """A new bar; `done` were finished before the clock started."""

@@ -1,8 +1,10 @@
-"""`kinetoscope train`: make a reference model from a recipe."""
+"""`kinetoscope train`: make a reference model from nothing, or another model out of one, by a recipe."""
 
 from __future__ import annotations
 
 import argparse
+
+from kinetoscope.core.errors import ConfigError
 
 NAME = "train"
 HELP = "train a model by a recipe; the same command continues an interrupted run"
@@ -24,11 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train and print where the model is."""
     from kinetoscope.cli.progress import RunProgress
+    from kinetoscope.train.post import is_post_recipe
+    from kinetoscope.train.post_run import run_post_recipe
+    from kinetoscope.train.recipe import read_recipe
     from kinetoscope.train.run import run_recipe
 
     with RunProgress() as progress:
-        model = run_recipe(
-            args.recipe, args.overrides, parts=args.parts, fresh=args.fresh, on_progress=progress.training
-        )
+        if is_post_recipe(read_recipe(args.recipe)):
+            if args.parts:
+                raise ConfigError("--part is for recipes of models made from nothing; this one has a method")
+            model = run_post_recipe(args.recipe, args.overrides, fresh=args.fresh, on_progress=progress.training)
+        else:
+            model = run_recipe(
+                args.recipe, args.overrides, parts=args.parts, fresh=args.fresh, on_progress=progress.training
+            )
     print(model)
     return 0

@@ -19,7 +19,7 @@ from kinetoscope.train.curves import draw_curves
 from kinetoscope.train.export import export_model, write_card
 from kinetoscope.train.flow import FlowTask, prepare_latents
 from kinetoscope.train.loop import Progress, Task, train
-from kinetoscope.train.recipe import OptimizerSection, Recipe, load_recipe
+from kinetoscope.train.recipe import OptimizerSection, Section, load_recipe
 from kinetoscope.train.text import TextTask
 from kinetoscope.train.vae import Clips, DecoderTask, EncoderTask, build_vae, psnr
 
@@ -76,7 +76,7 @@ def run_recipe(
         raise ConfigError(f"unknown part {', '.join(unknown)}; use some of: {', '.join(PARTS)}")
     wanted = [p for p in PARTS if p in parts or not parts or (p == "text" and "transformer" in parts)]
     folders = Folders(Path(recipe.output))
-    _claim(folders.root, recipe, fresh)
+    claim(folders.root, recipe, fresh, {"output", "threads", "checkpoint_minutes"})
     torch.set_num_threads(recipe.threads)
     clips = Clips(recipe.world)
     config = recipe.vae.config
@@ -118,16 +118,24 @@ def run_recipe(
     return folders.model
 
 
-def _claim(root: Path, recipe: Recipe, fresh: bool) -> None:
-    """Refuse to mix two recipes in one folder."""
+def claim(root: Path, recipe: Section, fresh: bool, changeable: set[str]) -> None:
+    """Take a folder for a recipe: its run is continued, one of another recipe is refused.
+
+    Args:
+        fresh: refuse to continue.
+        changeable: keys that may differ.
+
+    Raises:
+        ConfigError: the folder holds a run of another recipe, or of this one if it is to be `fresh`.
+    """
     file = root / "recipe.json"
-    mine = recipe.model_dump(mode="json", exclude={"output", "threads", "checkpoint_minutes"})
+    mine = recipe.model_dump(mode="json", exclude=changeable)
     if file.exists():
         theirs = json.loads(file.read_text(encoding="utf-8"))
         if fresh:
             raise ConfigError(f"{root} already holds a run; delete it or set output=FOLDER to start another")
         if theirs != mine:
-            changed = [k for k in mine if mine[k] != theirs.get(k)]
+            changed = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
             raise ConfigError(
                 f"{root} holds a run with another {', '.join(changed)}; set output=FOLDER, or delete it to start over"
             )

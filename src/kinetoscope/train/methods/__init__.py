@@ -11,7 +11,14 @@ from kinetoscope.train.roles import ModelBase
 
 __all__ = ["METHODS", "BatchSource", "Method", "MethodSettings", "make_method", "method_class", "register_method"]
 
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {
+    "diffusion_forcing": "kinetoscope.train.methods.diffusion_forcing:DiffusionForcing",
+    "dmd2": "kinetoscope.train.methods.dmd2:DMD2",
+    "finetune": "kinetoscope.train.methods.finetune:Finetune",
+    "ode_distill": "kinetoscope.train.methods.ode_distill:OdeDistill",
+    "self_forcing": "kinetoscope.train.methods.self_forcing:SelfForcing",
+    "teacher_forcing": "kinetoscope.train.methods.teacher_forcing:TeacherForcing",
+}
 """Name -> where the method is, "module:class"."""
 
 

@@ -1,0 +1,143 @@
+"""What happens beside the steps of a training: videos that are judged, and curves for those who watch."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.evaluation import heldout_specs, prompt_following
+from kinetoscope.media import contact_sheet
+from kinetoscope.train.post import STUDENT
+from kinetoscope.train.trainer import Trainer
+from kinetoscope.worlds import get_world
+
+VIDEOS_AT_ONCE = 4
+
+
+class Callbacks:
+    """The callbacks of a recipe; use as a context manager. They draw no random number of the training.
+
+    Args:
+        trainer: whose steps they follow.
+        folder: of the run.
+
+    Raises:
+        ConfigError: a package that was asked for is not installed, or a model without a world is to be judged.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self._trainer, self._folder = trainer, folder
+        self._section = trainer.recipe.callbacks
+        self._writers: list[Any] = []
+        self._opened = trainer.roles[STUDENT].opened
+        name = self._opened.model.sidecar.get("world")
+        if self._section.validation.every and name is None:
+            raise ConfigError(
+                f"{self._opened.model.name} names no world, so there is no judge for its videos; set "
+                "callbacks.validation.every=0"
+            )
+        self._world = get_world(name) if self._section.validation.every else None
+
+    def __enter__(self) -> Callbacks:
+        if self._section.tensorboard or (self._section.tensorboard is None and find_spec("tensorboard")):
+            self._writers.append(TensorBoard(self._folder / "tensorboard"))
+        if self._section.wandb:
+            self._writers.append(WandB(self._trainer.recipe.name, self._trainer.recipe.model_dump(mode="json")))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers:
+            writer.close()
+
+    def after_step(self, step: int, values: dict[str, float]) -> None:
+        """Called with the number of each step and what it told."""
+        for writer in self._writers:
+            writer.write(step + 1, values)
+        every = self._section.validation.every
+        if every and (step + 1) % every == 0:
+            scores = self.validate(step + 1)
+            for writer in self._writers:
+                writer.write(step + 1, {f"validation.{k}": v for k, v in scores.items()})
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Sample with the averaged weights, judge, and write a contact sheet and a line of validation.jsonl.
+
+        Returns:
+            attribute -> share of videos that show it as the caption says.
+        """
+        section = self._section.validation
+        assert self._world is not None
+        specs = heldout_specs(self._world, section.videos)
+        student = self._trainer.roles[STUDENT]
+        params = {**self._trainer.recipe.export.defaults, **section.params}
+        frames: list[Any] = []
+        student.model.transformer.eval()
+        with self._trainer.learners[STUDENT].averaged():
+            for start in range(0, len(specs), VIDEOS_AT_ONCE):
+                part = specs[start : start + VIDEOS_AT_ONCE]
+                seeds = list(range(start, start + len(part)))
+                batch = self._opened.sample([s.caption() for s in part], seeds, **params)
+                assert batch.frames is not None
+                frames += batch.frames
+        student.model.on_train_start()
+        report = prompt_following(self._world, zip(specs, frames, strict=True))
+        scores = {name: score.value for name, score in report.items()}
+        folder = self._folder / "validation"
+        folder.mkdir(exist_ok=True)
+        contact_sheet(frames, folder / f"step-{step:08d}.png", labels=[s.caption() for s in specs], columns=9)
+        with (self._folder / "validation.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "videos": len(specs), **scores}) + "\n")
+        return scores
+
+
+class TensorBoard:
+    """Scalars for TensorBoard.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("callbacks.tensorboard needs: pip install tensorboard") from error
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One point of each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(name.replace(".", "/"), value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class WandB:
+    """Scalars for Weights & Biases.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ConfigError("callbacks.wandb needs: pip install wandb") from error
+        self._run: Any = wandb.init(project="kinetoscope", name=name, config=settings)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One point of each curve."""
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()

@@ -1,0 +1,117 @@
+"""Fine-tuning: the objective that the model was trained with, on other clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.diffusion.convention import Convention, shift_sigma
+from kinetoscope.diffusion.noise import randn
+from kinetoscope.train.methods.base import MethodSettings
+from kinetoscope.train.roles import ModelBase, Text, TrainBatch
+
+
+class FinetuneSettings(MethodSettings):
+    """Settings of `Finetune`.
+
+    Attributes:
+        sampling: how noise levels are drawn, before the role's shift: "logit_normal" and "mode" (arXiv 2403.03206,
+            section 3.1), or "uniform".
+        logit_mean, logit_std: of logit_normal.
+        mode_scale: of mode: above 0 the middle is drawn more often, below 0 the ends.
+        caption_dropout: share of samples that read what the unconditional branch does, for guidance.
+        min_snr: squared errors of the noise weigh at most this over the signal-to-noise ratio, in terms of the clean
+            sample min(snr, gamma) (arXiv 2303.09556); for predictions of noise, of v or of the sample. A flow has a
+            sampling of levels in place of it.
+    """
+
+    sampling: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = Field(default=1.0, gt=0)
+    mode_scale: float = Field(default=1.29, ge=-1, le=1.75)
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    min_snr: float | None = Field(default=None, gt=0)
+
+
+class Finetune:
+    """The student predicts what its convention says, at random noise levels.
+
+    With a `lora` in the student's section it is LoRA training; with `attention: vsa:...` the student learns to do with
+    sparse attention.
+
+    Raises:
+        ConfigError: min-SNR for a flow, or for a model whose levels have no upper end.
+    """
+
+    settings_class: ClassVar[type[MethodSettings]] = FinetuneSettings
+    needs: ClassVar[tuple[str, ...]] = ("student",)
+
+    def __init__(self, roles: Mapping[str, ModelBase], settings: FinetuneSettings) -> None:
+        self.roles, self.settings = roles, settings
+        self.student = roles["student"]
+        convention = self.student.convention
+        if convention.interpolant == "additive":
+            raise ConfigError("finetune draws noise levels in [0, 1]; this family's go to infinity")
+        if settings.min_snr is not None and convention.prediction == "flow":
+            raise ConfigError(
+                "method.min_snr is for predictions of noise, of v or of the sample; this model predicts a flow, where "
+                "sampling of levels does its work: leave min_snr out"
+            )
+
+    def updates(self, step: int) -> Sequence[str]:
+        """The student, always."""
+        return ("student",)
+
+    def losses(self, role: str, batch: TrainBatch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Mean squared error of the prediction."""
+        s = self.levels(batch.rows, generator).to(batch.latents.device)
+        noise = randn(batch.latents.shape, generator).to(batch.latents.device)
+        batch = self.drop_captions(batch, generator)
+        x = self.student.add_noise(batch.latents, noise, s)
+        target = self.student.denoiser.target(batch.latents, noise, s)
+        error = (self.student.predict(x, s, batch) - target).square().flatten(1).mean(1)  # [B]
+        if self.settings.min_snr is not None:
+            error = error * snr_weight(self.student.convention, s, self.settings.min_snr)
+        return {"total": error.mean()}
+
+    def levels(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Noise levels [rows] in [0, 1]."""
+        settings = self.settings
+        if settings.sampling == "logit_normal":
+            u = torch.sigmoid(settings.logit_mean + settings.logit_std * randn((rows,), generator))
+        else:
+            u = torch.rand(rows, generator=generator)
+            if settings.sampling == "mode":
+                u = 1 - u - settings.mode_scale * (torch.cos(torch.pi / 2 * u).square() - 1 + u)
+        return shift_sigma(u, self.student.shift)
+
+    def drop_captions(self, batch: TrainBatch, generator: torch.Generator) -> TrainBatch:
+        """The batch, some of whose samples read what the unconditional branch reads."""
+        dropped = torch.rand(batch.rows, generator=generator) < self.settings.caption_dropout
+        if not dropped.any():
+            return batch
+        nothing = self.student.text_of(batch, conditional=False)
+        mask = dropped.to(batch.latents.device)
+        states = torch.where(mask[:, None, None], nothing.states, batch.text.states)
+        lengths = torch.where(dropped.to(batch.text.lengths.device), nothing.lengths, batch.text.lengths)
+        return replace(batch, text=Text(states, lengths))
+
+
+def snr_weight(convention: Convention, s: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weight of each sample's squared error at levels `s` (table 1 of arXiv 2303.09556), in terms of what the
+    convention predicts."""
+    snr = (convention.alpha(s) / s).square()
+    least = snr.clamp(max=gamma)
+    match convention.prediction:
+        case "epsilon":
+            return least / snr
+        case "v":
+            return least / (snr + 1)
+        case _:
+            return least

@@ -1,0 +1,143 @@
+"""What post-training leaves behind: a model directory in diffusers layout, or LoRA files, with a card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from kinetoscope.core.errors import ConfigError, OutputError
+from kinetoscope.core.version import __version__
+from kinetoscope.loading import ModelDir
+from kinetoscope.loading.weights import read_tensors, weight_files
+from kinetoscope.train.curves import draw_curves
+from kinetoscope.train.lora import save_lora
+from kinetoscope.train.post import STUDENT, Command, PostRecipe
+from kinetoscope.train.trainer import Trainer
+
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+STALE = ("README.md", "loss.png", "step_caches.json")
+"""Files of a directory that tell of its old transformer."""
+
+
+def export(trainer: Trainer, folder: Path, logs: Path, command: Command, seconds: float) -> Path:
+    """Write the student, with the averaged weights that it holds, through a temporary name.
+
+    Args:
+        folder: where to; for a LoRA it gets the LoRA's files alone.
+        logs: folder of the log.
+        seconds: that the training took.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        OutputError: it cannot be written.
+        ConfigError: the family's weights are stored under other names than it is trained with.
+    """
+    student = trainer.roles[STUDENT]
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if student.lora is not None:
+            save_lora(student.lora, temporary)
+        else:
+            _directory(trainer, temporary)
+        draw_curves(logs, temporary / "loss.png")
+        card = _card(trainer.recipe, command, seconds, student.lora is not None)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except OSError as error:
+        raise OutputError(f"the model cannot be written to {folder}: {error}") from error
+    return folder
+
+
+def _directory(trainer: Trainer, folder: Path) -> None:
+    """The student's directory with another transformer and what the recipe's `export` says."""
+    student, section = trainer.roles[STUDENT], trainer.recipe.export
+    model = student.opened.model
+    transformer = model.folder("transformer")
+    left_out = shutil.ignore_patterns(*STALE)
+    shutil.copytree(
+        model.path, folder, ignore=lambda at, names: {*left_out(at, names), *_weights(Path(at), transformer)}
+    )
+    _json(folder / "model_index.json", {**model.model_index, **section.index})
+    defaults = {**model.sidecar.get("defaults", {}), **section.defaults}
+    _json(folder / "kinetoscope.json", {**model.sidecar, "defaults": defaults})
+    if section.scheduler:
+        file = folder / model.config_file("scheduler").relative_to(model.path)
+        _json(file, {**json.loads(file.read_text(encoding="utf-8")), **section.scheduler})
+    weights = student.opened.transformer.state_dict()
+    _check_names(model, transformer, weights)
+    dtype = getattr(torch, section.dtype)
+    save_torch_state_dict(
+        {k: v.to("cpu", dtype).contiguous() if v.is_floating_point() else v for k, v in weights.items()},
+        folder / transformer.relative_to(model.path), filename_pattern=WEIGHTS,
+    )  # fmt: skip
+
+
+def _weights(at: Path, transformer: Path) -> list[str]:
+    """Names of the transformer's old weights in a folder."""
+    return [f.name for f in (*at.glob("*.safetensors*"), *at.glob("*.bin*"))] if at == transformer else []
+
+
+def _check_names(model: ModelDir, transformer: Path, weights: Mapping[str, Tensor]) -> None:
+    stored = {key for f in weight_files(transformer) for key in _keys(f)}
+    if unknown := sorted(set(weights) - stored):
+        raise ConfigError(
+            f"{model.name} stores its transformer under other names ({unknown[0]} is not among them), and training "
+            "writes it under its own only; export a LoRA instead"
+        )
+
+
+def _keys(file: Path) -> list[str]:
+    return [stored.key for stored in read_tensors([file])]
+
+
+def _card(recipe: PostRecipe, command: Command, seconds: float, lora: bool) -> str:
+    """README.md, from recorded facts alone; `kinetoscope eval --card` adds the scores."""
+    student = recipe.models[STUDENT]
+    others = [f"{name} from `{m.init_from}`" for name, m in recipe.models.items() if name != STUDENT]
+    settings = {k: v for k, v in recipe.method.model_dump(mode="json").items() if k != "name"}
+    kind = "LoRA" if lora else "Model"
+    lines = [
+        f"# {recipe.name}",
+        "",
+        f"{kind} made from `{student.init_from}` by the method `{recipe.method.name}` of this project's own trainer.",
+        "",
+        f"- command: `{command}` (seed {recipe.seed})",
+        f"- method: {_told(settings)}",
+        *([f"- other models: {', '.join(others)}"] if others else []),
+        f"- data: {_told(recipe.data.model_dump(mode='json'))}",
+        f"- steps: {recipe.loop.steps}, {recipe.loop.accumulate} micro-batches each",
+        f"- hardware: {_hardware(recipe)}; torch {torch.__version__}, kinetoscope {__version__}",
+        f"- wall time: {seconds / 60:.1f} minutes",
+        *([f"- defaults: {_told(recipe.export.defaults)}"] if recipe.export.defaults else []),
+        "",
+        "![loss curves](loss.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _hardware(recipe: PostRecipe) -> str:
+    device = torch.device(recipe.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {recipe.threads} threads"
+
+
+def _told(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v!r}" for k, v in values.items() if v not in (None, {}))
+
+
+def _json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
