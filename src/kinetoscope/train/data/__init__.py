@@ -40,6 +40,8 @@ class SourceContext:
 
 
 SOURCES: dict[str, str] = {
+    "latents": "kinetoscope.train.data.latents:LatentSource",
+    "ode_pairs": "kinetoscope.train.data.ode_pairs:OdePairs",
     "world": "kinetoscope.train.data.worlds:WorldSource",
 }
 """Name -> where the source is, "module:class"; the class has `settings_class` and is made of (settings, context)."""

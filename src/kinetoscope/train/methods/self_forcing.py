@@ -1,0 +1,198 @@
+"""Self-forcing (arXiv 2506.08009): a causal student learns from the videos that it makes itself, block after block.
+
+A block is made in the few steps of sampling, stopped at one drawn at random, and remembered; the next one sees what the
+student made, not data, so that training meets the errors that sampling makes. The finished video is judged as a whole,
+by distribution matching. Rollouts run the engine and the strategy that sample the student: what is trained on is what
+will be sampled, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.diffusion.few_step import FewStepRun
+from kinetoscope.diffusion.noise import NoiseSource
+from kinetoscope.engine.engine import DenoisingEngine
+from kinetoscope.engine.protocols import BlockContext, Event, ModelInputs, StrategyState
+from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, CausalStrategy, LatentVideo
+from kinetoscope.engine.strategies.dmd import STEPS, WARP
+from kinetoscope.nn.ring_cache import RingCache
+from kinetoscope.train.methods.base import MethodSettings
+from kinetoscope.train.methods.dmd2 import DMD2, DMD2Settings
+from kinetoscope.train.roles import CausalModelBase, ModelBase, TrainBatch
+
+REMEMBERED = 1
+"""Key, beside the block's number, of the noise of what is remembered: sampling draws nothing from it."""
+
+
+class SelfForcingSettings(DMD2Settings):
+    """Settings of `SelfForcing`; those of `DMD2Settings`, and:
+
+    Attributes:
+        exits: at which step a block is stopped: "block", one drawn for each block, or "video", one for all; "last": the
+            last one, always.
+        gradient_frames: gradients go into the last so many latent frames (whole blocks), for memory; None: into all.
+        context_noise: timestep in [0, 1000) at which a finished block is remembered, and to which it is noised then.
+        sampling: what is between two steps: "sde", fresh noise, as in sampling; "ode", the noise that the step found.
+    """
+
+    name: str = "self_forcing"
+    exits: Literal["block", "video", "last"] = "block"
+    gradient_frames: int | None = Field(default=None, gt=0)
+    context_noise: int = Field(default=0, ge=0, lt=1000)
+    sampling: Literal["sde", "ode"] = "sde"
+
+
+@dataclass(frozen=True, slots=True)
+class Exits:
+    """How a rollout of blocks goes.
+
+    Attributes:
+        steps: the step at which each block is stopped.
+        gradient_start: first latent frame whose block has gradients.
+        context_noise: timestep of what is remembered.
+        ode: no fresh noise between steps.
+    """
+
+    steps: Sequence[int]
+    gradient_start: int = 0
+    context_noise: int = 0
+    ode: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StudentParts:
+    """The student as the stage that a strategy is of."""
+
+    transformer: Any
+    transformer_2: Any = None
+    boundary: float = 0.0
+
+
+class RolloutStrategy(CausalStrategy):
+    """Sampling that stops early and can be differentiated.
+
+    A block's last step has a gradient, through everything but its past: keys and values of earlier blocks are
+    constants. Passes that remember have none.
+
+    Args:
+        parts: the student's transformer.
+        exits: where blocks stop.
+    """
+
+    def __init__(self, parts: StudentParts, exits: Exits) -> None:
+        super().__init__(parts)
+        self.exits = exits
+
+    def process_block(self, state: StrategyState, ctx: BlockContext, item: Any) -> Iterator[Event]:
+        """The steps up to the block's exit."""
+        yield from ctx.steps(state.times[: self.exits.steps[ctx.index] + 1])
+
+    def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:
+        """With a gradient in a block's last step alone, from memory that later passes do not write over."""
+        step = state.active
+        start: int = model_inputs.shared["start_frame"]
+        wanted = step.index + 1 == step.count and start >= self.exits.gradient_start
+        if not (wanted and torch.is_grad_enabled()):
+            with torch.no_grad():
+                return super().forward(state, model_inputs)
+        cache: RingCache = model_inputs.conditioning["cache"]
+        copied = RingCache([k.clone() for k in cache.keys], [v.clone() for v in cache.values], cache.sink)
+        model_inputs.conditioning = {**model_inputs.conditioning, "cache": copied}
+        return super().forward(state, model_inputs)
+
+    def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
+        """The clean block at its exit; before, the next step's sample."""
+        step, run = state.active, state.scheduler
+        assert isinstance(run, FewStepRun)
+        if step.index + 1 == step.count:
+            return run.schedule.predict(step.index, state.latents, noise_pred)
+        if not self.exits.ode:
+            return super().scheduler_step(state, noise_pred, t)
+        x0 = run.schedule.predict(step.index, state.latents, noise_pred)
+        noise = x0 + noise_pred  # v = n - x0
+        return run.schedule.renoise(step.index, x0, lambda: noise)
+
+    def update_context(self, state: StrategyState, ctx: BlockContext, item: Any) -> None:
+        """Remember the block, noised to the level of the context, without a gradient; its result keeps its own."""
+        made = state.latents
+        with torch.no_grad():
+            if level := self.exits.context_noise / 1000:
+                noise = NoiseSource(state.batch.seeds).fork(ctx.index, REMEMBERED).draw(made.shape[1:])
+                state.latents = (1 - level) * made + level * noise.to(made.device)
+            super().update_context(state, ctx, item)
+        state.latents = ctx.result = made
+        kept = state.tables["rollout"].kept
+        if kept is not None:
+            kept[-1] = made
+
+
+def roll_out(
+    student: CausalModelBase,
+    batch: TrainBatch,
+    settings: DMD2Settings,
+    exits: Exits,
+    seeds: Sequence[int],
+) -> Tensor:
+    """Videos [B, C, T, H, W] by the student, from noise of `seeds` as in sampling, of the size of the batch's latents.
+
+    Args:
+        settings: the few steps.
+        exits: where blocks stop; at their last step, the result is that of the engine's own sampling.
+    """
+    network: Any = student.transformer
+    _, channels, frames, height, width = batch.latents.shape
+    extra = {STEPS: list(settings.steps), WARP: settings.warp, CONTEXT_NOISE: exits.context_noise}
+    params = SamplingParams(guidance_scale=1.0, flow_shift=student.shift, extra=extra)
+    run = ForwardBatch(params, [""] * batch.rows, [""] * batch.rows, list(seeds), noise=NoiseSource(seeds))
+    run.prompt_embeds, run.prompt_lengths = batch.text.states, batch.text.lengths
+    run.family = LatentVideo(channels, height, width, frames)
+    engine = DenoisingEngine(RolloutStrategy(StudentParts(network), exits))
+    made = engine.run_blocks(run, ExecutionArgs(device=batch.latents.device)).latents
+    assert made is not None
+    return made
+
+
+class SelfForcing(DMD2):
+    """DMD2 of a causal student's own rollouts.
+
+    Args:
+        roles: "student", causal, "critic" and "teacher", which may see whole videos at once.
+        settings: see `SelfForcingSettings`.
+
+    Raises:
+        ConfigError: the student is not causal, or `rollout` is that of DMD2 on data.
+    """
+
+    settings_class: ClassVar[type[MethodSettings]] = SelfForcingSettings
+
+    def __init__(self, roles: Mapping[str, ModelBase], settings: SelfForcingSettings) -> None:
+        super().__init__(roles, settings)
+        student = roles["student"]
+        if not isinstance(student, CausalModelBase):
+            raise ConfigError("self_forcing is of causal students; dmd2 is the same for those that see the whole video")
+        if settings.rollout != "simulate":
+            raise ConfigError("self_forcing learns from its own rollouts: method.rollout=data_latent is of dmd2")
+        self.causal, self.forcing = student, settings
+
+    def rollout(self, batch: TrainBatch, generator: torch.Generator) -> Tensor:
+        """Videos by the student, block after block."""
+        seeds = torch.randint(0, 2**62, (batch.rows,), generator=generator).tolist()
+        exits = self.draw_exits(batch.latents.shape[2], generator)
+        return roll_out(self.causal, batch, self.forcing, exits, seeds)
+
+    def draw_exits(self, frames: int, generator: torch.Generator) -> Exits:
+        """Where the blocks of a video of so many latent frames stop."""
+        settings, last = self.forcing, len(self.schedule) - 1
+        drawn = torch.randint(0, last + 1, (len(self.causal.blocks(frames)),), generator=generator).tolist()
+        steps = {"block": drawn, "video": drawn[:1] * len(drawn), "last": [last] * len(drawn)}[settings.exits]
+        start = max(0, frames - (settings.gradient_frames or frames))
+        return Exits(steps, start, settings.context_noise, settings.sampling == "ode")
