@@ -12,6 +12,7 @@ from kinetoscope.train.roles import ModelBase
 __all__ = ["METHODS", "BatchSource", "Method", "MethodSettings", "make_method", "method_class", "register_method"]
 
 METHODS: dict[str, str] = {
+    "consistency": "kinetoscope.train.methods.consistency:Consistency",
     "diffusion_forcing": "kinetoscope.train.methods.diffusion_forcing:DiffusionForcing",
     "dmd2": "kinetoscope.train.methods.dmd2:DMD2",
     "finetune": "kinetoscope.train.methods.finetune:Finetune",
