@@ -119,3 +119,31 @@ def check_cases(parallel: str, cases: Sequence[Case], tolerance: float, attentio
             np.testing.assert_array_equal(rank[index], ranks[0][index], err_msg=case.name)
         np.testing.assert_allclose(ranks[0][index], case.expected.numpy(), rtol=0, atol=tolerance, err_msg=case.name)
         assert case.expected.std() > 0.05, "the comparison needs outputs of some size"
+
+
+def gradients(model: nn.Module, inputs: Mapping[str, Any], shard: Any = None) -> dict[str, Tensor]:
+    """Of every weight, of a loss that weighs all numbers of the output differently."""
+    model.requires_grad_(True)
+    with forward_context(ForwardContext(shard=shard)):
+        out = model(**inputs)
+        (out * torch.linspace(-1, 1, out.numel()).view(out.shape).cos()).sum().backward()
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.requires_grad_(False)
+    return found
+
+
+def gradients_all(groups: Groups, cases: Sequence[Case]) -> list[dict[str, Tensor]]:
+    return [gradients(case.model, case.inputs, SequenceShard.of(groups)) for case in cases]
+
+
+def check_gradients(parallel: str, cases: Sequence[Case]) -> None:
+    """The mean over the processes, which all have the same loss, is what one would find: to 1e-5 of the largest."""
+    ranks = run_ranks(parallel, gradients_all, cases)
+    for index, case in enumerate(cases):
+        expected = gradients(case.model, case.inputs)
+        most = max(float(g.abs().max()) for g in expected.values())
+        for name, one in expected.items():
+            mean = sum(rank[index][name] for rank in ranks) / len(ranks)
+            np.testing.assert_allclose(mean, one.numpy(), rtol=0, atol=1e-5 * most, err_msg=f"{case.name} {name}")
+        assert sum(bool(g.any()) for g in expected.values()) > len(expected) / 2, case.name

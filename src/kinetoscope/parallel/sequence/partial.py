@@ -69,3 +69,34 @@ def merge(a: Partial | None, b: Partial) -> Partial:
     lse = torch.logaddexp(a.lse, b.lse)
     finite = lse.clamp(min=torch.finfo(torch.float32).min)  # both without a key: weights of zero
     return Partial(a.out * (a.lse - finite).exp() + b.out.float() * (b.lse - finite).exp(), lse)
+
+
+def partial_gradient(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, whole: Partial, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in float32, where k and v are some of the keys that `whole` is the attention over.
+
+    The probabilities are made again from the sums of the whole (arXiv 2205.14135).
+
+    Args:
+        q, k, v, key_bias: see `partial_attention`.
+        whole: over all keys.
+        grad: [R, N, H, D] of its output.
+    """
+    scale = q.shape[-1] ** -0.5
+    keys, values = (t.float().transpose(1, 2) for t in (k, v))  # [R, H, M, D]
+    finite = whole.lse.clamp(min=torch.finfo(torch.float32).min)
+    spread = (grad * whole.out).sum(-1, keepdim=True)  # [R, N, H, 1]
+    split = [t.float().transpose(1, 2).split(ROWS, dim=2) for t in (q, finite, spread, grad)]
+    dq: list[Tensor] = []
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    for q_part, lse, inner, g in zip(*split, strict=True):
+        logits = q_part * scale @ keys.mT  # [R, H, n, M]
+        if key_bias is not None:
+            logits = logits + key_bias.float()[:, None, None]
+        seen = (logits - lse).exp()
+        dlogits = seen * (g @ values.mT - inner) * scale
+        dq.append(dlogits @ keys)
+        dk += dlogits.mT @ q_part
+        dv += seen.mT @ g
+    return torch.cat(dq, dim=2).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kinetoscope.core.context import SharedAttention
 from kinetoscope.core.errors import CompositionError
-from kinetoscope.parallel.comm import all_gather
+from kinetoscope.parallel.adjoint import all_gather
 from kinetoscope.parallel.groups import Group, Groups
 from kinetoscope.parallel.sequence.ring import ring_attention
 from kinetoscope.parallel.sequence.ulysses import Heads
@@ -71,10 +71,8 @@ class Share:
         """Attention over the tokens of all processes: [R, n + L, H, D].
 
         Raises:
-            CompositionError: a sparse kind under ring, or gradients.
+            CompositionError: a sparse kind under ring.
         """
-        if torch.is_grad_enabled() and call.q.requires_grad:
-            raise CompositionError("ulysses or ring and gradients cannot be used together: training shares no tokens")
         ring = self.shard.ring
         if ring.size > 1 and call.sparse:
             raise CompositionError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kinetoscope.parallel.comm import all_gather, all_to_all
+from kinetoscope.parallel.adjoint import all_gather, all_to_all
 from kinetoscope.parallel.groups import Group
 
 
