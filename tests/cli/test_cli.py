@@ -199,6 +199,7 @@ def test_eval_and_train_refuse_what_they_cannot_do(
     assert "--n=0" in fails(capsys, "eval", tiny, "--n", "0")
     assert ".json" in fails(capsys, "eval", tiny, "--json", tmp_path / "scores.txt")
     assert "/dev/null" in fails(capsys, "eval", tiny, "--sheet", "/dev/null/sheet.png")
+    assert ".png" in fails(capsys, "eval", tiny, "--drift", tmp_path / "drift.txt")
     assert "no world" in fails(capsys, "eval", tiny, "--n", "1")
     assert "cannot be read" in fails(capsys, "train", tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("name: [")
@@ -209,13 +210,15 @@ def test_eval_scores_writes_and_fills_the_card(copy: Path, tmp_path: Path, capsy
     (copy / "kinetoscope.json").write_text(json.dumps({"world": "shapes"}))
     (copy / "README.md").write_text("# A model\n\nKept.\n\n## Scores\n\nold\n")
     files = ["--json", str(tmp_path / "s.json"), "--sheet", str(tmp_path / "s.png"), "--card"]
-    argv = ["eval", str(copy), "--n", "2", "--size", "64x64", "--frames", "5", "--steps", "1", *files]
+    drift = ["--drift", str(tmp_path / "d.png"), "--drift-frames", "2"]
+    argv = ["eval", str(copy), "--n", "2", "--size", "64x64", "--frames", "5", "--steps", "1", *files, *drift]
     assert main(argv) == 0
     told = capsys.readouterr().out
     assert "ground truth" in told and "shuffled captions" in told and "all correct" in told
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["n"] == 2 and 0 <= scores["model"]["colour"]["value"] <= 1
-    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert scores["drift"]["spans"] == [[0, 1], [1, 3], [3, 5]] and "| frames 0-0 | frames 3-4 |" in told
+    assert all((tmp_path / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in "sd")
     card = (copy / "README.md").read_text()
     assert "Kept." in card and "old" not in card and "--n 2 --seed 0 --size 64x64" in card
 

@@ -174,6 +174,8 @@ def test_teacher_forcing(blocks: list[int]) -> None:
             torch.testing.assert_close(got[:, :, start:stop], expected, rtol=0, atol=TOLERANCE)
             start = stop
     assert teacher_forcing_rows([2, 1])[2:] == (((3, 5), ((3, 5),)), ((5, 6), ((0, 2), (5, 6))))
+    rolling = teacher_forcing_rows([2, 2, 2], window=4, sink=1)  # the last block sees frame 0, one before it, itself
+    assert rolling[2] == ((4, 6), ((0, 1), (3, 6))) and rolling[5] == ((10, 12), ((0, 1), (3, 4), (10, 12)))
 
 
 def test_gradients_flow_through_the_own_block_alone() -> None:
@@ -235,8 +237,6 @@ def test_refusals() -> None:
         model.new_cache(1, (5, 4), 3)
     with pytest.raises(ConfigError, match="sink_size=2"):
         model.new_cache(1, latents.shape, window=4, sink=2)
-    with pytest.raises(InputError, match="local_attn_size=-1"):
-        tiny_causal(local_attn_size=4)(latents, timestep, text, blocks=[3, 3], clean=latents)
 
 
 # -- the published code -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from kinetoscope.engine.strategies.causal import CausalStrategy, LatentVideo
 from kinetoscope.models.wan.spec import CONVENTION
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
 from kinetoscope.train.methods import make_method
-from kinetoscope.train.methods.diffusion_forcing import DiffusionForcing, DiffusionForcingSettings, bell, drop_text
+from kinetoscope.train.methods.diffusion_forcing import DiffusionForcing, DiffusionForcingSettings, bell
 from kinetoscope.train.methods.self_forcing import Exits, SelfForcing, SelfForcingSettings, roll_out
 from kinetoscope.train.methods.teacher_forcing import TeacherForcingSettings
 from kinetoscope.train.plugins.causal_wan import CausalWanModel
@@ -76,12 +76,11 @@ class ToyModel(ModelBase):
 def test_diffusion_forcing_in_closed_form(weighting: Any) -> None:
     """Chunks of two of five frames: a level each, and the gradient of a network of one number."""
     batch, student = batch_of(frames=5), ToyModel(Scale(), trainable=True, shift=3.0)
-    settings = DiffusionForcingSettings(chunk=2, weighting=weighting, dropout=0.0)
+    settings = DiffusionForcingSettings(chunk=2, weighting=weighting, sampling="uniform", caption_dropout=0.0)
     method = make_method(settings, {"student": student})
     loss = method.losses("student", batch, 0, seeded())["total"]
     loss.backward()
     again = seeded()
-    torch.rand(2, generator=again)  # which samples lose their text
     u = torch.rand(2, 3, generator=again)
     s = (3 * u / (1 + 2 * u))[:, [0, 0, 1, 1, 2]].view(2, 1, 5, 1, 1)
     noise = randn(batch.latents.shape, again)
@@ -98,33 +97,48 @@ def test_diffusion_forcing_in_closed_form(weighting: Any) -> None:
     torch.testing.assert_close(grad, (2 * weight * error * x).mean(), rtol=1e-4, atol=1e-6)
 
 
-def test_levels_are_of_their_distribution() -> None:
-    method = DiffusionForcing({"student": wan()}, DiffusionForcingSettings(levels="logit_normal", logit_mean=0.5))
-    found = method.draw_levels(2000, 5, 1.0, seeded())
-    torch.testing.assert_close(found.logit().mean(), torch.tensor(0.5), rtol=0, atol=0.03)
-    torch.testing.assert_close(found.logit().std(), torch.tensor(1.0), rtol=0, atol=0.03)
+def test_levels_and_text_of_samples() -> None:
+    """Levels are those of fine-tuning, one a chunk; some samples read what the unconditional branch reads."""
+    student, batch = wan(), batch_of(40)
+    empty = Text(torch.full((1, TEXT, TINY["text_dim"]), 7.0), torch.tensor([3]))
+    student.init_preprocessors(lambda prompts: empty)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def predict(x: Tensor, s: Tensor, batch: TrainBatch, **more: Any) -> Tensor:
+        seen.append((s, batch.text.lengths))
+        return x
+
+    student.predict = predict  # pyright: ignore[reportAttributeAccessIssue]
+    settings = DiffusionForcingSettings(logit_mean=0.5, caption_dropout=0.3)
+    DiffusionForcing({"student": student}, settings).losses("student", batch, 0, seeded())
+    s, lengths = seen[0]
+    u = s / (5 - 4 * s)  # without the shift
+    assert s.shape == (40, FRAMES) and len(s.unique()) == 40 * FRAMES
+    assert abs(float(u.logit().mean()) - 0.5) < 0.2 and abs(float(u.logit().std()) - 1) < 0.15
+    assert 5 < int((lengths == 3).sum()) < 20 and set(lengths.tolist()) == {3, TEXT}
     assert bell(torch.tensor([0.0, 1.0])).abs().max() < 1e-6 < bell(torch.tensor(0.5))
 
 
+@pytest.mark.parametrize("window", [-1, 4])
 @pytest.mark.parametrize("method", ["diffusion", "teacher", "teacher after noise"])
-def test_forcing_is_sampling_block_by_block(method: str) -> None:
+def test_forcing_is_sampling_block_by_block(method: str, window: int) -> None:
     """The loss of one forward under the mask is that of blocks one after another with a cache, which is how they are
     sampled: after noisy frames, after clean ones, after almost clean ones."""
-    student, batch = causal(), batch_of()
+    student, batch = causal(local_attn_size=window), batch_of()
     level = 0.06 if method == "teacher after noise" else 0.0
     settings: Any = (
-        DiffusionForcingSettings(dropout=0.0)
+        DiffusionForcingSettings(sampling="uniform", caption_dropout=0.0)
         if method == "diffusion"
-        else TeacherForcingSettings(dropout=0.0, context_noise=int(1000 * level))
+        else TeacherForcingSettings(sampling="uniform", caption_dropout=0.0, context_noise=int(1000 * level))
     )
     loss = make_method(settings, {"student": student}).losses("student", batch, 0, seeded())["total"]
     again = seeded()
-    torch.rand(2, generator=again)
     u = torch.rand(2, 3, generator=again)
     s = (5 * u / (1 + 4 * u)).repeat_interleave(2, 1)
     noise = randn(batch.latents.shape, again)
     x = student.add_noise(batch.latents, noise, s)
     past, past_s = (x, s) if method == "diffusion" else (batch.latents, torch.zeros(2, FRAMES))
+    torch.rand(2, generator=again)  # which samples lose their text
     if level:
         past_s = torch.full((2, FRAMES), level)
         past = student.add_noise(batch.latents, randn(batch.latents.shape, again), past_s)
@@ -142,18 +156,6 @@ def test_forcing_is_sampling_block_by_block(method: str) -> None:
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-5)
     loss.backward()
     assert all(p.grad is not None for p in student.transformer.parameters())
-
-
-def test_text_is_dropped_for_some() -> None:
-    student, batch = wan(), batch_of(40)
-    student.init_preprocessors(lambda prompts: Text(torch.full((1, 3, TINY["text_dim"]), 7.0), torch.tensor([3])))
-    found = drop_text(student, batch, 0.3, seeded())
-    gone = torch.rand(40, generator=seeded()) < 0.3
-    assert 5 < gone.sum() < 20
-    assert torch.equal(found.text.lengths, torch.where(gone, 3, TEXT))
-    assert torch.equal(found.text.states[~gone], batch.text.states[~gone])
-    assert (found.text.states[gone][:, :3] == 7).all() and not found.text.states[gone][:, 3:].any()
-    assert drop_text(student, batch, 0.0, seeded()) is batch
 
 
 # -- self-forcing -----------------------------------------------------------------------------------------------------

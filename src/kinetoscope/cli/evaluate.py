@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first video and of the choice of captions")
     parser.add_argument("--json", metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--sheet", metavar="FILE", help=f"write a contact sheet of the first {SHEET_ROWS} videos (PNG)")
+    parser.add_argument(
+        "--drift", metavar="FILE",
+        help="judge each block of the videos by itself too, and plot the scores (PNG): with --frames, of long videos",
+    )  # fmt: skip
+    parser.add_argument("--drift-frames", type=int, default=12, metavar="N", help="frames of a block (default: 12)")
     parser.add_argument("--card", action="store_true", help="write the scores into the README.md of the model")
     add_video_options(parser)
     add_compute_options(parser)
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--n={args.n} is not a positive number")
     from kinetoscope.media import check_output, contact_sheet
 
-    for path, suffix in ((args.json, ".json"), (args.sheet, ".png")):
+    for path, suffix in ((args.json, ".json"), (args.sheet, ".png"), (args.drift, ".png")):
         if path:
             check_output(path, (suffix,))
 
@@ -71,11 +76,19 @@ def run(args: argparse.Namespace) -> int:
     table = as_table(reports)
     if steadiness is not None:
         table += f"\n\nFlicker of the background, median over the videos: {steadiness:.2f} grey levels."
+    drifted: dict[str, Any] = {}
+    if args.drift:
+        from kinetoscope.evaluation.drift import draw_drift, drift_json, drift_table, measure_drift
+
+        drift = measure_drift(world, specs, videos, args.drift_frames, args.seed)
+        draw_drift(drift, Path(args.drift))
+        drifted = {"drift": drift_json(drift)}
+        table += f"\n\nBlock by block, {args.drift_frames} frames each:\n\n{drift_table(drift)}"
     print(f"{title}\n\n{table}")
     if args.json:
         facts = {"model": model.name, "model_hash": model.fingerprint(), "n": args.n, "seed": args.seed}
         scores = {k: as_json(v) for k, v in reports.items()}
-        write_text(Path(args.json), json.dumps({**facts, "flicker": steadiness, **scores}, indent=2) + "\n")
+        write_text(Path(args.json), json.dumps({**facts, "flicker": steadiness, **scores, **drifted}, indent=2) + "\n")
     if args.sheet:
         rows = min(SHEET_ROWS, args.n)
         contact_sheet(videos[:rows], args.sheet, labels=[s.caption() for s in specs[:rows]], columns=9)
@@ -98,4 +111,5 @@ def _command(args: argparse.Namespace) -> str:
         if v is not None and k not in ("height", "width")
     ]
     dtype = [] if args.dtype == "auto" else [f"--dtype {args.dtype}"]
-    return " ".join(["kinetoscope eval", args.model, f"--n {args.n} --seed {args.seed}", *size, *rest, *dtype])
+    drift = [f"--drift {args.drift} --drift-frames {args.drift_frames}"] if args.drift else []
+    return " ".join(["kinetoscope eval", args.model, f"--n {args.n} --seed {args.seed}", *size, *rest, *dtype, *drift])

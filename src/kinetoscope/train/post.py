@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.train.causalize import CausalSection
 from kinetoscope.train.data import DataSection, source_class
 from kinetoscope.train.methods import MethodSettings, method_class
 from kinetoscope.train.recipe import OptimizerSection, Positive, Section, read_recipe, validated
@@ -45,6 +46,8 @@ class ModelSection(Section):
     Attributes:
         init_from: an embedded name, a directory or a hub id.
         transformer: a folder or .safetensors file whose weights are used in place of the directory's own.
+        causal: make it a causal model that begins with these weights (`train.causalize`); its directory is kept in the
+            run's folder under the role's name.
         trainable: whether it has an optimizer.
         attention: "dense", or a sparse kind with its settings ("vsa:sparsity=0.8").
         shift: of noise levels; None: that of the family.
@@ -56,6 +59,7 @@ class ModelSection(Section):
 
     init_from: str
     transformer: str | None = None
+    causal: CausalSection | None = None
     trainable: bool = False
     attention: str = "dense"
     shift: float | None = Field(default=None, gt=0)

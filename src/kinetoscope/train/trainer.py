@@ -13,6 +13,7 @@ from torch import nn
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.noise import NoiseSource, generator_for
+from kinetoscope.train.causalize import make_causal
 from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
 from kinetoscope.train.data import SourceContext, make_source
 from kinetoscope.train.loop import Learner
@@ -54,15 +55,18 @@ def open_roles(recipe: PostRecipe) -> dict[str, Role]:
     """
     roles: dict[str, Role] = {}
     for number, (name, section) in enumerate(recipe.models.items()):
-        opened = Opened(section.init_from, section.transformer, recipe.device)
+        start = section.init_from
+        if section.causal is not None:
+            start = str(make_causal(start, section.causal, Path(recipe.output) / "causal" / name))
+        opened = Opened(start, section.transformer, recipe.device)
         model = opened.role(
             trainable=section.trainable, shift=section.shift, uncond=section.uncond, attention=section.attention,
             checkpointing=section.checkpointing,
         )  # fmt: skip
         trained = model.transformer if section.trainable else None
         if section.lora is not None:
-            start = generator_for(NoiseSource([recipe.seed]).fork(number, 0, 0, 0).seeds[0])
-            trained = LoraLayers(model.transformer, section.lora, start)
+            generator = generator_for(NoiseSource([recipe.seed]).fork(number, 0, 0, 0).seeds[0])
+            trained = LoraLayers(model.transformer, section.lora, generator)
         roles[name] = Role(opened, model, trained)
     student = roles[STUDENT].opened
     encoder = student.encoder()

@@ -99,13 +99,14 @@ def block_causal_rows(blocks: Sequence[int], window: int = -1, sink: int = 0) ->
     return tuple(rows)
 
 
-def teacher_forcing_rows(blocks: Sequence[int]) -> tuple[BlockRows, ...]:
-    """Attention over [clean | noisy], in frames: clean is block-causal, noisy blocks see themselves and clean past."""
-    total, clean = sum(blocks), block_causal_rows(blocks)
+def teacher_forcing_rows(blocks: Sequence[int], window: int = -1, sink: int = 0) -> tuple[BlockRows, ...]:
+    """Attention over [clean | noisy], in frames: clean is block-causal, noisy blocks see themselves and of the clean
+    past what their clean counterparts see."""
+    total, clean = sum(blocks), block_causal_rows(blocks, window, sink)
     noisy: list[BlockRows] = []
-    for (start, stop), _ in clean:
-        own = (total + start, total + stop)
-        noisy.append(BlockRows(own, ((0, start), own) if start else (own,)))
+    for (start, stop), seen in clean:
+        past = tuple((first, min(last, start)) for first, last in seen if first < start)
+        noisy.append(BlockRows((total + start, total + stop), (*past, (total + start, total + stop))))
     return (*clean, *noisy)
 
 
@@ -268,7 +269,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if blocks is not None:
             rows = block_causal_rows(blocks, self.config.local_attn_size, self.config.sink_size)
         if clean is not None:
-            rows = self._teacher_rows(blocks or (frames,))
+            rows = teacher_forcing_rows(blocks or (frames,), self.config.local_attn_size, self.config.sink_size)
             latents, timestep = torch.cat([clean, latents], 2), _join_times(clean_timestep, timestep, frames)
             rope = torch.cat([rope, rope])
         if rows is not None:
@@ -277,11 +278,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         place: Any = Place(rope, rows, cache, start_frame)
         out = super().forward(latents, timestep, encoder_hidden_states, rope=place, **prepared)
         return out if clean is None else out[:, :, frames:]
-
-    def _teacher_rows(self, blocks: Sequence[int]) -> tuple[BlockRows, ...]:
-        if self.config.local_attn_size != -1:
-            raise InputError("teacher forcing sees all clean blocks; it needs local_attn_size=-1")
-        return teacher_forcing_rows(blocks)
 
 
 def _tokens(span: Span, count: int) -> Span:

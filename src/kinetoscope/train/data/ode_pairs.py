@@ -21,6 +21,7 @@ from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.few_step import FewStepSchedule
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.protocols import Step, StrategyState
+from kinetoscope.loading.resolve import resolve_model
 from kinetoscope.train.data import DataSection, SourceContext
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.recipe import Positive
@@ -238,7 +239,8 @@ def _make(
 
 def _facts(section: OdePairsData) -> dict[str, Any]:
     """What makes trajectories others."""
-    return section.model_dump(mode="json", exclude={"source", "folder", "count", "batch", "together"})
+    named = section.model_dump(mode="json", exclude={"source", "folder", "count", "batch", "together"})
+    return {**named, "weights": resolve_model(section.teacher).fingerprint()}
 
 
 def _files(section: OdePairsData) -> list[Path]:

@@ -23,8 +23,8 @@ class OdeDistillSettings(MethodSettings):
     """Settings of `OdeDistill`.
 
     Attributes:
-        past: what a block of a causal student sees of the blocks before it: "noisy", each at a level of its own, or
-            "clean", the ends of their trajectories, as in sampling, for twice the work.
+        past: what a block of a causal student sees of the blocks before it: "clean", the ends of their trajectories, as
+            in sampling, or, for half the work, "noisy", each at a level of its own, of which the end is one.
     """
 
     name: Literal["ode_distill"] = "ode_distill"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -58,11 +58,14 @@ class OdeDistill:
         student = self.roles[role]
         frames = batch.latents.shape[2]
         blocks = student.blocks(frames) if isinstance(student, CausalModelBase) else (frames,)
-        picked = torch.randint(0, len(batch.levels), (batch.rows, len(blocks)), generator=generator)
+        path, levels, more = batch.path, batch.levels, dict[str, Any]()
+        if self.settings.past == "clean":
+            more["clean"] = batch.latents
+        elif isinstance(student, CausalModelBase):
+            path, levels = torch.cat([path, batch.latents.unsqueeze(1)], 1), (*levels, 0.0)
+        picked = torch.randint(0, len(levels), (batch.rows, len(blocks)), generator=generator)
         picked = torch.repeat_interleave(picked, torch.tensor(blocks), dim=1)  # [B, T]
-        x = take_levels(batch.path, picked)
-        s = torch.tensor(batch.levels)[picked].to(x.device)
-        more: dict[str, Any] = {"clean": batch.latents} if self.settings.past == "clean" else {}
+        x, s = take_levels(path, picked), torch.tensor(levels)[picked].to(path.device)
         x0 = student.predict_x0(x, s if len(blocks) > 1 else s[:, 0], batch, **more)
         return {"total": (x0 - batch.latents).square().mean()}
 

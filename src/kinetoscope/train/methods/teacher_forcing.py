@@ -43,14 +43,14 @@ class TeacherForcing(DiffusionForcing):
 
     def __init__(self, roles: Mapping[str, ModelBase], settings: TeacherForcingSettings) -> None:
         super().__init__(roles, settings)
-        if not isinstance(roles["student"], CausalModelBase):
+        if not isinstance(self.student, CausalModelBase):
             raise ConfigError("teacher_forcing is of causal students; this one sees the whole video at once")
         self.level = settings.context_noise / 1000
 
-    def past(self, student: ModelBase, x0: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    def past(self, x0: Tensor, generator: torch.Generator) -> dict[str, Any]:
         """The clean video, for the blocks after each."""
         if not self.level:
             return {"clean": x0}
         s = x0.new_full((len(x0), x0.shape[2]), self.level)
-        noisy = student.add_noise(x0, randn(x0.shape, generator).to(x0.device), s)
-        return {"clean": noisy, "clean_timestep": student.denoiser.convention.timestep(s)}
+        noisy = self.student.add_noise(x0, randn(x0.shape, generator).to(x0.device), s)
+        return {"clean": noisy, "clean_timestep": self.student.denoiser.convention.timestep(s)}
