@@ -109,7 +109,9 @@ def test_no_more_memory(wan: Path, private: None, monkeypatch: pytest.MonkeyPatc
         resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
         with pytest.raises(WorkerError, match="the worker ran out of memory") as caught:
             generator.generate_video(RED, **{**ASKED, "height": 512, "width": 512, "num_frames": 9})
-        assert caught.value.cause == "memory" and caught.value.stage == "denoising"
+        # Which stage asks for more than there is depends on what the allocator has kept from before.
+        assert caught.value.cause == "memory" and caught.value.stage in ("denoising", "decoding")
+        assert f"in stage {caught.value.stage}" in str(caught.value)
         assert works(generator, expected)
     assert gone(pid)
 

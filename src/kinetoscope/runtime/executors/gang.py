@@ -13,7 +13,22 @@ from typing import Any, Protocol
 from kinetoscope.core.errors import ConfigError, KinetoscopeError, RunCancelled, WorkerError
 from kinetoscope.parallel import ParallelConfig
 from kinetoscope.runtime.executors.base import ExecutorSpec, Health
-from kinetoscope.runtime.executors.orders import Status
+from kinetoscope.runtime.executors.orders import (
+    OPENING,
+    Beat,
+    Cancel,
+    Cancelled,
+    Died,
+    Done,
+    Failed,
+    Happened,
+    Order,
+    Ready,
+    Said,
+    Status,
+    Stop,
+    Told,
+)
 
 logger = logging.getLogger("kinetoscope.executors")
 
@@ -26,7 +41,7 @@ STOPPING = 5.0
 
 
 class Link(Protocol):
-    """The way to one process. What it says goes to the inbox of its gang as (rank, message); ("died", how) is its end.
+    """The way to one process. What it says goes to the inbox of its gang as (rank, message); `Died` is the last of it.
 
     Attributes:
         pid: on this machine, else None.
@@ -34,7 +49,7 @@ class Link(Protocol):
 
     pid: int | None
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Told) -> None:
         """Raises OSError: the process is gone."""
         ...
 
@@ -47,7 +62,7 @@ class Link(Protocol):
         ...
 
 
-Inbox = queue.Queue[tuple[int, tuple[Any, ...]]]
+Inbox = queue.Queue[tuple[int, Said]]
 OpenLinks = Callable[[Inbox], Sequence[Link]]
 
 
@@ -131,7 +146,7 @@ class Gang:
             self._links = self._open_links(self._inbox)
         self.starts += 1
         try:
-            self._until(-1, "ready", None, self.spec.start)
+            self._until(OPENING, None, self.spec.start)
         except BaseException:
             self.kill()
             raise
@@ -140,7 +155,7 @@ class Gang:
         """Let idle processes end, and kill those that do not."""
         for link in self._links:
             try:
-                link.send(("stop",))
+                link.send(Stop())
             except OSError:
                 continue
         until = time.monotonic() + STOPPING
@@ -191,44 +206,48 @@ class Gang:
         try:
             for i, link in enumerate(self._links):
                 try:
-                    link.send(("do", self._number, ticket.kind, ticket.payload))
+                    link.send(Order(self._number, ticket.kind, ticket.payload))
                 except OSError:
                     self._ranks[i].gone = self._ranks[i].gone or "died"
-            return self._until(self._number, "done", ticket, self.spec.timeout)
+            return self._until(self._number, ticket, self.spec.timeout)
         except WorkerError:
             self.kill()
             raise
 
-    def _until(self, number: int, outcome: str, ticket: Ticket | None, timeout: float) -> Any:
-        """Listen until all ranks have said `outcome`."""
+    def _until(self, number: int, ticket: Ticket | None, timeout: float) -> Any:
+        """Listen until all ranks have answered the order `number`, or have opened the model."""
         waiting = set(range(self.config.world))
-        failures: dict[int, tuple[Any, ...]] = {}
+        failures: dict[int, Failed] = {}
         value: Any = None
         told = cancelled = False
         decide: float | None = None
         silent: set[int] = set()
         while waiting:
             try:
-                rank, message = self._inbox.get(timeout=LOOK)
+                rank, said = self._inbox.get(timeout=LOOK)
             except queue.Empty:
-                rank, message = -1, ("nothing",)
-            if rank >= 0:
-                self._hear(rank, message)
-            kind = message[0]
-            if kind == "event" and ticket is not None and message[1] == number:  # pyright: ignore
-                ticket.tell("event", message[2])  # pyright: ignore
-            elif kind == outcome and (outcome == "ready" or message[1] == number):  # pyright: ignore
-                waiting.discard(rank)
-                value = message[2] if rank == 0 and outcome == "done" else value  # pyright: ignore
-            elif kind == "cancelled" and message[1] == number:  # pyright: ignore
-                waiting.discard(rank)
-                cancelled = True
-            elif kind == "failed" and message[1] == number:  # pyright: ignore
-                waiting.discard(rank)
-                failures[rank] = message
+                rank, said = -1, None
+            else:
+                self._hear(rank, said)
+            match said:
+                case Happened(of, event) if of == number and ticket is not None:
+                    ticket.tell("event", event)
+                case Ready() if number == OPENING:
+                    waiting.discard(rank)
+                case Done(of, own) if of == number:
+                    waiting.discard(rank)
+                    value = own if rank == 0 else value
+                case Cancelled(of) if of == number:
+                    waiting.discard(rank)
+                    cancelled = True
+                case Failed(of) if of == number:
+                    waiting.discard(rank)
+                    failures[rank] = said
+                case _:
+                    pass  # a sign of life, or the answer to an order before this
             if ticket is not None and ticket.cancelled.is_set() and not told:
                 told = True
-                self._send(0, ("cancel", number))
+                self._send(0, Cancel(number))
             now = time.monotonic()
             if decide is None and (failures or any(r.gone for r in self._ranks)):
                 decide = now + GRACE
@@ -252,24 +271,27 @@ class Gang:
             except queue.Empty:
                 return
 
-    def _hear(self, rank: int, message: tuple[Any, ...]) -> None:
+    def _hear(self, rank: int, said: Said) -> None:
         known = self._ranks[rank]
         known.heard = time.monotonic()
-        if message[0] == "died":
-            known.gone = message[1]
-            return
-        status = message[-1]
-        if message[0] == "event":  # fresher than the signs of life
-            status = known.status.after(message[2])  # pyright: ignore
-        if isinstance(status, Status):
-            if status != known.status:
-                known.moved = known.heard
-            known.status = status
+        status = known.status
+        match said:
+            case Died(how):
+                known.gone = how
+            case Happened(_, event):  # fresher than the signs of life
+                status = status.after(event)
+            case Beat(own) | Failed(status=own):
+                status = own
+            case _:
+                pass
+        if status != known.status:
+            known.moved = known.heard
+        known.status = status
 
     def _rest_gone(self, waiting: set[int]) -> bool:
         return all(self._ranks[i].gone for i in waiting)
 
-    def _send(self, rank: int, message: Any) -> None:
+    def _send(self, rank: int, message: Told) -> None:
         try:
             self._links[rank].send(message)
         except OSError:
@@ -296,26 +318,26 @@ class Gang:
 
     def _patience(self, number: int) -> float:
         """Seconds of silence that are borne; a process that starts is silent while it imports."""
-        return self.spec.start if number < 0 else self.spec.stall
+        return self.spec.start if number == OPENING else self.spec.stall
 
-    def _error(self, failures: dict[int, tuple[Any, ...]], number: int) -> KinetoscopeError:
+    def _error(self, failures: dict[int, Failed], number: int) -> KinetoscopeError:
         """The root of what went wrong: a death before all, since the others fail when one is gone."""
         gone = {i: r.gone for i, r in enumerate(self._ranks) if r.gone is not None and i not in failures}
         if not gone and len(failures) == self.config.world:
-            own = [m[4] for m in failures.values()]
+            own = [f.error for f in failures.values()]
             if own[0] is not None and all(type(e) is type(own[0]) for e in own):
                 return own[0]
         for rank, how in gone.items():
             return self._worker_error(rank, "died", how)
-        ordered = sorted(failures, key=lambda i: (failures[i][2] != "memory", failures[i][4] is None, i))
+        ordered = sorted(failures, key=lambda i: (failures[i].cause != "memory", failures[i].error is None, i))
         rank = ordered[0] if ordered else 0
         if not ordered:
             return self._worker_error(rank, "failed", "ended without an answer")
-        _, _, cause, text, error, status = failures[rank]
-        self._ranks[rank].status = status
-        how = f"ran out of memory ({text})" if cause == "memory" else f"failed: {text}"
-        found = self._worker_error(rank, cause, how)
-        found.__cause__ = error
+        failed = failures[rank]
+        self._ranks[rank].status = failed.status
+        how = f"ran out of memory ({failed.text})" if failed.cause == "memory" else f"failed: {failed.text}"
+        found = self._worker_error(rank, failed.cause, how)
+        found.__cause__ = failed.error
         return found
 
     def _worker_error(self, rank: int, cause: str, how: str) -> WorkerError:

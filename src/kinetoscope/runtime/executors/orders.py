@@ -1,4 +1,4 @@
-"""What a worker process is told to open, and what it says it is doing."""
+"""What a worker process is told, and what it says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kinetoscope.core.errors import KinetoscopeError
 from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import ParallelConfig
 
@@ -23,7 +24,7 @@ class Setup:
         device: of this rank.
         dtype: of the transformer.
         options: of `VideoGenerator.from_pretrained`.
-        store: where the ranks meet: a file of this machine, or (host, port).
+        store: where the ranks meet: a file of this machine, or (host, port) of one that waits for them.
         timeout: seconds that one waits for the others.
         stall: seconds without a sign of life after which it counts as stopped.
         threads: of torch.
@@ -65,3 +66,106 @@ class Status:
         if event.kind == "step":
             return Status(self.stage, self.step + 1, count)
         return replace(self, count=count)
+
+
+# -- to a worker ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Do something.
+
+    Attributes:
+        number: by which the answer is known.
+        kind: method of `Worker` without its underscore.
+        payload: what the method gets.
+    """
+
+    number: int
+    kind: str
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Give up the order of this number."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Do what came before, then end."""
+
+
+Told = Order | Cancel | Stop
+
+
+# -- from a worker ----------------------------------------------------------------------------------------------------
+
+OPENING = -1
+"""Number of what is no order: opening the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life."""
+
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """An event of an order."""
+
+    number: int
+    event: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """An order is carried out; the first rank's value is what it comes to."""
+
+    number: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """An order was given up, as was asked."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An order failed.
+
+    Attributes:
+        number: of the order, or `OPENING`.
+        cause: "memory" or "failed".
+        text: of the error, with its kind.
+        error: itself, if it is of this package.
+        status: when it failed.
+    """
+
+    number: int
+    cause: str
+    text: str
+    error: KinetoscopeError | None
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The process is gone; said by who watches it."""
+
+    how: str
+
+
+Said = Ready | Beat | Happened | Done | Cancelled | Failed | Died

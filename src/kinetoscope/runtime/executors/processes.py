@@ -21,7 +21,7 @@ from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import ParallelConfig
 from kinetoscope.runtime.executors.base import ExecutorSpec
 from kinetoscope.runtime.executors.gang import Gang, Inbox, Link
-from kinetoscope.runtime.executors.orders import Setup
+from kinetoscope.runtime.executors.orders import Died, Setup, Told
 from kinetoscope.runtime.executors.pool import Pool
 from kinetoscope.runtime.executors.wire import Wire
 
@@ -90,7 +90,7 @@ class _Starter:
 
     def __call__(self, inbox: Inbox) -> Sequence[Link]:
         folder = Path(tempfile.mkdtemp(prefix="kinetoscope-"))
-        left = _Countdown(self.config.world, lambda: shutil.rmtree(folder, ignore_errors=True))
+        left = Countdown(self.config.world, lambda: shutil.rmtree(folder, ignore_errors=True))
         links: list[Link] = []
         try:
             for rank in range(self.config.world):
@@ -104,7 +104,7 @@ class _Starter:
         return links
 
 
-class _Countdown:
+class Countdown:
     """Does something when it was called so many times."""
 
     def __init__(self, count: int, then: Callable[[], None]) -> None:
@@ -133,7 +133,7 @@ class _Process:
         with contextlib.suppress(OSError):  # the thread tells that it died
             self._wire.send(setup)
 
-    def send(self, message: Any) -> None:
+    def send(self, message: Told) -> None:
         """See `Link`."""
         self._wire.send(message)
 
@@ -156,7 +156,10 @@ class _Process:
             while True:
                 inbox.put((rank, self._wire.receive()))
         except (EOFError, OSError):
-            inbox.put((rank, ("died", how_it_ended(self._process.wait()))))
+            inbox.put((rank, Died(how_it_ended(self._process.wait()))))
+        except Exception as error:  # a worker of another version, perhaps; nobody would hear it from now on
+            inbox.put((rank, Died(f"said what cannot be read ({error})")))
+            self._process.kill()
         finally:
             self._wire.close()
             gone()

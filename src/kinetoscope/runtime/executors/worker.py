@@ -1,8 +1,7 @@
 """What each process of a layout does: it opens the model as its rank, and answers messages until it is told to stop.
 
-All ranks get the same orders and do the same; the first of them tells the caller. Messages to a worker are
-("do", number, kind, payload), ("cancel", number) and ("stop",); those it sends are ("ready", pid), ("beat", Status),
-("event", number, event), ("done", number, value), ("cancelled", number) and ("failed", number, cause, text, error).
+All ranks get the same orders and do the same; the first of them tells the caller. `orders` has what they are told and
+what they say.
 """
 
 from __future__ import annotations
@@ -15,11 +14,13 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from kinetoscope.core.errors import ConfigError, InputError, KinetoscopeError, RunCancelled
 from kinetoscope.engine.hooks import StepTraceHook
@@ -27,8 +28,23 @@ from kinetoscope.engine.protocols import Event
 from kinetoscope.parallel import Groups
 from kinetoscope.parallel.groups import join, leave
 from kinetoscope.pipelines.composed import StageEvent
-from kinetoscope.runtime.executors.orders import Setup, Status
+from kinetoscope.runtime.executors.orders import (
+    OPENING,
+    Beat,
+    Cancel,
+    Cancelled,
+    Done,
+    Failed,
+    Happened,
+    Order,
+    Ready,
+    Said,
+    Setup,
+    Status,
+    Told,
+)
 from kinetoscope.runtime.executors.ranks import rank_generator
+from kinetoscope.runtime.executors.stream import RemoteSession
 from kinetoscope.runtime.generator import VideoGenerator
 from kinetoscope.runtime.request import VideoPlan
 from kinetoscope.runtime.running import open_previews, run_plan
@@ -48,27 +64,27 @@ class Worker:
         send: sends a message; any thread may call it.
     """
 
-    def __init__(self, setup: Setup, send: Callable[[Any], None]) -> None:
+    def __init__(self, setup: Setup, send: Callable[[Said], None]) -> None:
         self.setup = setup
         self.status = Status()
-        self.inbox: queue.Queue[Any] = queue.Queue()
+        self._orders: queue.Queue[Order | None] = queue.Queue()
         self._send = send
         self._cancelled: set[int] = set()
         self._ended = threading.Event()
-        self._sessions: dict[int, Session] = {}
-        self._number = -1
+        self._sessions: dict[int, Session | RemoteSession] = {}
+        self._number = OPENING
 
     @property
     def leads(self) -> bool:
         """Whether this is the rank that decides and tells."""
         return self.setup.rank == 0
 
-    def post(self, message: Any) -> None:
+    def post(self, message: Told) -> None:
         """Take a message, from any thread; a cancellation is heard at once."""
-        if message[0] == "cancel":
-            self._cancelled.add(message[1])
+        if isinstance(message, Cancel):
+            self._cancelled.add(message.number)
         else:
-            self.inbox.put(message)
+            self._orders.put(message if isinstance(message, Order) else None)
 
     def serve(self) -> None:
         """Open the model, then do what comes until told to stop."""
@@ -77,15 +93,14 @@ class Worker:
             self.generator, self.groups = open_worker(self.setup)
             self._control = control_group(self.groups)
         except BaseException as error:
-            self._fail(-1, error)
+            self._fail(OPENING, error)
             return
         self._idle()
-        self._send(("ready", None))
-        while (message := self.inbox.get())[0] != "stop":
-            _, number, kind, payload = message
-            self._number = number
+        self._send(Ready())
+        while (order := self._orders.get()) is not None:
+            number = self._number = order.number
             try:
-                outcome = self._drive(number, getattr(self, f"_{kind}")(payload))
+                outcome = self._drive(number, getattr(self, f"_{order.kind}")(order.payload))
             except BaseException as error:
                 self._fail(number, error)
                 error.__traceback__ = None  # it would keep the tensors of all its frames
@@ -127,7 +142,7 @@ class Worker:
         session = self.generator.start_session(
             payload["prompt"], blocks=payload["blocks"], on_event=self._tell, **payload["fields"]
         )
-        self._sessions[payload["key"]] = session  # pyright: ignore
+        self._sessions[payload["key"]] = session
         yield from ()
         return {"params": session.params, "seed": session.seed, "next_frames": session.next_frames}
 
@@ -161,22 +176,22 @@ class Worker:
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
-    def _drive(self, number: int, events: Generator[Any, None, Any]) -> tuple[Any, ...]:
+    def _drive(self, number: int, events: Generator[Any, None, Any]) -> Done | Cancelled:
         """Run an order to its end, or to where the ranks agree to stop it; the message of its outcome."""
         while True:
             try:
                 event = next(events)
             except StopIteration as stop:
-                return ("done", number, stop.value)
+                return Done(number, stop.value)
             self._tell(event)
             if event.kind in TURNS and self._agree(number in self._cancelled):
                 events.close()
-                return ("cancelled", number)
+                return Cancelled(number)
 
     def _tell(self, event: Any) -> None:
         self.status = self.status.after(event)
         if self.leads:
-            self._send(("event", self._number, without_tensors(event)))
+            self._send(Happened(self._number, without_tensors(event)))
 
     def _agree(self, cancel: bool) -> bool:
         """What the leading rank has heard: one rank that left the loop alone would leave the others waiting."""
@@ -193,7 +208,7 @@ class Worker:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         own = error if isinstance(error, KinetoscopeError) and not isinstance(error, RunCancelled) else None
         cause = "memory" if out_of_memory(error) else "failed"
-        self._send(("failed", number, cause, " ".join(text.split()), _sendable(own), self.status))
+        self._send(Failed(number, cause, " ".join(text.split()), _sendable(own), self.status))
         if not isinstance(error, KinetoscopeError):
             with contextlib.suppress(Exception):  # there may be no memory for it
                 traceback.print_exception(error)
@@ -202,7 +217,7 @@ class Worker:
         """Signs of life: this thread goes on while the main one computes or waits for others."""
         while not self._ended.wait(min(BEAT, self.setup.stall / 4)):
             try:
-                self._send(("beat", self.status))
+                self._send(Beat(self.status))
             except OSError:
                 return
 
@@ -217,10 +232,10 @@ def open_worker(setup: Setup) -> tuple[VideoGenerator, Groups]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("kinetoscope").setLevel(setup.level)
     if isinstance(setup.store, str):
-        store: dist.Store = dist.FileStore(setup.store, setup.config.world)  # pyright: ignore
+        store: Store = FileStore(setup.store, setup.config.world)
     else:
         host, port = setup.store
-        store = dist.TCPStore(host, port, setup.config.world, is_master=setup.rank == 0)  # pyright: ignore
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=setup.timeout))
     groups = join(setup.config, rank=setup.rank, store=store, device=setup.device, timeout=setup.timeout)
     options = dict(setup.options)
     if setup.rank > 0:
