@@ -97,8 +97,16 @@ class ModelBase:
         self.trainable, self.uncond, self.checkpointing = trainable, uncond, checkpointing
         self.shift = self.convention.default_shift if shift is None else shift
         self.denoiser = Denoiser(transformer, self.convention)
-        self._attention = {} if attention == "dense" else {"self": make_sparse(attention)}
         self._uncond: Text | None = None
+        self.attend_with(attention)
+
+    def attend_with(self, attention: str) -> None:
+        """Another kind of self-attention from now on: "dense", or a sparse kind with its settings.
+
+        Raises:
+            ConfigError: an unknown kind.
+        """
+        self._attention = {} if attention == "dense" else {"self": make_sparse(attention)}
 
     # -- before training ----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "finetune": "kinetoscope.train.methods.finetune:Finetune",
     "ode_distill": "kinetoscope.train.methods.ode_distill:OdeDistill",
     "self_forcing": "kinetoscope.train.methods.self_forcing:SelfForcing",
+    "sparse_finetune": "kinetoscope.train.methods.sparse_finetune:SparseFinetune",
     "teacher_forcing": "kinetoscope.train.methods.teacher_forcing:TeacherForcing",
 }
 """Name -> where the method is, "module:class"."""
