@@ -14,9 +14,9 @@ from torch import nn
 from distributed.opened import open_among
 from distributed.ranks import run_ranks
 from distributed.sharded import FAMILIES, Case, errors, held_bytes, make_case, shared_out
-from distributed.test_tensor import check_videos
+from distributed.test_tensor import check_videos, gradients
 from kinetoscope.core.errors import CompositionError
-from kinetoscope.core.sharding import ShardPlan
+from kinetoscope.core.sharding import Cut, ShardPlan, take
 from kinetoscope.parallel import Groups
 from kinetoscope.parallel.comm import SENT
 from kinetoscope.parallel.fsdp import NAME
@@ -55,6 +55,29 @@ def test_with_tensor_parallel() -> None:
 )
 def test_every_family(parallel: str, error: float, most: float) -> None:
     check(tuple(FAMILIES), parallel, error, most)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "names"),
+    [
+        ("ulysses=2,fsdp=true", ["wan"]),
+        *(pytest.param(p, ["wan", "hunyuan", "longcat-vc"], marks=pytest.mark.distributed)
+          for p in ("cfg=2,fsdp=true", "ring=2,fsdp=true", "replicas=2,ulysses=2,fsdp=true")),
+    ],
+)  # fmt: skip
+def test_gradients_of_gathered_weights(parallel: str, names: list[str]) -> None:
+    """Each device has its rows of the gradient of a matrix, and the whole of all others."""
+    for name in names:
+        case = make_case(name)
+        expected = gradients(None, case)
+        for index, rank in enumerate(run_ranks(parallel, gradients, case)):
+            shared = 0
+            for weight, grad in rank.items():
+                one = expected[weight]
+                if grad.shape != one.shape:
+                    one, shared = take(one, one.shape, [Cut(0, index % 2, 2)]), shared + 1
+                torch.testing.assert_close(torch.as_tensor(grad), one, rtol=1e-3, atol=1e-6, msg=weight)
+            assert shared > 10, name
 
 
 def sent_in_a_forward(groups: Groups, case: Case) -> int:

@@ -19,7 +19,7 @@ import models.test_longcat as longcat
 import models.test_matrix_game as matrix_game
 from distributed.opened import open_among
 from distributed.ranks import run_ranks
-from distributed.sequence_cases import EXACT, MERGED, Case, check_cases, make_cases
+from distributed.sequence_cases import EXACT, MERGED, Case, check_cases, check_gradients, make_cases
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.engine.hooks import Hook
 from kinetoscope.loading import resolve_model
@@ -87,6 +87,16 @@ def test_forwards_around_a_ring() -> None:
 @pytest.mark.parametrize("parallel", ["ulysses=2", "ring=2", "ulysses=2,ring=2", "ulysses=4", "ring=3"])
 def test_forwards(parallel: str) -> None:
     check_cases(parallel, cases(list(OWN)), MERGED)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("parallel", ["ulysses=2", "ring=2", "ulysses=2,ring=2"])
+def test_gradients(parallel: str) -> None:
+    """Of families whose text is among the tokens, or that see blocks, from both."""
+    names = ("hunyuan-first-frame", "hunyuan15", "causal-blocks", "longcat-frames", "matrix-game", "skyreels-causal")
+    for name in names:
+        made = make_cases([name], contracts=OWN) if name in OWN else make_cases([name], [(1, 4, 4, 4)])
+        check_gradients(parallel, made[:1])
 
 
 # -- videos and streams -----------------------------------------------------------------------------------------------

@@ -17,12 +17,14 @@ from torch.distributed.tensor import DTensor
 from distributed.opened import open_among
 from distributed.ranks import run_ranks
 from distributed.sharded import FAMILIES, Case, errors, held_bytes, make_case, shared_out
+from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, ModelLoadError
 from kinetoscope.core.sharding import Cut, take
 from kinetoscope.loading import weights
 from kinetoscope.parallel import Groups
 from kinetoscope.parallel.comm import SENT
-from kinetoscope.parallel.placement import place_module
+from kinetoscope.parallel.placement import average_gradients, place_module
+from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.parallel.tensor import STYLES, misfit
 from kinetoscope.parallel.tensor.plan import Style
 from kinetoscope.runtime.compile import compile_blocks
@@ -142,7 +144,11 @@ def gradients(groups: Groups | None, case: Case) -> dict[str, Tensor]:
     model = copy.deepcopy(case.model).requires_grad_(True)
     if groups is not None:
         place_module(model, case.plan, groups)
-    model(**case.inputs).square().mean().backward()
+    shard = SequenceShard.of(groups) if groups is not None and groups.sequence.size > 1 else None
+    with forward_context(ForwardContext(shard=shard)):
+        model(**case.inputs).square().mean().backward()
+    if groups is not None:
+        average_gradients(model, groups)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
@@ -151,13 +157,17 @@ def gradients(groups: Groups | None, case: Case) -> dict[str, Tensor]:
     return found
 
 
-def test_gradients_are_parts_of_the_whole_models() -> None:
+@pytest.mark.parametrize(
+    "parallel", ["tp=2", *(pytest.param(p, marks=pytest.mark.distributed) for p in ("cfg=2,tp=2", "ring=2,tp=2"))]
+)
+def test_gradients_are_parts_of_the_whole_models(parallel: str) -> None:
+    """The share of tensor parallel is by the last digit of the rank, and all others have equal weights."""
     case = make_case("wan")
     expected = gradients(None, case)
-    for index, rank in enumerate(run_ranks("tp=2", gradients, case)):
+    for index, rank in enumerate(run_ranks(parallel, gradients, case)):
         for name, grad in rank.items():
             dims = [d for d, (a, b) in enumerate(zip(grad.shape, expected[name].shape, strict=True)) if a != b]
-            own = take(expected[name], expected[name].shape, [Cut(d, index, 2) for d in dims])
+            own = take(expected[name], expected[name].shape, [Cut(d, index % 2, 2) for d in dims])
             torch.testing.assert_close(torch.as_tensor(grad), own, rtol=1e-3, atol=1e-6, msg=name)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.sharding import Cut, ShardPlan
@@ -44,7 +44,7 @@ def shard_fully(module: nn.Module, plan: ShardPlan, groups: Groups) -> dict[str,
     if group.size == 1:
         return {}
     mesh = _mesh(groups)
-    cuts = {name: Cut(0, group.index, group.size) for name in _matrices(module)}
+    cuts = {name: Cut(0, group.index, group.size) for name in matrices(module)}
     kept = {p for n, p in module.named_parameters() if n not in cuts}
     for part, names in [*((b, plan.outside) for b in blocks_of(module)), (module, plan.roots)]:
         shared: Any = fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
@@ -68,8 +68,8 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len))
 
 
-def _matrices(module: nn.Module) -> list[str]:
-    """Names of the weights of linear layers."""
+def matrices(module: nn.Module) -> list[str]:
+    """Names of the weights of linear layers, which are what is shared out."""
     return [f"{path}.weight" for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
 
 
@@ -112,6 +112,8 @@ def _gather_for(shared: Any, names: Sequence[str]) -> None:
     gathered = _Gathered()
     shared.register_forward_pre_hook(gathered.enter)
     shared.register_forward_hook(gathered.leave, always_call=True)
+    shared.as_forward = _called
+    register_fsdp_forward_method(shared, "as_forward")
     for name in names:
         path, _, leaf = name.rpartition(".")
         try:
@@ -122,17 +124,25 @@ def _gather_for(shared: Any, names: Sequence[str]) -> None:
             setattr(owner, leaf, _gathering(shared, gathered, getattr(owner, leaf)))
 
 
+def _called(method: Any, *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)
+
+
 def _gathering(shared: Any, gathered: _Gathered, method: Any) -> Any:
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         if gathered.depth:
             return method(*args, **kwargs)
-        shared.unshard()
         gathered.depth += 1
         try:
-            return method(*args, **kwargs)
+            if torch.is_grad_enabled():  # the weights are gathered once more for the gradients, as those of a forward
+                return shared.as_forward(method, *args, **kwargs)
+            shared.unshard()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                shared.reshard()
         finally:
             gathered.depth -= 1
-            shared.reshard()
 
     return call

@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from kinetoscope.core.sharding import ShardPlan, Share, keep_share, share_of
-from kinetoscope.parallel.fsdp import shard_fully
+from kinetoscope.parallel.comm import all_reduce
+from kinetoscope.parallel.fsdp import matrices, shard_fully
 from kinetoscope.parallel.groups import Groups
 from kinetoscope.parallel.share import HeldShare
 from kinetoscope.parallel.tensor import apply_plan, misfit
@@ -66,3 +68,24 @@ def place_module(module: nn.Module, plan: ShardPlan, groups: Groups, *, compiled
 def is_placed(module: nn.Module) -> bool:
     """Whether `place_module` has shared the module out, so that nothing else may move or change its weights."""
     return share_of(module) is not None
+
+
+def average_gradients(module: nn.Module, groups: Groups) -> None:
+    """Make gradients the mean over the processes that hold equal weights, after a backward pass of all of them.
+
+    Those of one replica have shares of a batch's tokens and the same loss (ulysses, ring), or batches of their own
+    (cfg); replicas have batches of their own. FSDP takes the mean of what it shares out; what tensor parallel shares
+    out has its whole gradient already.
+
+    Args:
+        module: after `place_module`, if weights are shared out.
+        groups: this process's place.
+    """
+    done = set(matrices(module)) if groups.config.fsdp else set[str]()
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None:
+            continue
+        grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        for group in (groups.replica,) if name in done else (groups.shard, groups.replica):
+            if group.size > 1:
+                grad.copy_(all_reduce(grad.contiguous(), group).div_(group.size))
