@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from kinetoscope.runtime.executors.processes import live
@@ -16,7 +17,7 @@ from kinetoscope.runtime.executors.processes import live
 class Forked:
     """As `subprocess.Popen`, as far as an executor uses it."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, life: Callable[[int, int], None] = live) -> None:
         parent = os.getpid()
         self._status: int | None = None
         self._lock = threading.Lock()
@@ -26,7 +27,7 @@ class Forked:
                 os.closerange(3, descriptor)  # the other ends would keep dead siblings' sockets open
                 os.closerange(descriptor + 1, 1024)
                 sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - pytest's are closed now
-                live(descriptor, parent)
+                life(descriptor, parent)
             except BaseException:
                 traceback.print_exc()
             finally:

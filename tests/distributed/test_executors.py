@@ -94,7 +94,7 @@ def test_what_was_given_travels(here: VideoGenerator, pool: VideoGenerator) -> N
     assert torch.equal(a.latents, b.latents) and a.record == b.record
 
 
-@pytest.mark.parametrize("layout", ["ulysses=2", {"cfg": 2}])
+@pytest.mark.parametrize("layout", ["ulysses=2", pytest.param({"cfg": 2}, marks=pytest.mark.distributed)])
 def test_two_ranks_make_it_within_rounding(here: VideoGenerator, wan: Path, forking: None, layout: Any) -> None:
     expected = here.generate_video(RED, **ASKED).latents
     with VideoGenerator.from_pretrained(wan, device="cpu", parallel=layout) as generator:
@@ -242,7 +242,7 @@ def torchrun_rank(groups: Groups, path: Path, output: Path) -> Any:
     return [r.latents for r in made], [r.path is not None for r in made], alone.path is not None
 
 
-@pytest.mark.parametrize("layout", ["ulysses=2", "replicas=2"])
+@pytest.mark.parametrize("layout", [pytest.param("ulysses=2", marks=pytest.mark.distributed), "replicas=2"])
 def test_torchrun(here: VideoGenerator, wan: Path, tmp_path: Path, layout: str) -> None:
     expected = here.generate_video([RED, BLUE], **{**ASKED, "seed": [1, 2]})
     ranks = run_ranks(layout, torchrun_rank, wan, tmp_path)
