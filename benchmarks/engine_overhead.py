@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import environment, pairs, report, seconds
+from benchmarks.measure import cores, environment, pairs, report, seconds
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
 from kinetoscope.diffusion.noise import generator_for, randn
@@ -111,7 +111,7 @@ def main() -> None:
     """Run both execution plans of guidance."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=41)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=min(2, cores()))
     parser.add_argument("--json-out", type=Path, help="file, or folder for engine_overhead.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -78,6 +79,11 @@ def wan_flops(config: Any, tokens: int, text_tokens: int) -> float:
     return 2.0 * tokens * config.num_layers * (linears + attention)
 
 
+def cores() -> int:
+    """Processors that this process may run on; fewer than the machine has where it is pinned."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Where and on what a number was measured."""
     import diffusers
@@ -89,6 +95,7 @@ def environment() -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": _processor(),
         "threads": torch.get_num_threads(),
+        "cores": cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

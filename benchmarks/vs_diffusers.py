@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import environment, gemm_peak, pairs, report, seconds, wan_flops
+from benchmarks.measure import cores, environment, gemm_peak, pairs, report, seconds, wan_flops
 from kinetoscope import VideoGenerator
 from kinetoscope.attention import capabilities, resolve_attention
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("all", "mid", "embedded"), default="all")
     parser.add_argument("--model", default="tiny-t2v", help="model of the embedded part: name or directory")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=min(2, cores()))
     parser.add_argument("--json-out", type=Path, help="file, or folder for vs_diffusers.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

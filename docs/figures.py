@@ -32,7 +32,7 @@ PROMPTS = (
 )
 PARTS = {
     ("mid_bfloat16", "step"): "12 layers, 768 wide, 2,025 tokens: a step in bfloat16",
-    ("mid_float32", "step"): "the same in float32",
+    ("mid_float32", "step"): "a step of a random Wan of 12 x 768 at 2,025 tokens, in float32",
     ("embedded_float32", "denoising"): "`tiny-t2v` in float32: denoising",
     ("embedded_float32", "end_to_end"): "`tiny-t2v` in float32: prompt to frames",
     ("embedded_bfloat16", "denoising"): "`tiny-t2v` in bfloat16: denoising",
@@ -60,7 +60,7 @@ def speed() -> str:
     lines: list[str] = []
     if result := _result("vs_diffusers"):
         lines += [
-            f"`make bench` on {result['device']}, {result['threads']} threads, torch {result['torch']}, diffusers "
+            f"`make bench` on {result['device']}, {_threads(result)}, torch {result['torch']}, diffusers "
             f"{result['diffusers']}; medians of alternating pairs on the same weights.",
             "",
             "| | diffusers | Kinetoscope | ratio |",
@@ -151,8 +151,13 @@ def _result(name: str) -> dict[str, Any] | None:
 def _where(result: dict[str, Any]) -> str:
     present = resolve_model(result["model"]).fingerprint() == result["model_hash"]
     model = f"`{result['model']}`" if present else f"an earlier `{result['model']}` ({result['model_hash'][:8]})"
-    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
-    return f"`python -m benchmarks.{result['benchmark']}` on {model}, {result['device']}, {threads}"
+    return f"`python -m benchmarks.{result['benchmark']}` on {model}, {result['device']}, {_threads(result)}"
+
+
+def _threads(result: dict[str, Any]) -> str:
+    cores = result.get("cores", result["threads"])
+    on = f" on {cores} core{'s' * (cores > 1)}" if cores != result["threads"] else ""
+    return f"{result['threads']} thread{'s' * (result['threads'] > 1)}{on}"
 
 
 def make_gif() -> None:
