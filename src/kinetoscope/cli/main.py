@@ -20,6 +20,7 @@ from kinetoscope.cli import (
     info,
     models,
     plan,
+    preprocess,
     replay,
     stream,
     train,
@@ -27,7 +28,22 @@ from kinetoscope.cli import (
 from kinetoscope.core.errors import KinetoscopeError, RunCancelled
 from kinetoscope.core.version import __version__
 
-COMMANDS = (generate, stream, models, info, plan, replay, doctor, ab, explain, calibrate, fit_preview, train, evaluate)
+COMMANDS = (
+    generate,
+    stream,
+    models,
+    info,
+    plan,
+    replay,
+    doctor,
+    ab,
+    explain,
+    calibrate,
+    fit_preview,
+    preprocess,
+    train,
+    evaluate,
+)
 
 CHATTY = ("torchao", "torch.utils._pytree", ".".join(("diffusers", "quantizers", "torchao")))
 """Loggers of optional packages that tell, each time they are imported, of kernels that were not built for here."""

@@ -11,8 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from kinetoscope.core.config import launch
+
 PLAIN_SECONDS = 10.0
 """Time between two lines where there is no terminal."""
+
+
+def leads() -> bool:
+    """Whether this process tells and writes: it is alone, or the first of those that torchrun started."""
+    started = launch()
+    return started is None or started.rank == 0
 
 
 class RunProgress:
@@ -25,7 +33,8 @@ class RunProgress:
     def __init__(self) -> None:
         console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
-        self._live = console.is_terminal
+        self._live = console.is_terminal and leads()
+        self._tells = leads()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -100,7 +109,7 @@ class RunProgress:
         pace = f"{each * 1e3:.0f} ms each"
         if self._live and self._task is not None:
             self._bar.update(self._task, description=self._label, completed=done, total=total, pace=pace)
-        elif now - self._told >= PLAIN_SECONDS:
+        elif self._tells and now - self._told >= PLAIN_SECONDS:
             self._told = now
             left = f"{each * (total - done):.0f} s left"
             print(f"{self._label}: {done} of {total}, {pace}, {left}", file=sys.stderr, flush=True)
