@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from kinetoscope.cli.files import write_text
-from kinetoscope.cli.options import DEFAULT_MODEL, add_compute_options, add_video_options, compute_fields, video_fields
+from kinetoscope.cli.options import (
+    DEFAULT_MODEL,
+    add_compute_options,
+    add_device_options,
+    add_video_options,
+    compute_fields,
+    device_fields,
+    video_fields,
+)
 from kinetoscope.core.errors import InputError
 
 NAME = "eval"
@@ -33,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--card", action="store_true", help="write the scores into the README.md of the model")
     add_video_options(parser)
     add_compute_options(parser)
+    add_device_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
         if path:
             check_output(path, (suffix,))
 
-    from kinetoscope.cli.progress import RunProgress
+    from kinetoscope.cli.progress import RunProgress, leads
     from kinetoscope.evaluation import as_json, as_table, baselines, flicker, heldout_specs, prompt_following
     from kinetoscope.runtime.generator import VideoGenerator
     from kinetoscope.worlds import get_world
 
-    generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args))
+    generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args), **device_fields(args))
     model = generator.pipeline.model
     name = model.sidecar.get("world")
     if name is None:
@@ -66,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
             results = generator.generate_video([s.caption() for s in part], seed=seeds, batch_size=len(part), **fields)
             videos += [r.frames for r in results]
             progress.items("videos", len(videos), args.n)
+    generator.close()
+    if not leads():
+        return 0
     t, h, w = videos[0].shape[:3]
     reports = {
         "model": prompt_following(world, zip(specs, videos, strict=True)),

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     seeds = [args.seed + i for _ in prompts for i in range(args.num_videos)]
     prompts = [p for p in prompts for _ in range(args.num_videos)]
 
-    from kinetoscope.cli.progress import RunProgress
+    from kinetoscope.cli.progress import RunProgress, leads
     from kinetoscope.runtime.generator import VideoGenerator
     from kinetoscope.runtime.request import output_paths
 
@@ -93,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
         results = generator.generate_video(
             prompts, seed=seeds, output_path=output, on_event=event, trace=args.trace, **fields
         )
+    generator.close()
+    if not leads():  # the first process has all results
+        return 0
     for file in previews:
         file.finish()
     for result in results:

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make and write one block after the other, with a line on stderr for each."""
+    from kinetoscope.cli.progress import leads
     from kinetoscope.media import VideoWriter
     from kinetoscope.runtime.generator import VideoGenerator
     from kinetoscope.runtime.request import output_paths
@@ -68,7 +69,12 @@ def run(args: argparse.Namespace) -> int:
     ) as session:
         params = session.params
         assert params.fps is not None
-        print(f"ready after {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+        if leads():
+            print(f"ready after {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+        if not leads():
+            for _ in range(args.blocks):
+                session.step()  # the first process has the same frames, and writes them
+            return 0
         with VideoWriter(path, params.fps) as writer:
             for block in range(args.blocks):
                 start = time.perf_counter()
@@ -80,5 +86,6 @@ def run(args: argparse.Namespace) -> int:
                 print(f"block {block + 1} of {args.blocks}: {pace}", file=sys.stderr, flush=True)
             writer.finish(session.record(digest.hexdigest()))
     size = f"{params.height}x{params.width}, {session.frames} frames"
+    generator.close()
     print(f"{path}  {size}, {session.blocks} blocks, seed {session.seed}")
     return 0
