@@ -10,8 +10,11 @@ import torch
 
 from kinetoscope.core.errors import ConfigError, KinetoscopeError
 from kinetoscope.train.causalize import CausalSection, make_causal
+from kinetoscope.train.data.ode_pairs import OdePairsData
+from kinetoscope.train.methods.self_forcing import SelfForcingSettings
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.plugins.causal_wan import CausalWanModel
+from kinetoscope.train.post import load_post_recipe
 
 
 def test_a_causal_start(tmp_path: Path) -> None:
@@ -38,3 +41,16 @@ def test_what_cannot_be_causal(tmp_path: Path) -> None:
     with pytest.raises(KinetoscopeError, match="local_attn_size=2"):
         make_causal("tiny-t2v", CausalSection(local_attn_size=2), tmp_path / "narrow")
     assert not (tmp_path / "narrow").exists()
+
+
+def test_both_parts_of_the_recipe_fit_each_other() -> None:
+    """The few steps that trajectories are recorded at, those of self-forcing, and those of sampling are the same."""
+    recipes = Path(__file__).parents[2] / "recipes"
+    first, second = (load_post_recipe(recipes / f"tiny_causal{part}.yaml") for part in ("_ode", ""))
+    start = first.models["student"].causal
+    pairs, forcing = first.data, second.method
+    assert start and isinstance(pairs, OdePairsData) and isinstance(forcing, SelfForcingSettings)
+    assert start.steps == pairs.steps == forcing.steps and start.warp == pairs.warp == forcing.warp
+    assert start.shift == pairs.shift == first.models["student"].shift == second.models["student"].shift
+    assert start.context_noise == forcing.context_noise
+    assert second.models["student"].init_from == f"{first.output}/model"
