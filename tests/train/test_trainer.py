@@ -193,6 +193,68 @@ def test_a_signal_leaves_a_checkpoint(model: Path, tmp_path: Path) -> None:
         run_post_recipe(recipe, fresh=True)
 
 
+def test_more_steps_continue_what_was(model: Path, tmp_path: Path) -> None:
+    """Where rates are constant, steps may be added; the model of any checkpoint may be had before the end."""
+    constant = {"optimizer": {"learning_rate": 0.01, "warmup": 2, "final_fraction": 1.0}}
+    straight = run_post_recipe(write_recipe(tmp_path / "a", model, **constant))
+    recipe = write_recipe(tmp_path / "b", model, **constant)
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        run_post_recipe(recipe, ["loop.steps=1"], export_only=True)
+    run_post_recipe(recipe, ["loop.steps=1"])
+    (tmp_path / "b" / "run" / "checkpoints" / "step-00000009.tmp").write_bytes(b"torn")
+    more = run_post_recipe(recipe)
+    assert all(torch.equal(v, weights(straight)[k]) for k, v in weights(more).items())
+    assert [f.name for f in sorted((more.parent / "checkpoints").iterdir())] == ["step-00000001.pt", "step-00000003.pt"]
+    (more.parent / "checkpoints" / "step-00000003.pt").unlink()
+    early = run_post_recipe(recipe, ["threads=1"], export_only=True)
+    assert "- steps: 1," in (early / "README.md").read_text()
+    assert not torch.equal(weights(early)["proj_out.weight"], weights(straight)["proj_out.weight"])
+    falling = write_recipe(tmp_path / "c", model)
+    run_post_recipe(falling, ["loop.steps=1"])
+    with pytest.raises(ConfigError, match="another loop"):
+        run_post_recipe(falling)
+
+
+def test_curves_go_to_tensorboard_and_wandb(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through stand-ins for the two packages."""
+    import sys
+    from types import ModuleType
+
+    board, bees, module = Writer(), Writer(), ModuleType("fake")
+    module.SummaryWriter = lambda folder: board  # type: ignore[attr-defined]
+    module.init = lambda **_: bees  # type: ignore[attr-defined]
+    recipe = write_recipe(tmp_path / "a", model, callbacks={"tensorboard": True, "wandb": True}, loop={"steps": 2})
+    for name, says in (("torch.utils.tensorboard", "tensorboard"), ("wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ConfigError, match=f"pip install {says}"):
+            run_post_recipe(recipe)
+        monkeypatch.setitem(sys.modules, name, module)
+    run_post_recipe(recipe)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "run" / "log.jsonl").read_text().splitlines()]
+    expected = {(r["step"], k): v for r in rows for k, v in r.items() if k != "step"}
+    assert {(s, k.replace("/", ".")): v for (s, k), v in board.seen.items()} == expected
+    assert bees.seen == expected and board.closed == bees.closed == 1
+
+
+class Writer:
+    """Keeps what it is told, in the ways of either package."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[int, str], float] = {}
+        self.closed = 0
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.seen[step, name] = value
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.seen |= {(step, k): v for k, v in values.items()}
+
+    def close(self) -> None:
+        self.closed += 1
+
+    finish = close
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

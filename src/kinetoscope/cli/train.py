@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", dest="parts", action="append", default=[], metavar="PART",
         help="train only this part (repeatable): text, encoder, decoder, transformer; then run without to finish",
     )  # fmt: skip
+    parser.add_argument(
+        "--export", action="store_true", help="post-training: write the model of the newest checkpoint, train nothing"
+    )
     parser.add_argument("--fresh", action="store_true", help="refuse to continue an earlier run in the same folder")
 
 
@@ -35,7 +38,11 @@ def run(args: argparse.Namespace) -> int:
         if is_post_recipe(read_recipe(args.recipe)):
             if args.parts:
                 raise ConfigError("--part is for recipes of models made from nothing; this one has a method")
-            model = run_post_recipe(args.recipe, args.overrides, fresh=args.fresh, on_progress=progress.training)
+            model = run_post_recipe(
+                args.recipe, args.overrides, fresh=args.fresh, export_only=args.export, on_progress=progress.training
+            )
+        elif args.export:
+            raise ConfigError("--export is for recipes of post-training; this one has no method")
         else:
             model = run_recipe(
                 args.recipe, args.overrides, parts=args.parts, fresh=args.fresh, on_progress=progress.training

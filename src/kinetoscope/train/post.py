@@ -192,6 +192,15 @@ class Command:
         return " ".join(["kinetoscope train", self.path, *(f"--set {o}" for o in self.overrides)])
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How a model came about: by `command`, in `steps` steps and `seconds` of wall time."""
+
+    command: Command
+    steps: int
+    seconds: float
+
+
 def is_post_recipe(data: Mapping[str, Any]) -> bool:
     """Whether a file's sections are those of post-training."""
     return "method" in data

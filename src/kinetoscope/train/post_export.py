@@ -19,7 +19,7 @@ from kinetoscope.loading import ModelDir
 from kinetoscope.loading.weights import read_tensors, weight_files
 from kinetoscope.train.curves import draw_curves
 from kinetoscope.train.lora import save_lora
-from kinetoscope.train.post import STUDENT, Command, PostRecipe
+from kinetoscope.train.post import STUDENT, Made, PostRecipe
 from kinetoscope.train.trainer import Trainer
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
@@ -27,13 +27,13 @@ STALE = ("README.md", "loss.png", "step_caches.json")
 """Files of a directory that tell of its old transformer."""
 
 
-def export(trainer: Trainer, folder: Path, logs: Path, command: Command, seconds: float) -> Path:
+def export(trainer: Trainer, folder: Path, logs: Path, made: Made) -> Path:
     """Write the student, with the averaged weights that it holds, through a temporary name.
 
     Args:
         folder: where to; for a LoRA it gets the LoRA's files alone.
         logs: folder of the log.
-        seconds: that the training took.
+        made: for the card.
 
     Returns:
         `folder`.
@@ -51,7 +51,7 @@ def export(trainer: Trainer, folder: Path, logs: Path, command: Command, seconds
         else:
             _directory(trainer, temporary)
         draw_curves(logs, temporary / "loss.png")
-        card = _card(trainer.recipe, command, seconds, student.lora is not None)
+        card = _card(trainer.recipe, made, student.lora is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
@@ -102,7 +102,7 @@ def _keys(file: Path) -> list[str]:
     return [stored.key for stored in read_tensors([file])]
 
 
-def _card(recipe: PostRecipe, command: Command, seconds: float, lora: bool) -> str:
+def _card(recipe: PostRecipe, made: Made, lora: bool) -> str:
     """README.md, from recorded facts alone; `kinetoscope eval --card` adds the scores."""
     student = recipe.models[STUDENT]
     others = [f"{name} from `{m.init_from}`" for name, m in recipe.models.items() if name != STUDENT]
@@ -113,13 +113,13 @@ def _card(recipe: PostRecipe, command: Command, seconds: float, lora: bool) -> s
         "",
         f"{kind} made from `{student.init_from}` by the method `{recipe.method.name}` of this project's own trainer.",
         "",
-        f"- command: `{command}` (seed {recipe.seed})",
+        f"- command: `{made.command}` (seed {recipe.seed})",
         f"- method: {_told(settings)}",
         *([f"- other models: {', '.join(others)}"] if others else []),
         f"- data: {_told(recipe.data.model_dump(mode='json'))}",
-        f"- steps: {recipe.loop.steps}, {recipe.loop.accumulate} micro-batches each",
+        f"- steps: {made.steps}, {recipe.loop.accumulate} micro-batches each",
         f"- hardware: {_hardware(recipe)}; torch {torch.__version__}, kinetoscope {__version__}",
-        f"- wall time: {seconds / 60:.1f} minutes",
+        f"- wall time: {made.seconds / 60:.1f} minutes",
         *([f"- defaults: {_told(recipe.export.defaults)}"] if recipe.export.defaults else []),
         "",
         "![loss curves](loss.png)",

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
+from kinetoscope.core.errors import ConfigError
 from kinetoscope.train.callbacks import Callbacks
 from kinetoscope.train.loop import Progress, run_job
-from kinetoscope.train.post import STUDENT, Command, load_post_recipe
+from kinetoscope.train.post import STUDENT, Command, Made, PostRecipe, load_post_recipe
 from kinetoscope.train.post_export import export
 from kinetoscope.train.run import Folders, claim
 from kinetoscope.train.trainer import KeptCheckpoints, Trainer
 
-CHANGEABLE = {"output", "threads", "device", "checkpoint", "callbacks"}
+CHANGEABLE = {"output", "threads", "device", "checkpoint", "callbacks", "export", "loop.log_every"}
 """What may differ between two runs of one recipe: it says nothing of what is trained."""
 
 
@@ -23,6 +24,7 @@ def run_post_recipe(
     overrides: Sequence[str] = (),
     *,
     fresh: bool = False,
+    export_only: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Make the model of a recipe; continues where an earlier run of the same recipe stopped, bit for bit.
@@ -31,33 +33,56 @@ def run_post_recipe(
         path: a YAML file with a `method` section.
         overrides: "section.key=value" each.
         fresh: refuse to continue an earlier run.
+        export_only: write the model of the newest checkpoint and train nothing; another process may be training.
         on_progress: called after every step.
 
     Returns:
         the finished model directory, in diffusers layout; of a LoRA the folder of its files.
 
     Raises:
-        ConfigError: the recipe does not read, or its output folder holds a run of another recipe.
+        ConfigError: the recipe does not read, its output folder holds a run of another recipe, or there is no
+            checkpoint to export.
         ModelLoadError: a model of a role cannot be opened.
         RunCancelled: stopped by a signal; the same command continues.
     """
     recipe = load_post_recipe(path, overrides)
     folders = Folders(Path(recipe.output))
-    claim(folders.root, recipe, fresh, CHANGEABLE)
+    claim(folders.root, recipe, fresh, CHANGEABLE | _open_end(recipe))
     torch.set_num_threads(recipe.threads)
+    command = Command(str(path), tuple(overrides))
 
     def counted(done: int, total: int) -> None:
         if on_progress:
             on_progress(Progress("latents", done, total, {}, 0.0))
 
     trainer = Trainer(recipe, folders.root, on_count=counted)
+    store = KeptCheckpoints(folders.checkpoints, recipe.checkpoint.keep)
+    if export_only:
+        if (found := store.load()) is None:
+            raise ConfigError(f"{folders.checkpoints} holds no checkpoint yet; train first")
+        trainer.load(found)
+        step, seconds = found["step"], found["seconds"]
+    else:
+        step, seconds = recipe.loop.steps, _train(trainer, store, folders, on_progress)
+    trainer.learners[STUDENT].finish()
+    return export(trainer, folders.model, folders.root, Made(command, step, seconds))
+
+
+def _train(
+    trainer: Trainer, store: KeptCheckpoints, folders: Folders, on_progress: Callable[[Progress], None] | None
+) -> float:
+    """All steps that are left; wall seconds over all runs."""
+    checkpoint = trainer.recipe.checkpoint
+    trainer.prepare()
     with Callbacks(trainer, folders.root) as callbacks:
         trainer.after_step = callbacks.after_step
-        seconds = run_job(
-            trainer, KeptCheckpoints(folders.checkpoints, recipe.checkpoint.keep), folders.root / "log.jsonl",
-            checkpoint_minutes=recipe.checkpoint.minutes, checkpoint_every=recipe.checkpoint.every,
-            on_progress=on_progress,
+        return run_job(
+            trainer, store, folders.root / "log.jsonl", checkpoint_minutes=checkpoint.minutes,
+            checkpoint_every=checkpoint.every, on_progress=on_progress,
         )  # fmt: skip
-    trainer.learners[STUDENT].finish()
-    command = Command(str(path), tuple(overrides))
-    return export(trainer, folders.model, folders.root, command, seconds)
+
+
+def _open_end(recipe: PostRecipe) -> set[str]:
+    """The number of steps may change where no learning rate depends on it."""
+    trained = [recipe.optimizer_of(name) for name, model in recipe.models.items() if model.trainable]
+    return {"loop.steps"} if all(section.final_fraction == 1 for section in trained) else set()

@@ -6,7 +6,7 @@ Each part continues from its checkpoint, so the same command also resumes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,29 +118,41 @@ def run_recipe(
     return folders.model
 
 
-def claim(root: Path, recipe: Section, fresh: bool, changeable: set[str]) -> None:
+def claim(root: Path, recipe: Section, fresh: bool, changeable: Set[str]) -> None:
     """Take a folder for a recipe: its run is continued, one of another recipe is refused.
 
     Args:
         fresh: refuse to continue.
-        changeable: keys that may differ.
+        changeable: keys that may differ, "section.key" for those of a section.
 
     Raises:
         ConfigError: the folder holds a run of another recipe, or of this one if it is to be `fresh`.
     """
     file = root / "recipe.json"
-    mine = recipe.model_dump(mode="json", exclude=changeable)
+    mine = recipe.model_dump(mode="json")
     if file.exists():
         theirs = json.loads(file.read_text(encoding="utf-8"))
         if fresh:
             raise ConfigError(f"{root} already holds a run; delete it or set output=FOLDER to start another")
-        if theirs != mine:
-            changed = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+        one, other = _without(mine, changeable), _without(theirs, changeable)
+        changed = [k for k in {**one, **other} if one.get(k) != other.get(k)]
+        if changed:
             raise ConfigError(
                 f"{root} holds a run with another {', '.join(changed)}; set output=FOLDER, or delete it to start over"
             )
     root.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_without(mine, {"output"}), indent=1), encoding="utf-8")
+    temporary.replace(file)
+
+
+def _without(values: dict[str, Any], keys: Set[str], place: str = "") -> dict[str, Any]:
+    """Sections without some keys, each named with its place."""
+    return {
+        k: _without(v, keys, f"{place}{k}.") if isinstance(v, dict) else v
+        for k, v in values.items()
+        if place + k not in keys
+    }
 
 
 def _report(on_progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -103,7 +104,7 @@ class Trainer:
         self.roles = open_roles(recipe)
         models = {name: role.model for name, role in self.roles.items()}
         self.method: Method = make_method(recipe.method, models)
-        self.source: BatchSource = make_source(recipe.data, SourceContext(self.roles[STUDENT].opened, folder, on_count))
+        self._context = SourceContext(self.roles[STUDENT].opened, folder, on_count)
         self.learners = {
             name: Learner(f"{recipe.name}, {name}", role.trained, recipe.optimizer_of(name))
             for name, role in self.roles.items()
@@ -112,6 +113,15 @@ class Trainer:
         self.device = torch.device(recipe.device)
         for model in models.values():
             model.on_train_start()
+
+    @cached_property
+    def source(self) -> BatchSource:
+        """Where batches come from; opening it may take long."""
+        return make_source(self.recipe.data, self._context)
+
+    def prepare(self) -> None:
+        """Open the data, so that its mistakes are told before the first step."""
+        _ = self.source
 
     def step(self, step: int) -> dict[str, float]:
         """Update the roles of this step; values are named "role.term"."""
@@ -172,15 +182,13 @@ class KeptCheckpoints:
     keep: int
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the file whole, then remove what is older than the last `keep`."""
+        """Write the file whole, then remove what is older than the last `keep`, and what a kill left half written."""
         save_checkpoint(self.folder / f"step-{step:08d}.pt", state)
-        for old in self._files()[: -self.keep]:
+        for old in (*self._files()[: -self.keep], *self.folder.glob("step-*.tmp")):
             old.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """The newest; what a kill left half written is removed."""
-        for torn in self.folder.glob("step-*.tmp"):
-            torn.unlink()
+        """The newest."""
         files = self._files()
         return load_checkpoint(files[-1]) if files else None
 
