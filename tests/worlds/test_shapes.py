@@ -85,7 +85,7 @@ def test_nothing_to_see_gives_none(frames: Any) -> None:
 
 def test_mistakes_are_explained() -> None:
     with pytest.raises(InputError, match="shapes"):
-        get_world("maze")
+        get_world("shape")
     with pytest.raises(InputError, match="heldout"):
         WORLD.captions("test")
     with pytest.raises(InputError, match="sides"):

@@ -6,12 +6,13 @@ from functools import cache
 from typing import Any
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.worlds.base import Clip, Spec, World
+from kinetoscope.worlds.base import Actions, Clip, Spec, World
+from kinetoscope.worlds.maze import MazeWorld
 from kinetoscope.worlds.shapes import ShapesWorld
 
-__all__ = ["WORLDS", "Clip", "Spec", "World", "get_world"]
+__all__ = ["WORLDS", "Actions", "Clip", "Spec", "World", "get_world"]
 
-WORLDS = {"shapes": ShapesWorld}
+WORLDS = {"maze": MazeWorld, "shapes": ShapesWorld}
 
 
 @cache

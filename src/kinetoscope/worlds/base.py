@@ -31,7 +31,8 @@ SpecT = TypeVar("SpecT", bound=Spec)
 
 @dataclass(frozen=True, eq=False)
 class Actions:
-    """What is done in each pixel frame of a clip, as in the layout "universal" of `media.actions`.
+    """What is done in each pixel frame of a clip, as in the layout "universal" of `media.actions`. It is seen in the
+    next frame.
 
     Attributes:
         keyboard: float32 [T, 4] in [0, 1], whether forward, back, left and right are pressed.

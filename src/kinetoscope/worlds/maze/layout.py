@@ -7,13 +7,15 @@ from functools import lru_cache
 
 import numpy as np
 
-ROOMS = 7
+ROOMS = 5
 """Rooms along each side of a maze."""
-SIDE = 2 * ROOMS + 1
-"""Cells along each side: rooms are cells of odd row and column, with a wall or a passage between them."""
+WIDTH = 2
+"""Cells along each side of a room, so that there is space to step aside."""
+PERIOD = WIDTH + 1
+SIDE = PERIOD * ROOMS + 1
+"""Cells along each side: rooms, with one cell of wall or passage between two of them."""
 COLOURS = 6
-_LOOPS = 0.15  # of the inner walls that the search left are opened, so that there is more than one way
-_HALLS = 1  # places of 3 x 3 cells without walls
+_LOOPS = 0.2  # of the walls between rooms that the search left are opened, so that there is more than one way
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,34 +39,42 @@ class Maze:
 
 @lru_cache(maxsize=256)
 def build_maze(number: int) -> Maze:
-    """The maze of this number: a recursive backtracker, then some loops and halls."""
+    """The maze of this number: a depth-first search from room to room opens walls, then some more are opened."""
     rng = np.random.default_rng([number, 0x6D617A65])
     walls = np.ones((SIDE, SIDE), bool)
-    walls[1::2, 1::2] = False
     seen = np.zeros((ROOMS, ROOMS), bool)
+
+    def open_room(row: int, column: int) -> None:
+        seen[row, column] = True
+        top, left = PERIOD * row + 1, PERIOD * column + 1
+        walls[top : top + WIDTH, left : left + WIDTH] = False
+
+    def open_way(row: int, column: int, down: int, right: int) -> None:
+        top, left = PERIOD * row + 1, PERIOD * column + 1
+        rows = slice(top, top + WIDTH) if right else top + (WIDTH if down > 0 else -1)
+        columns = slice(left, left + WIDTH) if down else left + (WIDTH if right > 0 else -1)
+        walls[rows, columns] = False
+
     row, column = (int(v) for v in rng.integers(ROOMS, size=2))
-    seen[row, column] = True
+    open_room(row, column)
     trail = [(row, column)]
     while trail:
         row, column = trail[-1]
-        steps = [(-1, 0), (1, 0), (0, -1), (0, 1)]
-        steps = [
-            (a, b) for a, b in steps
+        ways = [
+            (a, b) for a, b in ((-1, 0), (1, 0), (0, -1), (0, 1))
             if 0 <= row + a < ROOMS and 0 <= column + b < ROOMS and not seen[row + a, column + b]
         ]  # fmt: skip
-        if not steps:
+        if not ways:
             trail.pop()
             continue
-        a, b = steps[int(rng.integers(len(steps)))]
-        walls[2 * row + 1 + a, 2 * column + 1 + b] = False
-        seen[row + a, column + b] = True
+        a, b = ways[int(rng.integers(len(ways)))]
+        open_way(row, column, a, b)
+        open_room(row + a, column + b)
         trail.append((row + a, column + b))
-    inner = np.argwhere(walls[1:-1, 1:-1]) + 1
-    between = inner[inner.sum(1) % 2 == 1]  # walls between two rooms; the others are posts
-    opened = between[rng.random(len(between)) < _LOOPS]
-    walls[opened[:, 0], opened[:, 1]] = False
-    for i, j in rng.integers(1, SIDE - 3, size=(_HALLS, 2)):
-        walls[i : i + 3, j : j + 3] = False
+    for row, column in np.ndindex(ROOMS, ROOMS):
+        for a, b in ((1, 0), (0, 1)):
+            if row + a < ROOMS and column + b < ROOMS and rng.random() < _LOOPS:
+                open_way(row, column, a, b)
     faces = rng.integers(COLOURS, size=(SIDE, SIDE, 4), dtype=np.uint8)
     walls.setflags(write=False)
     faces.setflags(write=False)

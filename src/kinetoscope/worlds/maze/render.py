@@ -19,7 +19,7 @@ PALETTE = np.array([(215, 45, 40), (50, 175, 70), (55, 85, 225), (235, 200, 50),
 CEILING, FLOOR = np.array((158, 172, 196)), np.array((84, 76, 66))
 HALF_FIELD = np.deg2rad(40.0)
 """Half the vertical angle of view; a wider picture shows more at its sides."""
-HALF_WALL = 0.24
+HALF_WALL = 0.34
 """Half the height of a wall, in cells. As an agent keeps its distance, walls in front never fill the picture."""
 PANELS = (1.0, 0.7)
 """Light of the first and second half of each face, so that moving along a wall of one colour is seen."""
@@ -83,9 +83,12 @@ def cast_rays(maze: Maze, x: Array, y: Array, dx: Array, dy: Array) -> tuple[Arr
     return length, 2 * maze.faces[end_row, end_column, face].astype(np.int32) + panel + 16 * side
 
 
-_LIGHTS = np.zeros((32, 3), np.float32)
+LIGHTS = np.zeros((32, 3), np.float32)
+"""Colour of each kind of wall that `cast_rays` tells, near by, in grey levels."""
 for _side, _panel in np.ndindex(2, 2):
-    _LIGHTS[16 * _side + _panel :: 2][: len(PALETTE)] = PALETTE * SIDES[_side] * PANELS[_panel]
+    LIGHTS[16 * _side + _panel :: 2][: len(PALETTE)] = PALETTE * SIDES[_side] * PANELS[_panel]
+KINDS = tuple(k for k in range(32) if k % 16 < 2 * len(PALETTE))
+"""Those kinds."""
 
 
 def render_views(maze: Maze, poses: Array, height: int, width: int) -> Array:
@@ -100,7 +103,7 @@ def render_views(maze: Maze, poses: Array, height: int, width: int) -> Array:
         maze, np.broadcast_to(x, shape).ravel(), np.broadcast_to(y, shape).ravel(), dx.ravel(), dy.ravel()
     )
     depth = np.maximum(depth, 1e-3)  # directions have length 1 along the line of sight, so lengths are depths
-    colour = (_LIGHTS[kind] * shade(depth)[:, None].astype(np.float32)).reshape(*shape, 3)  # [T, R, 3]
+    colour = (LIGHTS[kind] * shade(depth)[:, None].astype(np.float32)).reshape(*shape, 3)  # [T, R, 3]
     half = (HALF_WALL * f / depth).reshape(shape).astype(np.float32)  # rows from the middle to the wall's edge
     rows = (height + 1) // 2
     away = np.abs(np.arange(rows) - (height - 1) / 2).astype(np.float32)

@@ -14,11 +14,11 @@ Array = np.ndarray[Any, Any]
 KEYS = ("forward", "back", "left", "right")
 STEP = 0.1
 """Way of a pressed key in a frame, in cells."""
-TURN = float(np.deg2rad(60.0))
-"""Turn of a frame at mouse 1; the published demonstrations' 0.1 is 6 degrees."""
+TURN = float(np.deg2rad(40.0))
+"""Turn of a frame at mouse 1; the published demonstrations' 0.1 is 4 degrees."""
 MOUSE = 0.1
 """Mouse of a restless agent that turns."""
-RADIUS = 0.28
+RADIUS = 0.45
 """An agent keeps this far from walls, in cells."""
 
 _HOLD = (4, 8, 12, 16)  # frames that an action lasts, so that it changes with the latent frames of a video model
@@ -68,13 +68,16 @@ def start(maze: Maze, rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def walk(maze: Maze, pose: tuple[float, float, float], actions: Actions) -> Array:
-    """Poses [T, 3] of every frame. Frame 0 shows `pose`; the action of frame t > 0 leads from frame t - 1 to t, so that
-    the first frame's action does nothing."""
+    """Poses [T, 3] of every frame. Frame 0 shows `pose`; the action of frame t leads from it to frame t + 1, so that
+    what the last frame's action does is not seen.
+
+    So do the published Matrix-Game models read their actions: latent frame f shows the pixel frames 4 f - 3 to 4 f, and
+    the last action of its window is that of frame 4 f - 1 (`nn.action.action_windows`).
+    """
     poses = np.empty((len(actions.keyboard), 3))
     for t in range(len(poses)):
-        if t:
-            pose = step(maze, pose, actions.keyboard[t], actions.mouse[t])
         poses[t] = pose
+        pose = step(maze, pose, actions.keyboard[t], actions.mouse[t])
     return poses
 
 
@@ -84,9 +87,10 @@ def restless(maze: Maze, pose: tuple[float, float, float], frames: int, rng: np.
     keyboard, mouse = np.zeros((frames, 4), np.float32), np.zeros((frames, 2), np.float32)
     weights = np.array(list(_MOVES.values()))
     moves = [np.array([float(k in name.split()) for k in KEYS], np.float32) for name in _MOVES]
-    at = 1  # changes fall between the groups 1-4, 5-8, ... that are one latent frame each
+    at = 0
     while at < frames:
-        hold = min(int(rng.choice(_HOLD)), frames - at)
+        # The first action of a stream is one frame longer, as its first block is: so all change with the blocks.
+        hold = min(int(rng.choice(_HOLD)) + (at == 0), frames - at)
         best: tuple[float, Any, Any, Any] | None = None
         for _ in range(_TRIES):
             keys = moves[int(rng.choice(len(moves), p=weights / weights.sum()))]
@@ -102,15 +106,13 @@ def restless(maze: Maze, pose: tuple[float, float, float], frames: int, rng: np.
         assert best is not None
         _, keyboard[at : at + hold], mouse[at : at + hold], pose = best
         at += hold
-    if frames > 1:
-        keyboard[0], mouse[0] = keyboard[1], mouse[1]
     return Actions(keyboard, mouse)
 
 
 def seen_motion(poses: Array) -> Array:
     """What an eye can see of a walk [T, 3]: float [T - 1, 3] of turn to the right in degrees, and ways ahead and to the
-    right in steps, along the new heading."""
-    way = np.diff(poses[:, :2], axis=0)
-    c, s = np.cos(poses[1:, 2]), np.sin(poses[1:, 2])
-    ahead, aside = way[:, 0] * c + way[:, 1] * s, way[:, 1] * c - way[:, 0] * s
-    return np.stack([np.rad2deg(np.diff(poses[:, 2])), ahead / STEP, aside / STEP], axis=1)
+    right in cells, along the middle of the two headings."""
+    way, turn = np.diff(poses[:, :2], axis=0), np.diff(poses[:, 2])
+    middle = poses[:-1, 2] + turn / 2
+    c, s = np.cos(middle), np.sin(middle)
+    return np.stack([np.rad2deg(turn), way[:, 0] * c + way[:, 1] * s, way[:, 1] * c - way[:, 0] * s], axis=1)
