@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def choose_executor(executor: str | None, config: ParallelConfig) -> ExecutorSpe
 
     Raises:
         InputError: an unknown executor, or a bad setting of it.
-        ConfigError: one that cannot carry the layout.
+        ConfigError: one that cannot carry the layout, or Ray is not installed.
     """
     if executor is None:
         if config.world == 1:
@@ -42,6 +43,8 @@ def choose_executor(executor: str | None, config: ParallelConfig) -> ExecutorSpe
             f"parallel {config} and executor='in-process' cannot be used together: one process has one device; use "
             "'processes', 'ray' or 'torchrun'"
         )
+    if spec.name == "ray" and find_spec("ray") is None:
+        raise ConfigError("executor='ray' needs Ray; install it with: pip install 'kinetoscope[ray]'")
     return spec
 
 
@@ -76,7 +79,7 @@ def open_pool(
         threads: of each process; None shares out those of this one.
 
     Raises:
-        ConfigError: more devices than there are, or Ray is not installed.
+        ConfigError: more devices than there are, or no cluster.
         WorkerError: the processes cannot start.
         KinetoscopeError: what opening the model refuses.
     """
@@ -95,7 +98,7 @@ def open_pool(
 
     replica_config = ParallelConfig.of(of_one(config))
     if spec.name == "ray":
-        from kinetoscope.runtime.executors.on_ray import RayExecutor  # pyright: ignore
+        from kinetoscope.runtime.executors.on_ray import RayExecutor
 
         return RayExecutor(config, model, spec, setup, device)
     from kinetoscope.runtime.executors.processes import MultiProcExecutor
