@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from kinetoscope.engine.hooks.caches import CACHES
+from kinetoscope.engine.hooks.cfg_parallel import CFGParallel
+from kinetoscope.engine.hooks.sequence import SequenceParallel
+from kinetoscope.runtime import parallel
 from kinetoscope.runtime.composition import CONFLICTS, MODEL_CONFLICTS, SETTINGS
 
 FILE = Path(__file__).with_suffix(".md")
@@ -25,6 +28,17 @@ How much a lossy setting costs is measured, not promised: `kinetoscope ab --a ""
 every setting but step caches, whose rows are one batch as they are; each video is the one it would be alone.
 """
 
+DEVICES = """
+## Many devices
+
+A layout (`parallel=`, [parallel.md](parallel.md)) is exact too: videos are within 1e-4 of their standard deviation of
+one device's. Its hooks stand where they must: `{cfg}` around step caches, which then see the branches of their device
+for a whole run, and `{sequence}` inside of them, so that they see whole tokens and decide alike on every device.
+`tests/distributed` holds pairs to one device (`make test-distributed`): degrees with each other, `cfg` with every step
+cache and kind of guidance, the others with step caches that look at tokens and that foretell, `tp` and `fsdp` with
+LoRAs, `ulysses`, `ring`, `tp` and `fsdp` with compiled blocks, and `vae` with tiles and with streams.
+"""
+
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """A Markdown table; the first row is its head."""
@@ -39,13 +53,25 @@ def page() -> str:
     refused = [("refused together", "because")]
     refused += [(f"`{c.first}` and `{c.second}`".replace("|", "` or `"), c.why) for c in CONFLICTS]
     refused += [(f"two of the step caches {', '.join(sorted(CACHES))}", "each would answer for the other's steps")]
+    layouts = [("refused together", "because")]
+    layouts += [(f"`parallel {c.degree}` and `{c.option}`".replace("|", "` or `"), c.why) for c in parallel.CONFLICTS]
+    layouts += [
+        (
+            f"`parallel {CFGParallel.name.removesuffix('-parallel')}` and `{name}`",
+            "it measures the branches that it sees",
+        )
+        for name in sorted(CFGParallel.conflicts)
+    ]
+    met = [("setting", "refused for", "because"), *((f"`{a}`", b, c) for a, b, c in parallel.MODEL_CONFLICTS)]
+    devices = DEVICES.format(cfg=CFGParallel.name, sequence=SequenceParallel.name)
     models = [
         ("setting", "refused for", "because"),
         *((f"`{a}`" if "=" in a else a, b, c) for a, b, c in MODEL_CONFLICTS),
     ]
     return "\n".join([
         HEAD, "## Settings\n", table(settings), "\n## Refused pairs\n", table(refused),
-        "\n## Refused for a model or a device\n", table(models), "",
+        "\n## Refused for a model or a device\n", table(models),
+        devices, table(layouts), "", table(met), "",
     ])  # fmt: skip
 
 

@@ -50,6 +50,20 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict("fsdp", "compile=reduce-overhead|max-autotune", "CUDA graphs replay addresses of weights, which move"),
 )
 
+MODEL_CONFLICTS: tuple[tuple[str, str, str], ...] = (
+    ("parallel cfg", "models without an unconditional row (distilled), and more than three devices",
+     "there are no more branches to share"),
+    ("parallel ring", "causal Wan and sessions of Matrix-Game", "their K/V caches are of whole frames; use ulysses"),
+    ("parallel ring", "a kind of attention that approximates, for a role that mixes tokens",
+     "keys are in one place part after part; use ulysses"),
+    ("parallel tp", "a transformer whose heads it does not divide", "a head is on one device; use ulysses"),
+    ("parallel cfg with fsdp", "step caches", "branches leave out blocks of their own, and all must gather the same"),
+    ("parallel vae", "other VAEs than those of Wan, HunyuanVideo (1.5), LTX and Cosmos, and LTX's that draws noise",
+     "their layers are not known, or would differ by device"),
+    ("parallel vae", "a VAE given by modules=", "other pipelines would share it out too"),
+)  # fmt: skip
+"""(degree, what it meets, why it is refused): where model and options are known; the message names both."""
+
 
 def parallel_hooks(groups: Groups, kind: type[ComposedPipeline]) -> list[Hook]:
     """The hooks that share out the forwards of a layout.
