@@ -20,10 +20,12 @@ from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.noise import NoiseSource, randn
 from kinetoscope.train.methods.dmd2 import DMD2, DMD2Settings, dmd_gradient
 from kinetoscope.train.plugins import Opened
+from kinetoscope.train.post import load_post_recipe
 from kinetoscope.train.roles import ModelBase, Text, TrainBatch
 from tiny import make_tiny_wan
 
-LOOP = Path(__file__).parents[2] / "recipes" / "dmd2_loop.py"
+RECIPES = Path(__file__).parents[2] / "recipes"
+LOOP, RECIPE = RECIPES / "dmd2_loop.py", RECIPES / "tiny_t2v_4step.yaml"
 SHAPE = (2, 1, 2, 2)  # of the toys' latents
 
 
@@ -130,6 +132,16 @@ def test_updates_take_turns() -> None:
     method = DMD2(roles, DMD2Settings(name="dmd2", student_every=3, student_start=2))
     assert [len(method.updates(step)) for step in range(9)] == [1, 1, 2, 1, 1, 2, 1, 1, 2]
     assert method.updates(2) == ("critic", "student")
+
+
+def test_the_recipe_samples_as_it_trains() -> None:
+    recipe = load_post_recipe(RECIPE)
+    method, defaults = recipe.method, recipe.export.defaults
+    assert isinstance(method, DMD2Settings) and set(recipe.models) == set(DMD2.needs)
+    assert defaults["extra"] == {"dmd_denoising_steps": list(method.steps), "warp_denoising_step": method.warp}
+    assert defaults["flow_shift"] == recipe.models["student"].shift
+    assert defaults["num_inference_steps"] == len(method.steps) and defaults["guidance_scale"] == 1
+    assert recipe.optimizer_of("critic").learning_rate > recipe.optimizer_of("student").learning_rate
 
 
 def test_settings_and_roles_that_cannot_work() -> None:
@@ -250,7 +262,10 @@ def test_the_flat_loop_makes_a_model_that_samples(
     assert "step 1 " in capsys.readouterr().out
     before, after = Opened(str(tiny)), Opened(str(out))
     assert type(after.pipeline) is type(before.pipeline)
-    moved = [(a - b).abs().max() for a, b in zip(*(o.transformer.parameters() for o in (before, after)), strict=True)]
+    moved = [
+        (a - b).detach().abs().max()
+        for a, b in zip(*(o.transformer.parameters() for o in (before, after)), strict=True)
+    ]
     assert 5e-4 < max(float(m) for m in moved) < 4e-3  # two updates of Adam at the rate
     frames = after.sample(["a red circle"], [0]).frames
     assert frames is not None
