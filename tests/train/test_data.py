@@ -8,7 +8,10 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -414,3 +417,37 @@ def test_several_processes_give_what_one_gives(model: Path, bad_clips: Path, tmp
     preprocess(model, bad_clips, tmp_path / "one", **SETTINGS, threads=1)
     preprocess(model, bad_clips, tmp_path / "two", **SETTINGS, threads=1, workers=2)
     same_files(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.distributed
+def test_a_killed_job_takes_its_processes_along(model: Path, clips: Path, tmp_path: Path) -> None:
+    """They would write beside those of the next job."""
+    out, settings = tmp_path / "out", {**SETTINGS, "shard": 1, "threads": 1}
+    preprocess(model, clips, tmp_path / "whole", **settings)
+    given = "--size 32x32 --size 32x64 --frames 5 --frames 9 --fps 12 --shard 1 --threads 1 --workers 2 --device cpu"
+    command = [sys.executable, "-m", "kinetoscope", "preprocess", str(model), str(clips), str(out), *given.split()]
+    process = subprocess.Popen(command)
+    wait_for(lambda: any(out.glob("part-*.parquet")) or process.poll() is not None)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(alive(child) for child in children))
+    preprocess(model, clips, out, **settings)
+    same_files(out, tmp_path / "whole")
+
+
+def alive(pid: str) -> bool:
+    """Whether a process is there and has not ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen in ten minutes")
