@@ -12,6 +12,7 @@ SCRIPTS = (
     "engine_overhead",
     "vs_diffusers",
     "memory",
+    "parallel_memory",
     "caches",
     "settings",
 )  # each in its own process, so that none warms up another

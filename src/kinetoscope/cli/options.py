@@ -146,7 +146,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 def device_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of `from_pretrained` that `add_device_options` gave."""
-    return {name: getattr(args, name) for name in ("parallel", "executor")}
+    parallel = args.parallel
+    if parallel == "auto":  # for the video that is asked for
+        size, frames = getattr(args, "size", None), getattr(args, "frames", None)
+        wanted = ([f"size={size[0]}x{size[1]}"] if size else []) + ([f"frames={frames}"] if frames else [])
+        parallel += ":" + ",".join(wanted) if wanted else ""
+    return {"parallel": parallel, "executor": args.executor}
 
 
 def read_prompts(path: str) -> list[str]:

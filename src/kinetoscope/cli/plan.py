@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kinetoscope.cli.options import DEFAULT_MODEL, add_video_options, video_fields
 from kinetoscope.core.errors import InputError
+
+if TYPE_CHECKING:
+    from kinetoscope.runtime.layouts import Estimate
 
 NAME = "plan"
 HELP = "compare the layouts of several devices for one video, on paper: no device and no weights are needed"
@@ -44,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kinetoscope.core.types import SamplingParams
     from kinetoscope.runtime.accelerators import find_accelerator
+    from kinetoscope.runtime.auto import refuses
     from kinetoscope.runtime.device import resolve_dtype
     from kinetoscope.runtime.layouts import as_row, choose
     from kinetoscope.runtime.paper import paper_pipeline
@@ -58,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = resolve_dtype(name, torch.device("cpu"))
     with paper_pipeline(args.model) as pipeline:
         work = workload(pipeline, SamplingParams(**video_fields(args)), dtype=dtype, vae=args.vae)
-        choice = choose(args.gpus, work, device, replicas=args.replicas)
+        allowed = refuses(pipeline.model, {"vae": args.vae})
+        choice = choose(args.gpus, work, device, replicas=args.replicas, allowed=allowed)
     if args.json:
         found = {
             "model": work.model, "device": device.name, "devices": args.gpus, "tokens": work.tokens,
@@ -84,15 +90,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(found: Any) -> None:
+def _print_table(found: Sequence[Estimate]) -> None:
     rows: list[tuple[str, ...]] = [
         ("layout", "step s", "compute", "waiting", "decode s", "video s", "videos/h", "sent GB", "GB a device", "")
     ]
     for e in found:
         numbers = (e.step, e.compute, e.waiting, e.decode, e.seconds, e.videos, sum(e.sent.values()) / 1e9)
-        rows.append(
-            (str(e.config), *(f"{n:.3g}" for n in numbers), f"{e.peak / 1e9:.3g}", "" if e.fits else "too much")  # pyright: ignore
-        )
+        cells = [f"{n:.3g}" for n in (*numbers, e.peak / 1e9)]
+        rows.append((str(e.config), *cells, "" if e.fits else "too much"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]

@@ -22,12 +22,14 @@ class ShardPlan:
         roots: and of the whole model.
         may_be_whole: a model whose heads do not divide is on every device, instead of being refused; for encoders,
             whose heads are not chosen with the layout in mind.
+        twice: some of `outside` is called in every step, so that FSDP gathers each block twice a step.
     """
 
     styles: Mapping[str, str]
     outside: tuple[str, ...] = ()
     roots: tuple[str, ...] = ("prepare_conditioning", "prepare_timesteps", "prepare_shared")
     may_be_whole: bool = False
+    twice: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ class VideoGenerator(HasExecutor):
             threads: CPU threads of torch, for the whole process; None leaves them.
             modules: components to share instead of loading (`other.pipeline.loaded_modules()`).
             lora: LoRA files, each a path, text "FILE:WEIGHT", or an object with the arguments of `load_lora`.
-            parallel: a layout of several devices: {"ulysses": 2, "cfg": 2}, or "ulysses=2,cfg=2" (docs/parallel.md).
+            parallel: a layout of several devices: {"ulysses": 2, "cfg": 2}, or "ulysses=2,cfg=2" (docs/parallel.md);
+                "auto", or "auto:size=480x832,frames=81", chooses for this model, video and machine and logs why
+                (`generator.options["parallel"]` is the layout).
             executor: what carries out the requests: "in-process", "processes" (one a device, on this machine),
                 "torchrun" (this script runs once a device) or "ray" (a cluster); None: in-process for one device,
                 else torchrun where it started this process, else processes.
@@ -129,12 +131,12 @@ class VideoGenerator(HasExecutor):
         """
         if not isinstance(model, ModelDir):
             model = resolve_model(str(model))
-        layout = resolve_layout(parallel, model, device)
-        spec = choose_executor(executor, layout)
         given: dict[str, Any] = {
             "attention": attention, "cfg": cfg, "text_mode": text_mode, "cache": cache, "compile": compile,
             "quantize": quantize, "offload": offload, "vae": vae, "autocast": autocast, "perf_logging": perf_logging,
         }  # fmt: skip
+        layout = resolve_layout(parallel, model, device, dtype, {**given, "modules": modules})
+        spec = choose_executor(executor, layout)
         here: dict[str, Any] = {"hooks": hooks, "modules": modules, "threads": threads}
         check_layout(layout, model, {**given, "modules": modules})
         groups = None

@@ -6,8 +6,10 @@ of bytes are those of `parallel.comm`'s counters, and tests hold the two against
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kinetoscope.core.errors import ConfigError
@@ -27,6 +29,11 @@ VAE_PEAK = 0.5
 """The VAE computes in float32, on tensor cores at this share of the bfloat16 peak."""
 VAE_ROWS = 4
 """Rows of latents that a device should have at least of a shared decode, or halos outweigh what is shared."""
+OTHERS = 3
+"""Layouts that an explanation compares with the best."""
+GATHERED = 4
+"""Blocks whose weights FSDP holds whole: one that runs, and as they came from all devices, of it and its neighbours."""
+_NUMBER = re.compile("[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +107,18 @@ class Choice:
     def explain(self) -> list[str]:
         """Why the best is the best, a sentence a line."""
         best = self.best
-        lines = [
-            f"{best.config}: {best.step:.3g} s a step, {best.seconds:.3g} s a video, "
-            f"{_gb(best.peak)} of {self.device.memory_gb:g} GB a device"
-        ]
-        for other in [e for e in self.compared[1:] if e.fits][:3]:
-            lines.append(f"{other.config}: {other.seconds / best.seconds:.3g} times as long: {_reason(best, other)}")
+        memory = (
+            ""
+            if math.isinf(self.device.memory_gb)
+            else f", {_gb(best.peak)} of {self.device.memory_gb:.3g} GB a device"
+        )
+        lines = [f"{best.config}: {best.step:.3g} s a step, {best.seconds:.3g} s a video{memory}"]
+        told = {replace(best.config, fsdp=False)}  # FSDP often changes nothing but the memory
+        for other in (e for e in self.compared[1:] if e.fits):
+            kind = replace(other.config, fsdp=False)
+            if kind not in told and len(told) <= OTHERS:
+                told.add(kind)
+                lines.append(f"{other.config}: {_times(other, best)}: {_reason(best, other)}")
         full = [e for e in self.compared if not e.fits]
         if full:
             lines.append(f"{len(full)} more do not fit; the nearest, {full[0].config}, needs {_gb(full[0].peak)}")
@@ -121,6 +134,7 @@ class Choice:
             f"{CALL * 1e6:.0f} us; {1 - FILL:.0%} of the memory is left free",
             f"{w.branches} rows a step of {w.tokens:,} tokens and {w.text} of text, {w.itemsize} bytes a number, "
             f"{w.flops / 1e15:.3g} PFLOP a row ({w.attention_flops / w.flops:.0%} attention), {w.steps} steps",
+            f"the VAE, in float32, reaches {COMPUTE * VAE_PEAK:.0%} of the peak",
             "ring passes hide behind attention and FSDP's gathers behind blocks; all else is waited for",
             "all components stay on the devices; text encoding is left out of the time",
         ]
@@ -144,6 +158,8 @@ def refusal(config: ParallelConfig, work: Workload) -> str | None:
         return f"ulysses x ring = {config.sequence} is more than the {work.tokens} tokens of the video"
     if config.fsdp and config.cfg * config.sequence == 1:
         return "fsdp shares weights among the devices of cfg, ulysses and ring, and there is one; use tp, or more"
+    if config.vae > 1 and not work.vae_shared:
+        return f"vae={config.vae}: devices cannot share {work.vae} as {work.model} has it"
     if config.vae > work.latent_size[1]:
         return f"vae={config.vae} is more than the {work.latent_size[1]} rows of latents"
     return None
@@ -171,14 +187,24 @@ def layouts(devices: int, work: Workload) -> Iterator[ParallelConfig]:
 
 def vae_share(ranks: int, work: Workload) -> int:
     """How many of the devices of a replica should decode together."""
+    if not work.vae_shared:
+        return 1
     return max(n for n in _divisors(ranks) if n == 1 or n * VAE_ROWS <= work.latent_size[1])
 
 
-def choose(devices: int, work: Workload, device: Accelerator, *, replicas: int | None = None) -> Choice:
+def choose(
+    devices: int,
+    work: Workload,
+    device: Accelerator,
+    *,
+    replicas: int | None = None,
+    allowed: Callable[[ParallelConfig], str | None] | None = None,
+) -> Choice:
     """The layouts of `devices` devices, compared.
 
     Args:
         replicas: this many and no others; None: any, the fastest video first (replicas make more, not faster ones).
+        allowed: says why a layout cannot be for reasons that are not of the workload, or None.
 
     Raises:
         ConfigError: impossible numbers.
@@ -190,24 +216,14 @@ def choose(devices: int, work: Workload, device: Accelerator, *, replicas: int |
     for config in layouts(devices, work):
         if replicas is not None and config.replicas != replicas:
             continue
-        if why := refusal(config, work):
-            kind = why.partition("=")[0]  # one example of each kind of reason, with the number of all
-            example = next((w for w in refused if w.partition("=")[0] == kind), why)
+        if why := refusal(config, work) or (allowed and allowed(config)):
+            kind = _NUMBER.sub("", why)  # one example of each kind of reason, with the number of all
+            example = next((w for w in refused if _NUMBER.sub("", w) == kind), why)
             refused[example] = refused.get(example, 0) + 1
         else:
             found.append(estimate(config, work, device))
     found.sort(key=lambda e: (not e.fits, e.seconds if e.fits else e.peak, -e.videos, len(e.config.as_dict())))
     return Choice(work, device, tuple(found), refused)
-
-
-def auto_layout(devices: int, work: Workload, device: Accelerator) -> tuple[ParallelConfig, Sequence[str]]:
-    """The layout that `parallel="auto"` takes, one video at a time, and why.
-
-    Raises:
-        ConfigError: none fits.
-    """
-    choice = choose(devices, work, device)
-    return choice.best.config, choice.explain()
 
 
 def estimate(config: ParallelConfig, work: Workload, device: Accelerator) -> Estimate:
@@ -254,9 +270,11 @@ def bytes_a_step(config: ParallelConfig, work: Workload) -> dict[str, int]:
       heads; ring 4 R L (d' + H') (r - 1) / u, what each found for the text, in float32.
     - sequence: R n d e (P - 1) a forward: the parts of the tokens are joined after the blocks.
     - tp: 2 m (t - 1) / t for each sum of m bytes: R n d e at the end of every attention and feed-forward, and R n 4
-      for every norm over all heads; and the parts of the modulation are joined.
+      for every norm over all heads; and the parts of the modulation are joined, taken to be one for all
+      rows (what models with one a row or a latent frame send more of it is little).
     - cfg: R c e (cfg - 1), with c numbers of latents a row.
-    - fsdp: w (s - 1) / s a forward, with w bytes of the linear layers after tp and s = cfg x P.
+    - fsdp: w (s - 1) / s a forward, with w bytes of the linear layers after tp and s = cfg x P; twice that in models
+      whose blocks make their modulation in every step before they run.
     """
     e, u, r, t = work.itemsize, config.ulysses, config.ring, config.tp
     rows = -(-work.branches // config.cfg)
@@ -276,14 +294,14 @@ def bytes_a_step(config: ParallelConfig, work: Workload) -> dict[str, int]:
     if parts > 1:
         sent["sequence"] = rows * n * work.dim * e * (parts - 1)
     if t > 1:
-        joined = rows * work.modulation // t * e * (t - 1)
+        joined = work.modulation // t * e * (t - 1)
         sent["tp"] = 2 * rows * _summed(work, n) * (t - 1) // t + joined
     if config.cfg > 1:
         sent["cfg"] = rows * work.latent * e * (config.cfg - 1)
     if config.fsdp:
         shard = config.cfg * parts
-        forwards = 1 if work.batched else rows
-        sent["fsdp"] = forwards * work.transformer.matrices(t) * (shard - 1) // shard
+        gathers = work.gathers * (1 if work.batched else rows)
+        sent["fsdp"] = gathers * work.transformer.matrices(t) * (shard - 1) // shard
     return sent
 
 
@@ -324,7 +342,7 @@ def _calls(config: ParallelConfig, work: Workload) -> dict[str, int]:
         "sequence": rows,
         "tp": 3 * work.blocks * rows,
         "cfg": 1,
-        "fsdp": work.blocks * rows,
+        "fsdp": work.gathers * work.blocks * rows,
     }
 
 
@@ -337,8 +355,8 @@ def _spans(config: ParallelConfig) -> dict[str, int]:
 
 
 def _gathered(config: ParallelConfig, work: Workload) -> int:
-    """Bytes of the two blocks that FSDP holds whole at a time."""
-    return 2 * work.largest_block // config.tp if config.fsdp else 0
+    """Bytes of what FSDP gathers: of four blocks, measured by benchmarks/parallel_memory."""
+    return GATHERED * work.largest_block // config.tp if config.fsdp else 0
 
 
 def _uneven(count: int, parts: int) -> float:
@@ -360,6 +378,11 @@ def _reason(best: Estimate, other: Estimate) -> str:
     if other.compute > best.compute:
         return f"{other.compute - best.compute:.2g} s more arithmetic a step"
     return "as fast, with more schemes or fewer videos"
+
+
+def _times(other: Estimate, best: Estimate) -> str:
+    longer = other.seconds / best.seconds
+    return "as long" if longer < 1.005 else f"{longer:.3g} times as long"
 
 
 def _gb(size: float) -> str:

@@ -134,6 +134,12 @@ def paper_pipeline(name: str) -> Generator[ComposedPipeline]:
         yield build_pipeline(model, ExecutionArgs(torch.device("cpu"), torch.float32))
 
 
+def write_model(transformer: dict[str, Any], folder: Path) -> ModelDir:
+    """The configurations of a Wan 2.1 text-to-video model with a transformer of these sizes, written to `folder`."""
+    folder.mkdir(exist_ok=True)
+    return _write(_wan(transformer), folder, folder.name)
+
+
 def _find(name: str) -> ModelDir:
     if name in embedded_models() or Path(name).expanduser().exists() or not HUB_ID.fullmatch(name):
         return resolve_model(name)

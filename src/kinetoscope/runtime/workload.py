@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.errors import CompositionError, ModelLoadError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.rows import BATCH_POSITIONS
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.components import empty_transformer, parameter_dtype, shard_plan
 from kinetoscope.parallel.tensor.plan import shared_parameters
+from kinetoscope.parallel.vae import check_shared
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.footprint import STREAM_FRAMES, decode_peak
@@ -72,14 +73,15 @@ class Workload:
         flops, attention_flops: of one row's forward, and the part of it that grows with the square of the tokens.
         latent: numbers of the transformer's output for one row.
         latent_size: [T, H, W].
-        modulation: numbers of one row's modulation, where devices of tensor parallel compute parts of it.
+        modulation: numbers of a step's modulation, where devices of tensor parallel compute parts of it.
         refined: sums over the text alone that tensor parallel makes in a forward (token refiners).
+        gathers: how often a forward with FSDP gathers each block.
         transformer: weights of one; where there are two, of the larger.
         transformers, encoders: weights of all.
         largest_block, vae_bytes: weights.
         activation_bytes: of one row's forward (`runtime.footprint`).
         kept_bytes: keys and values that a run keeps of the text for one row, and of past frames in causal models.
-        vae: class of the VAE.
+        vae, vae_shared: class of the VAE, and whether devices can share it.
         vae_flops, vae_activation_bytes, vae_fixed_bytes: of decoding; the second is shared out, the third (the joined
             video) is not.
     """
@@ -105,6 +107,7 @@ class Workload:
     latent_size: tuple[int, int, int]
     modulation: int
     refined: int
+    gathers: int
     transformer: Weights
     transformers: Weights
     encoders: Weights
@@ -113,6 +116,7 @@ class Workload:
     activation_bytes: int
     kept_bytes: int
     vae: str
+    vae_shared: bool
     vae_flops: float
     vae_activation_bytes: int
     vae_fixed_bytes: int
@@ -183,10 +187,11 @@ def workload(
         itemsize=kind.itemsize,
         flops=flops,
         attention_flops=(pipeline.forward_flops(2 * tokens) - 2 * flops + none) / 2,
-        latent=channels * math.prod(size),  # pyright: ignore
+        latent=channels * math.prod(size),
         latent_size=size,
         modulation=sum(shapes[n][0] for n, style in cut.items() if style == "gathered" and n.endswith(".weight")),
         refined=2 * getattr(config, "num_refiner_layers", 0),
+        gathers=2 if plan is not None and plan.twice else 1,
         transformer=weighed[larger],
         transformers=sum(weighed.values(), Weights()),
         encoders=sum((weights_of(m, model.components()[n], kind) for n, m in parts.items() if n != "vae"), Weights()),
@@ -195,6 +200,7 @@ def workload(
         activation_bytes=int(tokens * max(10 * dim * mixed, 4 * dim * mixed + 3 * hidden * kind.itemsize)),
         kept_bytes=_kept(config, len(blocks), dim, text, tokens // size[0], size[0], joint) * kind.itemsize,
         vae=model.components()["vae"],
+        vae_shared=_shared(model.components()["vae"], vae_config),
         vae_flops=decode_flops(model.components()["vae"], vae_config, size),
         vae_activation_bytes=decoding - fixed,
         vae_fixed_bytes=fixed,
@@ -259,6 +265,14 @@ def decode_flops(class_name: str, config: Mapping[str, Any], latent_size: tuple[
         return float(count(frames))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return 0.0
+
+
+def _shared(class_name: str, config: Mapping[str, Any]) -> bool:
+    try:
+        check_shared(class_name, config)
+    except CompositionError:
+        return False
+    return True
 
 
 def _kept(config: Any, blocks: int, dim: int, text: int, frame_tokens: int, frames: int, joint: bool) -> int:

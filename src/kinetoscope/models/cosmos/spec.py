@@ -98,5 +98,6 @@ SHARDING = ShardPlan(
         "crossattn_proj.*?": "whole",
     },
     outside=("attn2.project", "modulation"),
+    twice=True,
 )
 """How devices share the weights: heads and hidden units of the blocks, and the projections that make modulation."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from kinetoscope.core.config import launch
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import ParallelConfig
+from kinetoscope.runtime.auto import auto_layout, is_auto
 from kinetoscope.runtime.executors.base import POOLS, Executor, ExecutorSpec
 from kinetoscope.runtime.executors.orders import Setup
 from kinetoscope.runtime.parallel import check_devices
@@ -108,11 +108,17 @@ def open_pool(
 
 
 def resolve_layout(
-    parallel: Parallel | None, model: str | Path | ModelDir, device: str | torch.device
+    parallel: Parallel | None,
+    model: ModelDir,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    options: Mapping[str, Any],
 ) -> ParallelConfig:
-    """The layout that was asked for.
+    """The layout that was asked for, or that `runtime.auto` chooses.
 
     Raises:
-        ConfigError: an unknown degree, or one that is no positive number.
+        ConfigError: an unknown degree, or one that is no positive number; or no layout fits.
     """
+    if isinstance(parallel, str) and is_auto(parallel):
+        return auto_layout(parallel, model, device, dtype, options)
     return ParallelConfig.of(parallel)
