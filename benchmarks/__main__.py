@@ -10,6 +10,7 @@ from benchmarks.measure import RESULTS
 SCRIPTS = (
     "attention",
     "engine_overhead",
+    "executors",
     "vs_diffusers",
     "memory",
     "parallel_memory",
