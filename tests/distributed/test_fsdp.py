@@ -51,7 +51,8 @@ def test_with_tensor_parallel() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("parallel", "error", "most"), [("ring=2,fsdp=true", 0.0, 0.65), ("cfg=2,tp=2,fsdp=true", 1e-5, 0.5)]
+    ("parallel", "error", "most"),
+    [("ring=2,fsdp=true", 0.0, 0.65), ("cfg=2,ulysses=2,fsdp=true", 0.0, 0.5), ("cfg=2,tp=2,fsdp=true", 1e-5, 0.5)],
 )
 def test_every_family(parallel: str, error: float, most: float) -> None:
     check(tuple(FAMILIES), parallel, error, most)

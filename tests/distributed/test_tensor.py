@@ -61,7 +61,10 @@ def test_forwards_of_two_devices_equal_one_in_every_family() -> None:
 
 @pytest.mark.distributed
 def test_four_devices() -> None:
-    check(("wan", "ltx"), "tp=4", 0.45)
+    """Every family whose heads and columns four devices can share."""
+    divide = [n for n in FAMILIES if misfit((case := make_case(n)).model, case.plan.styles, 4) is None]
+    assert {"wan", "ltx"} <= set(divide)
+    check(tuple(divide), "tp=4", 0.6)
 
 
 # -- what would run and be wrong -------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def compiled(groups: Groups, case: Case) -> float:
 @pytest.mark.distributed
 def test_compiled_blocks() -> None:
     """Graphs break where devices talk, and compute the same."""
-    assert max(run_ranks("cfg=2,tp=2,fsdp=true", compiled, make_case("wan"))) <= TOLERANCE
+    assert max(run_ranks("cfg=2,tp=2,fsdp=true", compiled, make_case("wan"), seconds=400)) <= TOLERANCE
 
 
 # -- bytes, gradients, weights that are read -------------------------------------------------------------------------
