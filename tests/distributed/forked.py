@@ -24,8 +24,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                os.closerange(3, descriptor)  # the other ends would keep dead siblings' sockets open
-                os.closerange(descriptor + 1, 1024)
+                forget(descriptor)
                 sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - pytest's are closed now
                 life(descriptor, parent)
             except BaseException:
@@ -54,6 +53,18 @@ class Forked:
         with self._lock:
             if self._status is None:
                 os.kill(self.pid, 9)
+
+
+def forget(kept: int) -> None:
+    """Give up the parent's files but one: its ends of other sockets would keep dead siblings' open.
+
+    They become /dev/null rather than free: objects of the parent that die here close their numbers, which a new socket
+    might have by then.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - numbers, not files
+        if int(name) > 2 and int(name) not in (kept, null):
+            os.dup2(null, int(name))
 
 
 def gone(pid: int, seconds: float = 20.0) -> bool:
