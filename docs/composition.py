@@ -34,9 +34,9 @@ DEVICES = """
 A layout (`parallel=`, [parallel.md](parallel.md)) is exact too: videos are within 1e-4 of their standard deviation of
 one device's. Its hooks stand where they must: `{cfg}` around step caches, which then see the branches of their device
 for a whole run, and `{sequence}` inside of them, so that they see whole tokens and decide alike on every device.
-`tests/distributed` holds pairs to one device (`make test-distributed`): degrees with each other, `cfg` with every step
-cache and kind of guidance, the others with step caches that look at tokens and that foretell, `tp` and `fsdp` with
-LoRAs, `ulysses`, `ring`, `tp` and `fsdp` with compiled blocks, and `vae` with tiles and with streams.
+`tests/distributed` holds pairs to one device (`make test-distributed`): degrees with each other, `ulysses`, `ring`,
+`cfg` and `tp` with every step cache, the first three with 8 bits, offloading, text modes and guidance, `tp` and `fsdp`
+with LoRAs, `ulysses`, `ring`, `tp` and `fsdp` with compiled blocks, and `vae` with tiles and with streams.
 """
 
 

@@ -84,7 +84,7 @@ def test_forwards_around_a_ring() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("parallel", ["ulysses=2", "ring=2", "ulysses=2,ring=2", "ulysses=4", "ring=3"])
+@pytest.mark.parametrize("parallel", ["ulysses=2", "ring=2", "ulysses=2,ring=2", "ulysses=4", "ring=4", "ring=3"])
 def test_forwards(parallel: str) -> None:
     check_cases(parallel, cases(list(OWN)), MERGED)
 
@@ -191,7 +191,8 @@ def check_videos(parallel: str, folder: Path, names: Sequence[str], cache: str |
         if cache is not None:
             assert one["left_out"] > 0 and all(rank[name]["left_out"] == one["left_out"] for rank in ranks), name
         if "stream" in one:
-            got, share = ranks[0][name], ParallelConfig.of(parallel).ulysses
+            got, layout = ranks[0][name], ParallelConfig.of(parallel)
+            share = layout.ulysses * layout.tp
             np.testing.assert_array_equal(got["stream"], got["frames"], err_msg=name)
             assert np.abs(got["stream"].astype(int) - one["stream"]).max() <= 1, name
             assert got["numbers"] * share == one["numbers"], name
