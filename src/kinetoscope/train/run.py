@@ -131,7 +131,9 @@ def claim(root: Path, recipe: Section, fresh: bool, changeable: Set[str]) -> Non
     file = root / "recipe.json"
     mine = recipe.model_dump(mode="json")
     if file.exists():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = _completed(
+            json.loads(file.read_text(encoding="utf-8")), mine, recipe.model_dump(exclude_defaults=True)
+        )
         if fresh:
             raise ConfigError(f"{root} already holds a run; delete it or set output=FOLDER to start another")
         one, other = _without(mine, changeable), _without(theirs, changeable)
@@ -144,6 +146,15 @@ def claim(root: Path, recipe: Section, fresh: bool, changeable: Set[str]) -> Non
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(_without(mine, {"output"}), indent=1), encoding="utf-8")
     temporary.replace(file)
+
+
+def _completed(theirs: dict[str, Any], mine: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """What a run wrote down before there were some settings, with those that are left at their defaults in `mine`."""
+    known = {
+        k: _completed(v, mine[k], chosen.get(k) or {}) if isinstance(v, dict) and isinstance(mine.get(k), dict) else v
+        for k, v in theirs.items()
+    }
+    return {**{k: v for k, v in mine.items() if k not in chosen}, **known}
 
 
 def _without(values: dict[str, Any], keys: Set[str], place: str = "") -> dict[str, Any]:
