@@ -191,11 +191,12 @@ class DenoisingEngine:
             call = interceptor.bind(call)
         args = state.args
         info = StepInfo(step.index, step.count, step.timestep, step.block) if step else None
-        with (
-            forward_context(ForwardContext(args.attention, info)),
-            torch.autocast(args.device.type, args.dtype, enabled=args.autocast),
-        ):
-            return call(state, inputs)
+        device = args.device.type
+        with forward_context(ForwardContext(args.attention, info)):
+            if not args.autocast and not torch.is_autocast_enabled(device):  # to enter costs more than to ask
+                return call(state, inputs)
+            with torch.autocast(device, args.dtype, enabled=args.autocast):
+                return call(state, inputs)
 
 
 class PendingForward:

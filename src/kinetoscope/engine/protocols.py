@@ -93,10 +93,12 @@ class ModelInputs:
     def keep(self, branches: Sequence[str]) -> ModelInputs:
         """The rows of `branches`, which follow each other in these; itself where they are all."""
         found = [i for i, b in enumerate(self.branches) if b in branches]
-        return self if len(found) == len(self.branches) else self.select(found[0], found[-1] + 1)
+        return self.select(found[0], found[-1] + 1)
 
     def select(self, start: int, stop: int) -> ModelInputs:
-        """The rows of branches [start, stop), as views."""
+        """The rows of branches [start, stop), as views; itself where they are all."""
+        if (start, stop) == (0, len(self.branches)):
+            return self
         rows = slice(start * self.batch, stop * self.batch)
         return ModelInputs(
             self.latents[rows],
