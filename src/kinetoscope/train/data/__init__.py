@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kinetoscope.core.errors import ConfigError
 from kinetoscope.train.methods.base import BatchSource
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.recipe import Section
+from kinetoscope.train.registry import Registry
 
 
 class DataSection(Section):
@@ -39,12 +38,15 @@ class SourceContext:
     on_count: Callable[[int, int], None] | None = None
 
 
-SOURCES: dict[str, str] = {
-    "latents": "kinetoscope.train.data.latents:LatentSource",
-    "ode_pairs": "kinetoscope.train.data.ode_pairs:OdePairs",
-    "world": "kinetoscope.train.data.worlds:WorldSource",
-}
-"""Name -> where the source is, "module:class"; the class has `settings_class` and is made of (settings, context)."""
+SOURCES = Registry(
+    "unknown data source {name!r}; the known ones are: {known}",
+    {
+        "latents": "kinetoscope.train.data.latents:LatentSource",
+        "ode_pairs": "kinetoscope.train.data.ode_pairs:OdePairs",
+        "world": "kinetoscope.train.data.worlds:WorldSource",
+    },
+)
+"""The class has `settings_class` and is made of (settings, context)."""
 
 
 def register_source(name: str, place: str) -> None:
@@ -58,10 +60,7 @@ def source_class(name: str) -> Any:
     Raises:
         ConfigError: there is none.
     """
-    if name not in SOURCES:
-        raise ConfigError(f"unknown data source {name!r}; the known ones are: {', '.join(sorted(SOURCES))}")
-    module, _, found = SOURCES[name].partition(":")
-    return getattr(import_module(module), found)
+    return SOURCES.find(name)
 
 
 def make_source(section: DataSection, context: SourceContext) -> BatchSource:

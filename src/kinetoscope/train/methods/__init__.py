@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.train.methods.base import BatchSource, Method, MethodSettings
+from kinetoscope.train.registry import Registry
 from kinetoscope.train.roles import ModelBase
 
 __all__ = ["METHODS", "BatchSource", "Method", "MethodSettings", "make_method", "method_class", "register_method"]
 
-METHODS: dict[str, str] = {
-    "consistency": "kinetoscope.train.methods.consistency:Consistency",
-    "diffusion_forcing": "kinetoscope.train.methods.diffusion_forcing:DiffusionForcing",
-    "dmd2": "kinetoscope.train.methods.dmd2:DMD2",
-    "finetune": "kinetoscope.train.methods.finetune:Finetune",
-    "ode_distill": "kinetoscope.train.methods.ode_distill:OdeDistill",
-    "self_forcing": "kinetoscope.train.methods.self_forcing:SelfForcing",
-    "sparse_finetune": "kinetoscope.train.methods.sparse_finetune:SparseFinetune",
-    "teacher_forcing": "kinetoscope.train.methods.teacher_forcing:TeacherForcing",
-}
-"""Name -> where the method is, "module:class"."""
+METHODS = Registry(
+    "unknown method {name!r}; the known ones are: {known}",
+    {
+        "consistency": "kinetoscope.train.methods.consistency:Consistency",
+        "diffusion_forcing": "kinetoscope.train.methods.diffusion_forcing:DiffusionForcing",
+        "dmd2": "kinetoscope.train.methods.dmd2:DMD2",
+        "finetune": "kinetoscope.train.methods.finetune:Finetune",
+        "ode_distill": "kinetoscope.train.methods.ode_distill:OdeDistill",
+        "self_forcing": "kinetoscope.train.methods.self_forcing:SelfForcing",
+        "sparse_finetune": "kinetoscope.train.methods.sparse_finetune:SparseFinetune",
+        "teacher_forcing": "kinetoscope.train.methods.teacher_forcing:TeacherForcing",
+    },
+)
 
 
 def register_method(name: str, place: str) -> None:
@@ -35,10 +37,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ConfigError: there is none.
     """
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}; the known ones are: {', '.join(sorted(METHODS))}")
-    module, _, found = METHODS[name].partition(":")
-    return getattr(import_module(module), found)
+    return METHODS.find(name)
 
 
 def make_method(settings: MethodSettings, roles: Mapping[str, ModelBase]) -> Method:

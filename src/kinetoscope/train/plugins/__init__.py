@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,18 @@ from kinetoscope.loading.weights import load_weights
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
 from kinetoscope.pipelines.stages.text import TextEncodingStage
+from kinetoscope.train.registry import Registry
 from kinetoscope.train.roles import ModelBase, Text
 
-PLUGINS: dict[str, str] = {
-    "WanTransformer3DModel": "kinetoscope.train.plugins.wan:WanModel",
-    "CausalWanTransformer3DModel": "kinetoscope.train.plugins.causal_wan:CausalWanModel",
-    "LongCatVideoTransformer3DModel": "kinetoscope.train.plugins.longcat:LongCatModel",
-}
-"""Class name of the transformer, as in model_index.json -> where its plugin is."""
+PLUGINS = Registry(
+    "a {name} cannot be trained here; the families that can: {known}",
+    {
+        "WanTransformer3DModel": "kinetoscope.train.plugins.wan:WanModel",
+        "CausalWanTransformer3DModel": "kinetoscope.train.plugins.causal_wan:CausalWanModel",
+        "LongCatVideoTransformer3DModel": "kinetoscope.train.plugins.longcat:LongCatModel",
+    },
+)
+"""By the class name of the transformer, as in model_index.json."""
 
 
 def register_plugin(class_name: str, place: str) -> None:
@@ -39,10 +42,7 @@ def plugin_of(class_name: str) -> type[ModelBase]:
     Raises:
         ConfigError: there is none.
     """
-    if class_name not in PLUGINS:
-        raise ConfigError(f"a {class_name} cannot be trained here; the families that can: {', '.join(PLUGINS)}")
-    module, _, name = PLUGINS[class_name].partition(":")
-    return getattr(import_module(module), name)
+    return PLUGINS.find(class_name)
 
 
 class Opened:
