@@ -189,9 +189,11 @@ class Worker:
                 return Cancelled(number)
 
     def _tell(self, event: Any) -> None:
-        self.status = self.status.after(event)
+        before, self.status = self.status.stage, self.status.after(event)
         if self.leads:
             self._send(Happened(self._number, without_tensors(event)))
+        elif self.status.stage != before:  # not only at the next sign of life: it may die before
+            self._send(Beat(self.status))
 
     def _agree(self, cancel: bool) -> bool:
         """What the leading rank has heard: one rank that left the loop alone would leave the others waiting."""
