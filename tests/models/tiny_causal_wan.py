@@ -48,14 +48,19 @@ def frame_mask(blocks: list[int], window: int = -1, sink: int = 0) -> Tensor:
     return mask
 
 
-def masked_forward(model: Any, mask: Tensor, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    """A forward whose self-attention is softmax over all tokens with an explicit mask of frames, nothing cached."""
+def masked_forward(
+    model: Any, mask: Tensor, latents: Tensor, timestep: Tensor, text: Tensor, constant: int = 0
+) -> Tensor:
+    """A forward whose self-attention is softmax over all tokens with an explicit mask of frames, nothing cached; keys
+    and values of the first `constant` frames have no gradient."""
     frame_tokens = latents.shape[-1] * latents.shape[-2] // 4
     allowed = mask.repeat_interleave(frame_tokens, 0).repeat_interleave(frame_tokens, 1)
     modules = [block.attn1 for block in model.blocks]
 
     def forward(self: Any, x: Tensor, rope: Any, grid: Any = None, gate: Any = None) -> Tensor:
         q, k, v = self.project(x, rope.table)
+        old = constant * frame_tokens
+        k, v = (torch.cat([t[:, :old].detach(), t[:, old:]], 1) for t in (k, v))
         logits = torch.einsum("rnhd,rmhd->rhnm", q, k) * q.shape[-1] ** -0.5
         weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
         return self.to_out(torch.einsum("rhnm,rmhd->rnhd", weights, v).reshape(x.shape))

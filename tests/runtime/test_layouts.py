@@ -159,6 +159,14 @@ def test_what_cannot_be_is_named(parallel: str, why: str) -> None:
     assert refusal(ParallelConfig.of("cfg=2,ulysses=2"), SMALL) is None
 
 
+def test_what_is_left_out_is_said() -> None:
+    """A decode that cannot be counted is no decode for nothing."""
+    said = [choose(1, replace(SMALL, vae_flops=n), replace(PAPERY, memory_gb=1)).assumptions() for n in (100.0, 0.0)]
+    counted, left_out = ("\n".join(lines) for lines in said)
+    assert "the VAE, in float32, reaches" in counted and "decoding" not in counted
+    assert "decoding is left out of the time: what AutoencoderKLWan computes cannot be counted" in left_out
+
+
 def test_choosing() -> None:
     """The fastest that fits: rows first, which hardly talk; what does not fit comes last; replicas only if asked."""
     device = replace(ACCELERATORS["h100"], tflops=1e-9)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
@@ -16,7 +16,6 @@ from kinetoscope.diffusion.few_step import FewStepSchedule
 from kinetoscope.diffusion.noise import NoiseSource, randn
 from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.strategies.causal import CausalStrategy, LatentVideo
-from kinetoscope.models.wan.spec import CONVENTION
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
 from kinetoscope.train.methods import make_method
 from kinetoscope.train.methods.diffusion_forcing import DiffusionForcing, DiffusionForcingSettings, bell
@@ -24,8 +23,9 @@ from kinetoscope.train.methods.self_forcing import Exits, SelfForcing, SelfForci
 from kinetoscope.train.methods.teacher_forcing import TeacherForcingSettings
 from kinetoscope.train.plugins.causal_wan import CausalWanModel
 from kinetoscope.train.plugins.wan import WanModel
-from kinetoscope.train.roles import ModelBase, Text, TrainBatch
-from models.tiny_causal_wan import TEXT, TINY, frame_mask, tiny_causal
+from kinetoscope.train.roles import Text, TrainBatch
+from models.tiny_causal_wan import TEXT, TINY, frame_mask, masked_forward, tiny_causal
+from train.toys import Scale, ToyModel
 
 SIZE = (4, 4, 6)  # channels, height, width of the latents
 BLOCKS, FRAMES = [2, 2, 2], 6
@@ -55,21 +55,6 @@ def wan(seed: int = 0, **options: Any) -> WanModel:
 
 
 # -- diffusion forcing and teacher forcing ----------------------------------------------------------------------------
-
-
-class Scale(nn.Module):
-    """A network of one number: output = w x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, x: Tensor, timestep: Tensor, **more: Any) -> Tensor:
-        return self.w * x
-
-
-class ToyModel(ModelBase):
-    convention = CONVENTION
 
 
 @pytest.mark.parametrize("weighting", ["none", "bell"])
@@ -211,7 +196,8 @@ def uncached(student: CausalWanModel, batch: TrainBatch, exits: Exits, window: i
         for i in range(exit_step + 1):
             s = torch.full((2, 2), schedule.times[i] / 1000)
             joined, levels = torch.cat([past, x.detach()], 2), torch.cat([past_s, s], 1)
-            v = constant_past(student.transformer, start, window, joined, 1000 * levels, batch.text.states)
+            mask = frame_mask([2] * (joined.shape[2] // 2), window)
+            v = masked_forward(student.transformer, mask, joined, 1000 * levels, batch.text.states, start)
             v = v[:, :, start:]
             x0 = x.detach() - schedule.sigmas[i] * v
             if i < exit_step and exits.ode:
@@ -227,30 +213,6 @@ def uncached(student: CausalWanModel, batch: TrainBatch, exits: Exits, window: i
             seen = (1 - level) * seen + level * NoiseSource(SEEDS).fork(index, 1).draw(shape)
         past, past_s = torch.cat([past, seen], 2), torch.cat([past_s, torch.full((2, 2), level)], 1)
     return torch.cat(made, 2)
-
-
-def constant_past(model: Any, start: int, window: int, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    """A forward under the block-causal mask in which keys and values of frames before `start` are constants."""
-    frame_tokens = x.shape[-1] * x.shape[-2] // 4
-    mask = frame_mask([2] * (x.shape[2] // 2), window)
-    allowed = mask.repeat_interleave(frame_tokens, 0).repeat_interleave(frame_tokens, 1)
-    old = start * frame_tokens
-    modules = [block.attn1 for block in model.blocks]
-
-    def forward(self: Any, x: Tensor, rope: Any, grid: Any = None, gate: Any = None) -> Tensor:
-        q, k, v = self.project(x, rope.table)
-        k, v = (torch.cat([t[:, :old].detach(), t[:, old:]], 1) for t in (k, v))
-        logits = torch.einsum("rnhd,rmhd->rhnm", q, k) * q.shape[-1] ** -0.5
-        weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
-        return self.to_out(torch.einsum("rhnm,rmhd->rnhd", weights, v).reshape(x.shape))
-
-    try:
-        for module in modules:
-            module.forward = forward.__get__(module)
-        return model(x, timestep, text)
-    finally:
-        for module in modules:
-            del module.forward
 
 
 @dataclass(frozen=True)

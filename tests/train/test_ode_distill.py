@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.noise import NoiseSource, randn
-from kinetoscope.models.wan.spec import CONVENTION
 from kinetoscope.train.data import SourceContext, ode_pairs
 from kinetoscope.train.data.ode_pairs import OdeBatch, OdePairs, OdePairsData, prepare, prompts_of
 from kinetoscope.train.methods import method_class
 from kinetoscope.train.methods.ode_distill import OdeDistill, OdeDistillSettings, take_levels
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.plugins.causal_wan import CausalWanModel
-from kinetoscope.train.roles import ModelBase, Text, TrainBatch
+from kinetoscope.train.roles import Text, TrainBatch
 from models.tiny_causal_wan import TEXT, TINY, tiny_causal
+from train.toys import Scale, ToyModel
 
 SAMPLING = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 8, "scheduler": "euler"}
 
@@ -105,21 +105,6 @@ def test_levels_must_differ(tmp_path: Path, teacher: Opened) -> None:
 
 
 # -- the method -------------------------------------------------------------------------------------------------------
-
-
-class Scale(nn.Module):
-    """A network of one number: output = w x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, x: Tensor, timestep: Tensor, **more: Any) -> Tensor:
-        return self.w * x
-
-
-class ToyModel(ModelBase):
-    convention = CONVENTION
 
 
 def batch_of(frames: int = 3) -> OdeBatch:

@@ -134,7 +134,9 @@ class Choice:
             f"{CALL * 1e6:.0f} us; {1 - FILL:.0%} of the memory is left free",
             f"{w.branches} rows a step of {w.tokens:,} tokens and {w.text} of text, {w.itemsize} bytes a number, "
             f"{w.flops / 1e15:.3g} PFLOP a row ({w.attention_flops / w.flops:.0%} attention), {w.steps} steps",
-            f"the VAE, in float32, reaches {COMPUTE * VAE_PEAK:.0%} of the peak",
+            f"the VAE, in float32, reaches {COMPUTE * VAE_PEAK:.0%} of the peak"
+            if w.vae_flops
+            else f"decoding is left out of the time: what {w.vae} computes cannot be counted",
             "ring passes hide behind attention and FSDP's gathers behind blocks; all else is waited for",
             "all components stay on the devices; text encoding is left out of the time",
         ]

@@ -6,6 +6,7 @@ the same arithmetic. What a family says differently is in `train.plugins`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -244,7 +245,7 @@ class _Recomputed:
             return run_calls(x, [call], number)
 
 
-class CausalModelBase(ModelBase):
+class CausalModelBase(ModelBase, ABC):
     """A model that also predicts block by block, with keys and values of earlier blocks in memory.
 
     Memories are named by `cache_tag` and by branch, and made anew where the shape, the dtype or the device of what is
@@ -257,9 +258,9 @@ class CausalModelBase(ModelBase):
             raise ConfigError("a causal model attends densely: blocks with a cache are not a grid; set attention=dense")
         self._caches: dict[tuple[str, bool], tuple[Any, RingCache]] = {}
 
+    @abstractmethod
     def blocks(self, frames: int) -> tuple[int, ...]:
         """Sizes of the blocks of a video, in latent frames."""
-        raise NotImplementedError
 
     def predict(self, x: Tensor, s: Tensor, batch: TrainBatch, *, conditional: bool = True, **more: Any) -> Tensor:
         """The whole video under the block-causal mask."""
@@ -292,7 +293,7 @@ class CausalModelBase(ModelBase):
                     f"a block at latent frame {cur_start_frame} has no past in cache {cache_tag!r}; store the blocks "
                     "before it, of the same shape, first"
                 )
-            self._caches[key] = (made_for, self._new_cache(x))
+            self._caches[key] = (made_for, self.new_cache(x))
         cache = self._caches[key][1]
         text = self.conditioning(self.text_of(batch, conditional))
         gradient = torch.is_grad_enabled() and not store_kv
@@ -317,5 +318,6 @@ class CausalModelBase(ModelBase):
         """Forget the past, of one tag or (None) of all."""
         self._caches = {k: v for k, v in self._caches.items() if cache_tag is not None and k[0] != cache_tag}
 
-    def _new_cache(self, x: Tensor) -> RingCache:
-        raise NotImplementedError
+    @abstractmethod
+    def new_cache(self, x: Tensor) -> RingCache:
+        """An empty memory for videos like the block `x` [B, C, t, H, W]."""

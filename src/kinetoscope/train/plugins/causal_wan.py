@@ -27,5 +27,5 @@ class CausalWanModel(CausalModelBase):
         config = self._causal.config
         return tuple(plan_blocks(frames, config.num_frames_per_block, config.independent_first_frame))
 
-    def _new_cache(self, x: Tensor) -> RingCache:
+    def new_cache(self, x: Tensor) -> RingCache:
         return self._causal.new_cache(x.shape[0], x.shape)
