@@ -110,7 +110,7 @@ def test_levels_must_differ(tmp_path: Path, teacher: Opened) -> None:
 def batch_of(frames: int = 3) -> OdeBatch:
     text = Text(draw(2, TEXT, TINY["text_dim"], seed=1), torch.full((2,), TEXT))
     path = draw(2, 3, 4, frames, 4, 6, seed=2)
-    return OdeBatch(draw(2, 4, frames, 4, 6, seed=3), text, (), path, (1.0, 0.9, 0.6))
+    return OdeBatch(draw(2, 4, frames, 4, 6, seed=3), text, path=path, levels=(1.0, 0.9, 0.6))
 
 
 def test_the_gradient_in_closed_form() -> None:

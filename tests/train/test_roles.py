@@ -159,11 +159,54 @@ def test_recomputed_blocks_have_the_same_gradients(attention: str) -> None:
         assert (role.predict(batch.latents, s, batch) - dense).abs().max() > 1e-4, "it must be sparse"
 
 
+def test_what_else_a_network_is_told_follows_the_rows() -> None:
+    """Further states of prompts and further tensors of a batch: placed, expanded, dropped and given like the rest."""
+    role, text = wan(), batch_of().text
+    pooled, keys = draw(2, 3, seed=8), draw(2, 5, 4, seed=9).double()
+    text = Text(text.states, text.lengths, {"pooled": pooled})
+    made = role.prepare_batch(text, shape=(4, 6, 4, 6), extra={"keyboard": keys})
+    assert made.extra["keyboard"].dtype == torch.float32 and torch.equal(made.extra["keyboard"], keys.float())
+    with pytest.raises(InputError, match="1 rows of keyboard and 2 prompts"):
+        role.prepare_batch(text, shape=(4, 6, 4, 6), extra={"keyboard": keys[:1]})
+    assert torch.equal(role.conditioning(made, True)["pooled"], pooled)
+    role.init_preprocessors(lambda prompts: Text(text.states[:1], text.lengths[:1], {"pooled": pooled[:1] + 1}))
+    nothing = role.text_of(made, False)
+    assert torch.equal(role.conditioning(made, False)["pooled"], (pooled[:1] + 1).expand(2, -1))
+    mixed = made.text.replaced(torch.tensor([False, True]), nothing)
+    assert torch.equal(mixed.extra["pooled"], torch.stack([pooled[0], pooled[0] + 1]))
+    assert torch.equal(mixed.states, torch.stack([text.states[0], text.states[0]]))
+    zero = wan(uncond="zero")
+    zero.init_preprocessors(lambda prompts: Text(text.states[:1], text.lengths[:1], {"pooled": pooled[:1]}))
+    assert not zero.conditioning(made, False)["pooled"].any()
+
+
+def test_a_block_is_told_which_frames_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    role, batch, seen = causal(), batch_of(), []
+    plain = CausalWanModel.conditioning
+
+    def conditioning(self: CausalWanModel, batch: TrainBatch, conditional: bool, frames: Any = None) -> Any:
+        seen.append(frames)
+        return plain(self, batch, conditional, frames)
+
+    monkeypatch.setattr(CausalWanModel, "conditioning", conditioning)
+    with torch.no_grad():
+        role.predict(batch.latents, torch.full((2,), 0.5), batch)
+        for start in (0, 2):
+            block = batch.latents[:, :, start : start + 2]
+            role.predict_streaming(block, torch.zeros(2, 2), batch, cur_start_frame=start, store_kv=True)
+    assert seen == [None, slice(0, 2), slice(2, 4)]
+
+
 def test_batches_and_levels() -> None:
     role, text = wan(shift=5.0), batch_of().text
     made = role.prepare_batch(text, shape=(4, 6, 4, 6))
     assert made.latents.shape == (2, 4, 6, 4, 6) and not made.latents.any()
-    for wrong in ({}, {"latents": made.latents, "shape": (1, 1, 1, 1)}, {"latents": made.latents[:1]}):
+    mistakes: list[dict[str, Any]] = [
+        {},
+        {"latents": made.latents, "shape": (1, 1, 1, 1)},
+        {"latents": made.latents[:1]},
+    ]
+    for wrong in mistakes:
         with pytest.raises(InputError):
             role.prepare_batch(text, **wrong)
     levels = role.shift_and_clamp_timestep(torch.tensor([0.0, 0.5, 1.0]), 0.02, 0.98)

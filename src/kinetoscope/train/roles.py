@@ -7,14 +7,15 @@ the same arithmetic. What a family says differently is in `train.plugins`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from kinetoscope.attention import make_sparse
 from kinetoscope.core.context import ForwardContext, forward_context
@@ -35,14 +36,31 @@ class Text:
     Attributes:
         states: [B, L, D], zero beyond the true lengths.
         lengths: [B] true token counts.
+        extra: further states of the same prompts, [B, ...] each, by the names of the family's network.
     """
 
     states: Tensor
     lengths: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def expand(self, rows: int) -> Text:
         """One prompt for all of `rows` samples."""
-        return Text(self.states.expand(rows, -1, -1), self.lengths.expand(rows))
+        extra = {k: v.expand(rows, *v.shape[1:]) for k, v in self.extra.items()}
+        return Text(self.states.expand(rows, -1, -1), self.lengths.expand(rows), extra)
+
+    def to(self, device: torch.device) -> Text:
+        """The states on a device; lengths stay where they are, since they are read as numbers."""
+        return Text(self.states.to(device), self.lengths, {k: v.to(device) for k, v in self.extra.items()})
+
+    def replaced(self, rows: Tensor, other: Text) -> Text:
+        """These prompts, but `other`'s where the mask `rows` [B] says so."""
+        extra = {k: _choose(rows, other.extra[k], v) for k, v in self.extra.items()}
+        return Text(_choose(rows, other.states, self.states), _choose(rows, other.lengths, self.lengths), extra)
+
+
+def _choose(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Rows of `a` where the mask [B] is true, of `b` elsewhere."""
+    return torch.where(rows.to(b.device).view(-1, *[1] * (b.ndim - 1)), a, b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +71,25 @@ class TrainBatch:
         latents: [B, C, T, H, W] float32, normalised.
         text: of the samples.
         captions: that it was made from.
+        extra: what else a family's network is conditioned on, float32 [B, ...] each (actions, first frames), as the
+            source gave it and the family's plugin reads it.
     """
 
     latents: Tensor
     text: Text
     captions: tuple[str, ...] = ()
+    extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def rows(self) -> int:
         """B."""
         return len(self.latents)
+
+    def to(self, device: torch.device) -> Self:
+        """What the network reads, on a device, in float32."""
+        extra = {k: v.to(device, torch.float32) for k, v in self.extra.items()}
+        latents = self.latents.to(device, torch.float32)
+        return replace(self, latents=latents, text=self.text.to(device), extra=extra)
 
 
 class ModelBase:
@@ -120,7 +147,8 @@ class ModelBase:
         """
         found: Text = encoder([negative_prompt if self.uncond == "negative" else ""])
         if self.uncond == "zero":
-            found = Text(torch.zeros_like(found.states), torch.zeros_like(found.lengths))
+            extra = {k: torch.zeros_like(v) for k, v in found.extra.items()}
+            found = Text(torch.zeros_like(found.states), torch.zeros_like(found.lengths), extra)
         self._uncond = found
 
     def on_train_start(self) -> None:
@@ -136,6 +164,7 @@ class ModelBase:
         *,
         shape: Sequence[int] | None = None,
         captions: Sequence[str] = (),
+        extra: Mapping[str, Tensor] | None = None,
     ) -> TrainBatch:
         """A batch of latents from data, or of zeros of `shape` [C, T, H, W] where a method needs prompts alone.
 
@@ -147,11 +176,10 @@ class ModelBase:
         if latents is None:
             assert shape is not None
             latents = torch.zeros(len(text.states), *shape)
-        if len(latents) != len(text.states):
-            raise InputError(f"{len(latents)} latents and {len(text.states)} prompts do not make a batch")
-        device = next(self.transformer.parameters()).device
-        moved = Text(text.states.to(device), text.lengths)
-        return TrainBatch(latents.to(device, torch.float32), moved, tuple(captions))
+        for name, rows in {"latents": latents, **(extra or {})}.items():
+            if len(rows) != len(text.states):
+                raise InputError(f"{len(rows)} rows of {name} and {len(text.states)} prompts do not make a batch")
+        return TrainBatch(latents, text, tuple(captions), extra or {}).to(next(self.transformer.parameters()).device)
 
     def add_noise(self, x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
         """Noisy latents at level `s`."""
@@ -163,9 +191,15 @@ class ModelBase:
 
     # -- predictions --------------------------------------------------------------------------------------------------
 
-    def conditioning(self, text: Text) -> dict[str, Any]:
-        """Arguments of the network that tell it the prompt."""
-        return {"encoder_hidden_states": text.states, "text_lengths": text.lengths}
+    def conditioning(self, batch: TrainBatch, conditional: bool, frames: slice | None = None) -> dict[str, Any]:
+        """Arguments of the network that tell it what to make: the prompt, and what the family's plugin adds.
+
+        Args:
+            conditional: which branch.
+            frames: latent frames of the block at hand, of a video that is predicted block by block; None: all.
+        """
+        text = self.text_of(batch, conditional)
+        return {"encoder_hidden_states": text.states, "text_lengths": text.lengths, **text.extra}
 
     def text_of(self, batch: TrainBatch, conditional: bool) -> Text:
         """What a branch reads.
@@ -177,13 +211,12 @@ class ModelBase:
             return batch.text
         if self._uncond is None:
             raise InputError("the unconditional branch has nothing to read; call init_preprocessors first")
-        states = self._uncond.states.to(batch.latents.device)
-        return Text(states, self._uncond.lengths).expand(batch.rows)
+        return self._uncond.to(batch.latents.device).expand(batch.rows)
 
     def predict(self, x: Tensor, s: Tensor, batch: TrainBatch, *, conditional: bool = True, **more: Any) -> Tensor:
         """The network's output in the convention's terms, float32 [B, C, T, H, W]; `more` goes to the network."""
         with self.context():
-            return self.denoiser.predict(x, s, **self.conditioning(self.text_of(batch, conditional)), **more)
+            return self.denoiser.predict(x, s, **self.conditioning(batch, conditional), **more)
 
     def predict_noise(
         self, x: Tensor, s: Tensor, batch: TrainBatch, *, conditional: bool = True, **more: Any
@@ -295,13 +328,13 @@ class CausalModelBase(ModelBase, ABC):
                 )
             self._caches[key] = (made_for, self.new_cache(x))
         cache = self._caches[key][1]
-        text = self.conditioning(self.text_of(batch, conditional))
+        told = self.conditioning(batch, conditional, slice(cur_start_frame, cur_start_frame + x.shape[2]))
         gradient = torch.is_grad_enabled() and not store_kv
         if gradient:  # what the backward pass will read must not be written over by later passes
             cache = RingCache([k.clone() for k in cache.keys], [v.clone() for v in cache.values], cache.sink)
         with torch.set_grad_enabled(gradient), self.context(checkpointing=False):
             x = x if gradient else x.detach()
-            out = self.denoiser.predict(x, s, **text, cache=cache, start_frame=cur_start_frame)
+            out = self.denoiser.predict(x, s, **told, cache=cache, start_frame=cur_start_frame)
         return None if store_kv else out
 
     def predict_noise_streaming(self, x: Tensor, s: Tensor, batch: TrainBatch, **options: Any) -> Tensor | None:

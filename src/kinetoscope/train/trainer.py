@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kinetoscope.train.lora import LoraLayers
 from kinetoscope.train.methods import BatchSource, Method, make_method
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.post import STUDENT, PostRecipe
-from kinetoscope.train.roles import ModelBase, Text, TrainBatch
+from kinetoscope.train.roles import ModelBase, TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +166,8 @@ class Trainer:
         return values | {"grad_norm": learner.update(step, values)}
 
     def _batch(self, step: int, micro: int) -> TrainBatch:
-        batch = self.source.batch(step * self.recipe.loop.accumulate + micro, self._generator(step, micro))
-        text = Text(batch.text.states.to(self.device), batch.text.lengths)
-        return replace(batch, latents=batch.latents.to(self.device, torch.float32), text=text)
+        number = step * self.recipe.loop.accumulate + micro
+        return self.source.batch(number, self._generator(step, micro)).to(self.device)
 
     def _generator(self, *key: int) -> torch.Generator:
         return generator_for(NoiseSource([self.recipe.seed]).fork(*key).seeds[0])

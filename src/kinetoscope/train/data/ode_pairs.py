@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from kinetoscope.core.errors import ConfigError, OutputError
 from kinetoscope.core.types import ForwardBatch
@@ -80,6 +81,11 @@ class OdeBatch(TrainBatch):
 
     path: Tensor = field(default_factory=lambda: torch.empty(0))
     levels: tuple[float, ...] = ()
+
+    def to(self, device: torch.device) -> Self:
+        """As `TrainBatch.to`, with the path."""
+        moved = super(OdeBatch, self).to(device)  # by name: a class with slots is not the one that is defined here
+        return replace(moved, path=self.path.to(device, torch.float32))
 
 
 class PathRecorder(Hook):
@@ -147,7 +153,7 @@ class OdePairs:
         picked = torch.randint(0, self.section.count, (self.section.batch,), generator=generator).tolist()
         states = torch.stack([self._shards[i // SHARD].get_slice(_STATES)[i % SHARD] for i in picked]).float()
         captions = self._prompts(picked)
-        return OdeBatch(states[:, -1], self.encode(captions), tuple(captions), states[:, :-1], self.levels)
+        return OdeBatch(states[:, -1], self.encode(captions), tuple(captions), path=states[:, :-1], levels=self.levels)
 
 
 def is_prepared(section: OdePairsData) -> bool:

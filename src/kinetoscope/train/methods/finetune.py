@@ -14,7 +14,7 @@ from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.convention import Convention, shift_sigma
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.train.methods.base import MethodSettings
-from kinetoscope.train.roles import ModelBase, Text, TrainBatch
+from kinetoscope.train.roles import ModelBase, TrainBatch
 
 
 class FinetuneSettings(MethodSettings):
@@ -97,10 +97,7 @@ class Finetune:
         if not dropped.any():
             return batch
         nothing = self.student.text_of(batch, conditional=False)
-        mask = dropped.to(batch.latents.device)
-        states = torch.where(mask[:, None, None], nothing.states, batch.text.states)
-        lengths = torch.where(dropped.to(batch.text.lengths.device), nothing.lengths, batch.text.lengths)
-        return replace(batch, text=Text(states, lengths))
+        return replace(batch, text=batch.text.replaced(dropped, nothing))
 
 
 def snr_weight(convention: Convention, s: Tensor, gamma: float) -> Tensor:
