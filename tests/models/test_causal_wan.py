@@ -12,13 +12,10 @@ from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.engine.protocols import take_rows
-from kinetoscope.models.wan.causal import (
-    CausalWanConfig,
-    CausalWanTransformer3DModel,
-    teacher_forcing_rows,
-)
+from kinetoscope.models.wan.causal import CausalWanConfig, CausalWanTransformer3DModel
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from kinetoscope.nn.block_causal import teacher_forcing_rows
 from models.family_contract import FamilyContract
 from models.tiny_causal_wan import (
     FIXTURES,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.matrix_game import spec
 from kinetoscope.models.matrix_game.config import MatrixGameConfig
@@ -249,3 +250,97 @@ def test_refuses_inputs_that_do_not_fit() -> None:
         model(**{**inputs, "image_embeds": None})
     with pytest.raises(InputError, match="latent H=3"):
         model.new_memory(1, (1, 16, 3, 3, 6))
+
+
+# -- whole videos as they are made block by block ---------------------------------------------------------------------
+
+
+def video_inputs(frames: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Latents and a timestep a frame, and what the transformer is told of a video of two rows."""
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    pixels = 4 * frames - 3
+    told = {
+        "condition": draw(2, 20, frames, 4, 6), "image_embeds": draw(2, 5, 20),
+        "keyboard": draw(2, pixels, 4), "mouse": draw(2, pixels, 2),
+    }  # fmt: skip
+    return draw(2, 16, frames, 4, 6), 1000 * torch.rand(2, frames, generator=generator), told
+
+
+def told_of_block(told: dict[str, Any], start: int, count: int) -> dict[str, Any]:
+    actions = {n: windows(told[n], start, count) for n in ("keyboard", "mouse")}
+    condition = told["condition"][:, :, start : start + count]
+    return {"image_embeds": told["image_embeds"], "condition": condition, "start_frame": start, **actions}
+
+
+@pytest.mark.parametrize(("window", "sink"), [(-1, 0), (4, 0), (5, 2)])
+@pytest.mark.parametrize("blocks", [[2, 2, 2, 2], [1] * 8])
+def test_a_masked_video_is_its_blocks_with_memory(window: int, sink: int, blocks: list[int]) -> None:
+    """The forward of training equals, with memory, what is played; with actions in both blocks of the network."""
+    config = replace(bidirectional_model().config, local_attn_size=window, sink_size=sink, num_frames_per_block=1)
+    model = MatrixGameTransformer3DModel(config)
+    model.load_state_dict(bidirectional_model().state_dict())
+    latents, timestep, told = video_inputs(8)
+    with torch.no_grad():
+        whole = model(latents, timestep, blocks=blocks, **told)
+        memory, parts, start = model.new_memory(2, latents.shape), [], 0
+        for size in blocks:
+            now = slice(start, start + size)
+            part = told_of_block(told, start, size)
+            model(latents[:, :, now] + 1, timestep[:, now], memory=memory, **part)  # written over by the next line
+            parts.append(model(latents[:, :, now], timestep[:, now], memory=memory, **part))
+            start += size
+        assert_near(torch.cat(parts, 2), whole)
+        assert (model(latents, timestep, **told) - whole).abs().max() > 1e-3, "the mask must matter"
+
+
+def test_a_noisy_video_after_its_clean_past() -> None:
+    """Teacher forcing: each block of one forward is that block after a memory of clean frames."""
+    model = tiny_model("base")  # a window of six frames
+    assert model.config.local_attn_size == 6 and model.config.sink_size == 0
+    noisy, timestep, told = video_inputs(9)
+    clean = video_inputs(9)[0].flip(2)
+    with torch.no_grad():
+        got = model(noisy, timestep, blocks=[3, 3, 3], clean=clean, **told)
+        memory = model.new_memory(2, noisy.shape)
+        for start in (0, 3, 6):
+            now, part = slice(start, start + 3), told_of_block(told, start, 3)
+            assert_near(got[:, :, now], model(noisy[:, :, now], timestep[:, now], memory=memory, **part))
+            model(clean[:, :, now], torch.zeros(2, 3), memory=memory, **part)
+
+
+def test_gradients_of_a_masked_video_are_those_of_an_explicit_mask() -> None:
+    """Through the past too: against attention with a mask of all keys, in place of parts of the keys."""
+    model = bidirectional_model().requires_grad_(True)
+    latents, timestep, told = video_inputs(6)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask = mask[1::2].repeat_interleave(2, 0)  # blocks of two: a frame sees what the last of its block does
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, **unused: Any) -> Tensor:
+        each, other = q.shape[1] // 6, k.shape[1] // 6
+        seen = mask.repeat_interleave(each, 0).repeat_interleave(other, 1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+    found: list[list[Tensor]] = []
+    for blocks, context in (([2, 2, 2], {}), (None, dict.fromkeys(("self", "keyboard", "mouse"), masked))):
+        with forward_context(ForwardContext(attention=context)):
+            out = model(latents, timestep, blocks=blocks, **told)
+        model.zero_grad()
+        (out.square().sum() / out.numel()).backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 40
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_refuses_blocks_that_do_not_fit() -> None:
+    model = tiny_model("base")
+    latents, timestep, told = video_inputs(6)
+    with pytest.raises(InputError, match="not the 6 latent frames"):
+        model(latents, timestep, blocks=[3, 2], **told)
+    with pytest.raises(InputError, match="one block"):
+        model(latents, timestep, blocks=[3, 3], memory=model.new_memory(2, latents.shape), **told)

@@ -7,7 +7,7 @@ actions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from kinetoscope.core.context import AttentionFn
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.published import read_published
+from kinetoscope.nn.block_causal import BlockRows, in_tokens
 from kinetoscope.nn.linear import Linear
 from kinetoscope.nn.ring_cache import RingCache
 from kinetoscope.nn.rope import apply_rope, rope_table
@@ -166,7 +167,7 @@ class ActionModule(nn.Module):
 
     Args:
         config: sizes.
-        attend: softmax attention of q [R, N, H, D] to k and v, with a keyword `role` ("mouse" or "keyboard").
+        attend: softmax attention of q [R, N, H, D] to k and v, with keywords `role` ("mouse" or "keyboard") and `rows`.
     """
 
     def __init__(self, config: ActionConfig, attend: AttentionFn) -> None:
@@ -196,14 +197,23 @@ class ActionModule(nn.Module):
         self.enable_mouse = config.enable_mouse
 
     def forward(
-        self, x: Tensor, keyboard: Tensor, mouse: Tensor | None, rope: Tensor, memory: ActionMemory | None
+        self,
+        x: Tensor,
+        keyboard: Tensor,
+        mouse: Tensor | None,
+        rope: Tensor,
+        memory: ActionMemory | None,
+        rows: Sequence[BlockRows] | None = None,
     ) -> Tensor:
-        """x [R, F, M, d], keyboard [R, F, W, K], mouse [R, F, W, 2], rope [F, D/2] -> [R, F, M, d]"""
+        """x [R, F, M, d], keyboard [R, F, W, K], mouse [R, F, W, 2], rope [F, D/2], `rows` of frames that attend to
+        others (None: all to all) -> [R, F, M, d]"""
         if self.enable_mouse and mouse is not None:
-            x = x + self._turn(x, mouse, rope, memory)
-        return x + self._press(x, keyboard, rope, memory)
+            x = x + self._turn(x, mouse, rope, memory, rows)
+        return x + self._press(x, keyboard, rope, memory, rows)
 
-    def _turn(self, x: Tensor, mouse: Tensor, rope: Tensor, memory: ActionMemory | None) -> Tensor:
+    def _turn(
+        self, x: Tensor, mouse: Tensor, rope: Tensor, memory: ActionMemory | None, seen: Sequence[BlockRows] | None
+    ) -> Tensor:
         rows, frames, tokens = x.shape[:3]
         turns = mouse.to(x.dtype).flatten(2).unsqueeze(2).expand(-1, -1, tokens, -1)  # [R, F, M, 2 W]
         qkv = self.t_qkv(self.mouse_mlp(torch.cat([x, turns], dim=-1)))
@@ -214,10 +224,12 @@ class ActionModule(nn.Module):
         if memory is not None and memory.mouse is not None:
             k, v = memory.mouse.update(memory.layer, k, v, memory.start)  # [R, l, M, H, D]
         q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))  # [R M, F or l, H, D]
-        out = self.attend(q, k, v, role="mouse").flatten(2).view(rows, tokens, frames, -1)
+        out = self.attend(q, k, v, role="mouse", rows=seen).flatten(2).view(rows, tokens, frames, -1)
         return self.proj_mouse(out.transpose(1, 2))
 
-    def _press(self, x: Tensor, keyboard: Tensor, rope: Tensor, memory: ActionMemory | None) -> Tensor:
+    def _press(
+        self, x: Tensor, keyboard: Tensor, rope: Tensor, memory: ActionMemory | None, seen: Sequence[BlockRows] | None
+    ) -> Tensor:
         frames, tokens = x.shape[1:3]
         keys = self.keyboard_embed(keyboard.to(x.dtype)).flatten(2)  # [R, F, W h]
         k, v = self.keyboard_attn_kv(keys).unflatten(-1, (2, -1, self.head_dim)).unbind(2)  # [R, F, H, D] each
@@ -227,5 +239,5 @@ class ActionModule(nn.Module):
         if memory is not None:
             k, v = memory.keyboard.update(memory.layer, k.unsqueeze(2), v.unsqueeze(2), memory.start)
             k, v = k.squeeze(2), v.squeeze(2)  # [R, l, H, D]
-        out = self.attend(q, k, v, role="keyboard")
+        out = self.attend(q, k, v, role="keyboard", rows=in_tokens(seen, tokens, 1))
         return self.proj_keyboard(out.flatten(2).unflatten(1, (frames, tokens)))

@@ -11,6 +11,8 @@ from kinetoscope.nn.action import ActionConfig
 
 ORIGINAL_NAMES = {"in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads"}
 """Fields of the original repository's file and of the converted one."""
+UNBOUNDED_WINDOW = 15
+"""Latent frames that are remembered where `local_attn_size` is -1, as published."""
 WITHOUT_EFFECT = (  # of models with text, or of training
     "added_kv_proj_dim",
     "inject_sample_info",
@@ -68,6 +70,11 @@ class MatrixGameConfig(HeadedConfig):
     def condition_channels(self) -> int:
         """Channels of mask and condition latents."""
         return self.in_channels - self.out_channels
+
+    @property
+    def window(self) -> int:
+        """Latent frames that a block attends to, its own included."""
+        return UNBOUNDED_WINDOW if self.local_attn_size == -1 else self.local_attn_size
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MatrixGameConfig:

@@ -4,7 +4,8 @@ Parameter names as in converted checkpoints (Wan's, and `action_model` as publis
 tokens, N = F M, d width, H heads of D channels, W pixel-frame actions that a latent frame reads.
 
 Without memory attention is bidirectional over the frames given (the foundation model). With it the frames given are a
-block: they attend to each other and to what is remembered of earlier ones.
+block: they attend to each other and to what is remembered of earlier ones. A whole video in `blocks` is attended to as
+it would be block by block (training).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kinetoscope.core.context import current_share
 from kinetoscope.core.errors import InputError
 from kinetoscope.models.matrix_game.config import MatrixGameConfig
 from kinetoscope.nn.action import ActionMemory, ActionModule, action_rope, action_windows, pad_actions
+from kinetoscope.nn.block_causal import BlockRows, in_tokens, join_times, rows_of_forward
 from kinetoscope.nn.embeddings import ImageProjection, TimestepEmbedding
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
@@ -32,9 +34,7 @@ from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
 
-TOKENS = TokenAxes(each={"rope.tokens": 0}, groups={"modulation": 1})
-UNBOUNDED_WINDOW = 15
-"""Latent frames that are remembered where `local_attn_size` is -1, as published."""
+TOKENS = TokenAxes(each={"place.rope.tokens": 0}, groups={"modulation": 1})
 
 
 class Memory(NamedTuple):
@@ -72,6 +72,16 @@ class Rope(NamedTuple):
     actions: Tensor  # [F, D/2]
 
 
+class Place(NamedTuple):
+    """Where the frames of a forward are, and what they see."""
+
+    rope: Rope
+    grid: tuple[int, int, int]  # F, H', W' of the tokens
+    start: int  # first frame, in the memory
+    memory: Memory | None
+    rows: tuple[BlockRows, ...] | None  # frames that attend to others; None: all to all
+
+
 class Attention(nn.Module):
     """Projections and norms over all heads at once, of self- and of cross-attention."""
 
@@ -94,21 +104,21 @@ class Attention(nn.Module):
         heads = (-1, self.head_dim)
         return self.norm_k(self.to_k(x)).unflatten(-1, heads), self.to_v(x).unflatten(-1, heads)
 
-    def past_and_present(
-        self, x: Tensor, rope: Tensor, memory: RingCache | None, layer: int, start: int, grid: tuple[int, int, int]
-    ) -> Tensor:
+    def past_and_present(self, x: Tensor, place: Place, layer: int) -> Tensor:
         """Self-attention: [R, F, M, d] -> [R, F, M, d]"""
-        q = apply_rope(self.queries(x), rope)
+        q = apply_rope(self.queries(x), place.rope.tokens)
         k, v = self.keys_values(x.flatten(1, 2))
-        k = apply_rope(k, rope)
+        k = apply_rope(k, place.rope.tokens)
+        memory, grid = None if place.memory is None else place.memory.tokens, place.grid
 
         def remember(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             """Remembers [R, N, H, D]; [R, N', H, D] are seen"""
             assert memory is not None
-            k, v = memory.update(layer, memory.split_frames(k, grid), memory.split_frames(v, grid), start)
+            k, v = memory.update(layer, memory.split_frames(k, grid), memory.split_frames(v, grid), place.start)
             return k.flatten(1, 2), v.flatten(1, 2)
 
-        out = attention(q, k, v, role="self", memory=None if memory is None else remember)
+        rows = in_tokens(place.rows, grid[1] * grid[2])
+        out = attention(q, k, v, role="self", rows=rows, memory=None if memory is None else remember)
         return self.to_out(out.reshape(*x.shape[:-1], -1))
 
     def image(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -140,24 +150,21 @@ class MatrixGameBlock(nn.Module):
         keyboard: Tensor,
         mouse: Tensor | None,
         modulation: Tensor,
-        rope: Rope,
-        memory: Memory | None,
-        start: int,
-        grid: tuple[int, int, int],
+        place: Place,
     ) -> Tensor:
-        """x [R, F, M, d] of tokens in a `grid`, modulation [R or 1, F or 1, 6, d] -> [R, F, M, d]"""
+        """x [R, F, M, d], modulation [R or 1, F or 1, 6, d] -> [R, F, M, d]"""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
-        tokens = None if memory is None else memory.tokens
-        normed = self.norm1(x, shift_a, scale_a)
-        x = gated_add(x, self.attn1.past_and_present(normed, rope.tokens, tokens, self.layer, start, grid), gate_a)
+        x = gated_add(x, self.attn1.past_and_present(self.norm1(x, shift_a, scale_a), place, self.layer), gate_a)
         x = x + self.attn2.image(self.norm2(x), *image)
         if self.action_model is not None:
-            past = None
+            past, memory = None, place.memory
             if memory is not None and memory.keyboard is not None:
-                past = ActionMemory(memory.keyboard, memory.mouse, self.action_layer, start)
-            act = partial(self.action_model, keyboard=keyboard, mouse=mouse, rope=rope.actions, memory=past)
+                past = ActionMemory(memory.keyboard, memory.mouse, self.action_layer, place.start)
+            act = partial(
+                self.action_model, keyboard=keyboard, mouse=mouse, rope=place.rope.actions, memory=past, rows=place.rows
+            )
             shared = current_share() is not None
-            x = _on_whole_frames(act, x, grid) if shared else act(x)  # pyright: ignore[reportCallIssue]
+            x = _on_whole_frames(act, x, place.grid) if shared else act(x)  # pyright: ignore[reportCallIssue]
         return gated_add(x, self.ffn(self.norm3(x, shift_f, scale_f)), gate_f)
 
 
@@ -232,12 +239,11 @@ class MatrixGameTransformer3DModel(nn.Module):
             InputError: a size that is not a multiple of the patch.
         """
         config, action = self.config, self.config.action
-        frames = UNBOUNDED_WINDOW if config.local_attn_size == -1 else config.local_attn_size
         tokens = math.prod(self._grid((1, *latent_shape[-2:])))
         weight = self.proj_out.weight
 
         def ring(layers: int, tokens: int, width: int, head_dim: int, devices: int = 1) -> RingCache:
-            shape = (rows, frames, tokens, -(-(width // head_dim) // devices), head_dim)
+            shape = (rows, config.window, tokens, -(-(width // head_dim) // devices), head_dim)
             dt = dtype or weight.dtype
             return RingCache.allocate(layers, shape, sink=config.sink_size, dtype=dt, device=weight.device)
 
@@ -285,6 +291,9 @@ class MatrixGameTransformer3DModel(nn.Module):
         image_embeds: Tensor | None = None,
         memory: Memory | None = None,
         start_frame: int = 0,
+        blocks: Sequence[int] | None = None,
+        clean: Tensor | None = None,
+        clean_timestep: Tensor | None = None,
         image: ImageContext | None = None,
         modulation: Modulation | None = None,
         rope: Rope | None = None,
@@ -301,17 +310,29 @@ class MatrixGameTransformer3DModel(nn.Module):
             image_embeds: [R, I, image_dim]; needed unless `image` is given.
             memory: keys and values of the frames before; those of `latents` are written into it.
             start_frame: place of the first frame in the video.
+            blocks: sizes of the blocks of a video without memory, in latent frames; None: one block.
+            clean: [R, C, T, H, W] the video without noise: block b attends to itself and to the clean blocks before it
+                (teacher forcing), whose `clean_timestep` is [R, T]; None: 0.
             image, modulation, rope: what the `prepare_*` methods return, to spare computing them again.
 
         Returns:
             [R, C, T, H, W] in the dtype of `latents`.
 
         Raises:
-            InputError: an input is missing or its shape does not fit.
+            InputError: an input is missing or its shape does not fit; or see `rows_of_forward`.
         """
-        keyboard, mouse = self._actions(latents.shape[2], keyboard, mouse)
+        frames, config = latents.shape[2], self.config
+        rows = rows_of_forward(
+            frames, blocks, config.window, config.sink_size, clean=clean is not None, remembers=memory is not None
+        )
+        keyboard, mouse = self._actions(frames, keyboard, mouse)
         if rope is None:
             rope = self._rope(latents.shape, start_frame)
+        if clean is not None:  # twice the frames, told twice the same
+            latents, timestep = torch.cat([clean, latents], 2), join_times(clean_timestep, timestep, frames)
+            condition, keyboard = torch.cat([condition, condition], 2), torch.cat([keyboard, keyboard], 1)
+            mouse = None if mouse is None else torch.cat([mouse, mouse], 1)
+            rope = Rope(*(torch.cat([table, table]) for table in rope))
         if modulation is None:
             modulation = self._modulation(timestep if timestep.ndim == 2 else timestep.unsqueeze(1))
         if image is None:
@@ -323,16 +344,16 @@ class MatrixGameTransformer3DModel(nn.Module):
         x = self.patch_embedding(torch.cat([latents.to(dtype), condition.to(dtype)], dim=1)).to(dtype)
         grid = x.shape[2:]  # [R, d, F, H', W']
         x = x.flatten(3).permute(0, 2, 3, 1).contiguous()  # [R, F, M, d]
-        tables = modulation.blocks.unbind(2)
+        tables, place = modulation.blocks.unbind(2), Place(rope, tuple(grid), start_frame, memory, rows)
         calls = [
             BlockCall(block, {"image": (k, v), "keyboard": keyboard, "mouse": mouse, "modulation": table},
-                      {"rope": rope, "memory": memory, "start": start_frame, "grid": tuple(grid)}, TOKENS)
+                      {"place": place}, TOKENS)
             for block, k, v, table in zip(self.blocks, image.keys, image.values, tables, strict=True)
         ]  # fmt: skip
         x = run_blocks(x, calls)  # [R, F, M, d]
         shift, scale = modulation.out.unsqueeze(3).unbind(2)  # [R, F, 1, d] each
         x = self.proj_out(self.norm_out(x, shift, scale))  # [R, F, M, pt ph pw C]
-        return unpatchify(x, grid, self.config.patch_size).to(latents.dtype)
+        return unpatchify(x, grid, self.config.patch_size)[:, :, -frames:].to(latents.dtype)
 
     def _blocks(self) -> list[MatrixGameBlock]:
         return [block for block in self.blocks if isinstance(block, MatrixGameBlock)]

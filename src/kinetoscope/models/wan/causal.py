@@ -19,11 +19,9 @@ from kinetoscope.core.context import current_share
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.models.wan.config import WanConfig
 from kinetoscope.models.wan.transformer import TOKENS, SelfAttention, WanTransformer3DModel
+from kinetoscope.nn.block_causal import BlockRows, in_tokens, join_times, rows_of_forward
 from kinetoscope.nn.ring_cache import RingCache, remember
 from kinetoscope.nn.split import TokenAxes
-
-Span = tuple[int, int]
-"""Consecutive frames or tokens [start, stop)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,43 +69,6 @@ def check_window(window: int, sink: int, block: int) -> None:
         raise ConfigError(
             f"causal Wan: local_attn_size={window} must be -1, or have room for sink_size={sink} and a block of {block}"
         )
-
-
-def visible_frames(start: int, stop: int, window: int, sink: int) -> tuple[Span, ...]:
-    """The frames that a block of frames [start, stop) attends to: sink and newest, `window` in all (-1: all)."""
-    if window == -1 or stop <= window:
-        return ((0, stop),)
-    newest = (stop - window + sink, stop)
-    return ((0, sink), newest) if sink else (newest,)
-
-
-class BlockRows(NamedTuple):
-    """Consecutive queries and the keys they attend to."""
-
-    queries: Span
-    keys: tuple[Span, ...]
-
-
-def block_causal_rows(blocks: Sequence[int], window: int = -1, sink: int = 0) -> tuple[BlockRows, ...]:
-    """Block-causal attention over a whole video, in frames: each block attends to itself and to earlier ones."""
-    rows: list[BlockRows] = []
-    start = 0
-    for size in blocks:
-        stop = start + size
-        rows.append(BlockRows((start, stop), visible_frames(start, stop, window, sink)))
-        start = stop
-    return tuple(rows)
-
-
-def teacher_forcing_rows(blocks: Sequence[int], window: int = -1, sink: int = 0) -> tuple[BlockRows, ...]:
-    """Attention over [clean | noisy], in frames: clean is block-causal, noisy blocks see themselves and of the clean
-    past what their clean counterparts see."""
-    total, clean = sum(blocks), block_causal_rows(blocks, window, sink)
-    noisy: list[BlockRows] = []
-    for (start, stop), seen in clean:
-        past = tuple((first, min(last, start)) for first, last in seen if first < start)
-        noisy.append(BlockRows((total + start, total + stop), (*past, (total + start, total + stop))))
-    return (*clean, *noisy)
 
 
 class Place(NamedTuple):
@@ -256,35 +217,19 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             [R, C, T, H, W] in the dtype of `latents`.
 
         Raises:
-            InputError: blocks that are not the frames; a cache together with several blocks or with `clean`.
+            InputError: see `rows_of_forward`.
         """
-        frames = latents.shape[2]
-        if blocks is not None and (sum(blocks) != frames or min(blocks) < 1):
-            raise InputError(f"blocks of {list(blocks)} frames are not the {frames} latent frames given")
-        if cache is not None and (blocks is not None or clean is not None):
-            raise InputError("a forward with a cache takes one block; give either the cache or blocks and clean frames")
+        frames, config = latents.shape[2], self.config
+        rows = rows_of_forward(
+            frames, blocks, config.local_attn_size, config.sink_size, clean=clean is not None,
+            remembers=cache is not None,
+        )  # fmt: skip
         if rope is None:
             rope = self._rope(latents.shape, start_frame)
-        rows = None
-        if blocks is not None:
-            rows = block_causal_rows(blocks, self.config.local_attn_size, self.config.sink_size)
         if clean is not None:
-            rows = teacher_forcing_rows(blocks or (frames,), self.config.local_attn_size, self.config.sink_size)
-            latents, timestep = torch.cat([clean, latents], 2), _join_times(clean_timestep, timestep, frames)
+            latents, timestep = torch.cat([clean, latents], 2), join_times(clean_timestep, timestep, frames)
             rope = torch.cat([rope, rope])
-        if rows is not None:
-            tokens = len(rope) // latents.shape[2]
-            rows = tuple(BlockRows(_tokens(q, tokens), tuple(_tokens(k, tokens) for k in keys)) for q, keys in rows)
+        rows = in_tokens(rows, len(rope) // latents.shape[2])
         place: Any = Place(rope, rows, cache, start_frame)
         out = super().forward(latents, timestep, encoder_hidden_states, rope=place, **prepared)
         return out if clean is None else out[:, :, frames:]
-
-
-def _tokens(span: Span, count: int) -> Span:
-    return span[0] * count, span[1] * count
-
-
-def _join_times(clean: Tensor | None, noisy: Tensor, frames: int) -> Tensor:
-    """[R] or [R, T] of both halves -> [R, 2 T]"""
-    both = [torch.zeros_like(noisy) if clean is None else clean, noisy]
-    return torch.cat([t if t.ndim == 2 else t.unsqueeze(1).expand(-1, frames) for t in both], dim=1)
