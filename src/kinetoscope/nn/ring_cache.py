@@ -8,7 +8,7 @@ a view of the buffer, and memory and work of a block do not grow with the stream
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class RingCache(NamedTuple):
     def tokens(self) -> int:
         """Tokens of a frame."""
         return self.keys[0].shape[2]
+
+    def copy(self) -> RingCache:
+        """The same past in memory of its own."""
+        return RingCache([k.clone() for k in self.keys], [v.clone() for v in self.values], self.sink)
 
     def split_frames(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[R, F M, H, D] tokens of F frames, `grid` F, H', W' -> [R, F, M, H, D]
@@ -134,6 +138,16 @@ def remember(
     keys, values = cache.split_frames(keys, grid), cache.split_frames(values, grid)
     keys, values = cache.update(owner.layer, keys, values, place.start)
     return keys.flatten(1, 2), values.flatten(1, 2)
+
+
+def with_own_caches(tree: Any) -> Any:
+    """The same tree with copies of its caches, for a forward whose backward pass comes when the caches have been
+    written on."""
+    if isinstance(tree, RingCache):
+        return tree.copy()
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(with_own_caches(part) for part in tree))  # pyright: ignore[reportUnknownVariableType]
+    return tree  # pyright: ignore[reportUnknownVariableType]
 
 
 def _write(buffer: Tensor, new: Tensor, runs: list[tuple[int, int, int]], filled: int) -> Tensor:

@@ -20,9 +20,10 @@ from typing_extensions import Self
 from kinetoscope.attention import make_sparse
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention, shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
-from kinetoscope.nn.ring_cache import RingCache
+from kinetoscope.nn.ring_cache import with_own_caches
 from kinetoscope.nn.stack import run_calls
 
 Uncond = Literal["negative", "empty", "zero"]
@@ -281,15 +282,20 @@ class _Recomputed:
 class CausalModelBase(ModelBase, ABC):
     """A model that also predicts block by block, with keys and values of earlier blocks in memory.
 
-    Memories are named by `cache_tag` and by branch, and made anew where the shape, the dtype or the device of what is
+    The engine samples it by `strategy`, which is given the transformer and told what to make by `tell`. Memories are
+    named by `cache_tag` and by branch, and made anew where the shape, the dtype or the device of what is
     predicted changes. Gradients go through the block at hand, never into the past.
     """
+
+    strategy: ClassVar[type[Any]]
+    memory: ClassVar[str] = "cache"
+    """Name of the network's argument that is the memory."""
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:
         super().__init__(transformer, **options)
         if self._attention:
             raise ConfigError("a causal model attends densely: blocks with a cache are not a grid; set attention=dense")
-        self._caches: dict[tuple[str, bool], tuple[Any, RingCache]] = {}
+        self._caches: dict[tuple[str, bool], tuple[Any, Any]] = {}
 
     @abstractmethod
     def blocks(self, frames: int) -> tuple[int, ...]:
@@ -331,10 +337,10 @@ class CausalModelBase(ModelBase, ABC):
         told = self.conditioning(batch, conditional, slice(cur_start_frame, cur_start_frame + x.shape[2]))
         gradient = torch.is_grad_enabled() and not store_kv
         if gradient:  # what the backward pass will read must not be written over by later passes
-            cache = RingCache([k.clone() for k in cache.keys], [v.clone() for v in cache.values], cache.sink)
+            cache = with_own_caches(cache)
         with torch.set_grad_enabled(gradient), self.context(checkpointing=False):
             x = x if gradient else x.detach()
-            out = self.denoiser.predict(x, s, **told, cache=cache, start_frame=cur_start_frame)
+            out = self.denoiser.predict(x, s, **told, **{self.memory: cache}, start_frame=cur_start_frame)
         return None if store_kv else out
 
     def predict_noise_streaming(self, x: Tensor, s: Tensor, batch: TrainBatch, **options: Any) -> Tensor | None:
@@ -352,5 +358,9 @@ class CausalModelBase(ModelBase, ABC):
         self._caches = {k: v for k, v in self._caches.items() if cache_tag is not None and k[0] != cache_tag}
 
     @abstractmethod
-    def new_cache(self, x: Tensor) -> RingCache:
-        """An empty memory for videos like the block `x` [B, C, t, H, W]."""
+    def new_cache(self, x: Tensor) -> Any:
+        """An empty memory for videos like the block `x` [B, C, t, H, W]: a `RingCache`, or a NamedTuple of them."""
+
+    @abstractmethod
+    def tell(self, request: ForwardBatch, batch: TrainBatch) -> None:
+        """Fill a request of the engine with what `strategy` makes videos like the batch's from."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise
-from kinetoscope.diffusion.few_step import FewStepSchedule
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.few_step import FewStepRun
 from kinetoscope.diffusion.guidance import COND, Guidance
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree, take_rows
@@ -99,19 +99,15 @@ class Play:
     """The state of a run between blocks.
 
     Attributes:
-        schedule: of every block.
         start: first latent frame of the next block.
         held: the last actions, as many as later frames still read; None before the first block.
-        noise: random numbers of the block in progress.
         conditioning: row-first inputs of the block in progress, memory included.
         shared: what its rows share.
         kept: finished blocks of an offline run; None in a stream, whose caller has them.
     """
 
-    schedule: FewStepSchedule
     start: int = 0
     held: Actions | None = None
-    noise: Noise | None = None
     conditioning: dict[str, Tree] = field(default_factory=dict[str, Tree])
     shared: dict[str, Tree] = field(default_factory=dict[str, Tree])
     kept: list[Tensor] | None = None
@@ -165,15 +161,17 @@ class MatrixGameStrategy:
         size = (config.out_channels, *shape[2:])
         image = transformer.prepare_conditioning(image_embeds=batch.image_embeds.to(args.device, args.dtype))
         memory = transformer.new_memory(shape[0], size, args.dtype, args.ulysses)
+        noise = batch.noise or NoiseSource(batch.seeds)
         return StrategyState(
             batch=batch,
             args=args,
             latents=torch.empty(shape[0], size[0], 0, *size[2:], device=args.device),
             guidance=Guidance(),
-            noise=batch.noise or NoiseSource(batch.seeds),
+            noise=noise,
             times=schedule.times,
+            scheduler=FewStepRun(schedule, noise, args.device),
             conditioning={**image, "memory": memory},
-            tables={"play": Play(schedule), "steps": transformer.prepare_timesteps(times)},
+            tables={"play": Play(), "steps": transformer.prepare_timesteps(times)},
         )
 
     def postprocess(self, state: StrategyState) -> ForwardBatch:
@@ -232,11 +230,13 @@ class MatrixGameStrategy:
         rows, _, known, height, width = batch.condition.shape
         start, stop = play.start, play.start + count
         shape = (rows, self.config.out_channels, count, height, width)
-        play.noise = state.noise.fork(idx)
+        noise = state.noise.fork(idx)
+        assert isinstance(state.scheduler, FewStepRun)
+        state.scheduler = FewStepRun(state.scheduler.schedule, noise, state.args.device)
         if batch.latents is not None and batch.latents.shape[2] >= stop:
             latents = batch.latents[:, :, start:stop]
         else:
-            latents = play.noise.draw(shape[1:])
+            latents = noise.draw(shape[1:])
         if tuple(latents.shape) != shape:
             raise InputError(f"latents of a block have shape {list(latents.shape)}; it needs {list(shape)}")
         state.latents = latents.to(state.args.device, torch.float32)
@@ -285,12 +285,12 @@ class MatrixGameStrategy:
 
     def process_block(self, state: StrategyState, ctx: BlockContext, item: Any) -> Iterator[Event]:
         """The few steps."""
-        yield from ctx.steps(_play(state).schedule.times)
+        yield from ctx.steps(state.times)
 
     def update_context(self, state: StrategyState, ctx: BlockContext, item: Any) -> None:
         """Leave keys and values of the finished block in the memory."""
         play = _play(state)
-        ctx.forward(self._rows(state, self._context_time(state.batch), len(play.schedule)))
+        ctx.forward(self._rows(state, self._context_time(state.batch), len(state.times)))
         ctx.result = state.latents
         play.start += self.config.num_frames_per_block
         if play.kept is not None:
@@ -317,10 +317,9 @@ class MatrixGameStrategy:
         return noise_pred.float()
 
     def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
-        """Jump and noise, float32 (the jump in float64), with the block's own noise."""
-        x, noise = state.latents, _play(state).noise
-        assert noise is not None
-        return _play(state).schedule.step(state.active.index, x, noise_pred, lambda: noise.draw(x.shape[1:]).to(x))
+        """Jump to the clean block and noise it again, with the block's own noise."""
+        assert state.scheduler is not None
+        return state.scheduler.step(noise_pred, state.active.index, state.latents)
 
 
 def _play(state: StrategyState) -> Play:

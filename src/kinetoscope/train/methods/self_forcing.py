@@ -22,9 +22,9 @@ from kinetoscope.diffusion.few_step import FewStepRun
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.protocols import BlockContext, Event, ModelInputs, StrategyState
-from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, CausalStrategy, LatentVideo
+from kinetoscope.engine.strategies.causal import CONTEXT_NOISE
 from kinetoscope.engine.strategies.dmd import STEPS, WARP
-from kinetoscope.nn.ring_cache import RingCache
+from kinetoscope.nn.ring_cache import with_own_caches
 from kinetoscope.train.methods.base import MethodSettings
 from kinetoscope.train.methods.dmd2 import DMD2, DMD2Settings
 from kinetoscope.train.roles import CausalModelBase, ModelBase, TrainBatch
@@ -77,8 +77,8 @@ class StudentParts:
     boundary: float = 0.0
 
 
-class RolloutStrategy(CausalStrategy):
-    """Sampling that stops early and can be differentiated.
+class RolloutSteps:
+    """Makes the strategy that follows it (`rollout_strategy`) stop early, and differentiable.
 
     A block's last step has a gradient, through everything but its past: keys and values of earlier blocks are
     constants. Passes that remember have none.
@@ -86,11 +86,15 @@ class RolloutStrategy(CausalStrategy):
     Args:
         parts: the student's transformer.
         exits: where blocks stop.
+
+    Attributes:
+        made: the finished blocks, with their gradients.
     """
 
     def __init__(self, parts: StudentParts, exits: Exits) -> None:
-        super().__init__(parts)
-        self.exits = exits
+        super().__init__(parts)  # pyright: ignore[reportCallIssue]
+        self.exits, self.made = exits, list[Tensor]()
+        self._whole: Any = super()  # the strategy that follows, as it samples
 
     def process_block(self, state: StrategyState, ctx: BlockContext, item: Any) -> Iterator[Event]:
         """The steps up to the block's exit."""
@@ -103,11 +107,10 @@ class RolloutStrategy(CausalStrategy):
         wanted = step.index + 1 == step.count and start >= self.exits.gradient_start
         if not (wanted and torch.is_grad_enabled()):
             with torch.no_grad():
-                return super().forward(state, model_inputs)
-        cache: RingCache = model_inputs.conditioning["cache"]
-        copied = RingCache([k.clone() for k in cache.keys], [v.clone() for v in cache.values], cache.sink)
-        model_inputs.conditioning = {**model_inputs.conditioning, "cache": copied}
-        return super().forward(state, model_inputs)
+                return self._whole.forward(state, model_inputs)
+        own = {name: with_own_caches(tree) for name, tree in model_inputs.conditioning.items()}
+        model_inputs.conditioning = own
+        return self._whole.forward(state, model_inputs)
 
     def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
         """The clean block at its exit; before, the next step's sample."""
@@ -116,23 +119,26 @@ class RolloutStrategy(CausalStrategy):
         if step.index + 1 == step.count:
             return run.schedule.predict(step.index, state.latents, noise_pred)
         if not self.exits.ode:
-            return super().scheduler_step(state, noise_pred, t)
+            return self._whole.scheduler_step(state, noise_pred, t)
         x0 = run.schedule.predict(step.index, state.latents, noise_pred)
         noise = x0 + noise_pred  # v = n - x0
         return run.schedule.renoise(step.index, x0, lambda: noise)
 
     def update_context(self, state: StrategyState, ctx: BlockContext, item: Any) -> None:
-        """Remember the block, noised to the level of the context, without a gradient; its result keeps its own."""
+        """Remember the block, noised to the level of the context, without a gradient; it keeps its own."""
         made = state.latents
+        self.made.append(made)
         with torch.no_grad():
             if level := self.exits.context_noise / 1000:
                 noise = NoiseSource(state.batch.seeds).fork(ctx.index, REMEMBERED).draw(made.shape[1:])
                 state.latents = (1 - level) * made + level * noise.to(made.device)
-            super().update_context(state, ctx, item)
-        state.latents = ctx.result = made
-        kept = state.tables["rollout"].kept
-        if kept is not None:
-            kept[-1] = made
+            self._whole.update_context(state, ctx, item)
+
+
+def rollout_strategy(student: CausalModelBase, exits: Exits) -> Any:
+    """What samples the student, stopping at `exits`: `RolloutSteps` before the family's own strategy."""
+    base = student.strategy
+    return type(f"{base.__name__}Rollout", (RolloutSteps, base), {})(StudentParts(student.transformer), exits)
 
 
 def roll_out(
@@ -148,17 +154,13 @@ def roll_out(
         settings: the few steps.
         exits: where blocks stop; at their last step, the result is that of the engine's own sampling.
     """
-    network: Any = student.transformer
-    _, channels, frames, height, width = batch.latents.shape
     extra = {STEPS: list(settings.steps), WARP: settings.warp, CONTEXT_NOISE: exits.context_noise}
     params = SamplingParams(guidance_scale=1.0, flow_shift=student.shift, extra=extra)
     run = ForwardBatch(params, [""] * batch.rows, [""] * batch.rows, list(seeds), noise=NoiseSource(seeds))
-    run.prompt_embeds, run.prompt_lengths = batch.text.states, batch.text.lengths
-    run.family = LatentVideo(channels, height, width, frames)
-    engine = DenoisingEngine(RolloutStrategy(StudentParts(network), exits))
-    made = engine.run_blocks(run, ExecutionArgs(device=batch.latents.device)).latents
-    assert made is not None
-    return made
+    student.tell(run, batch)
+    strategy = rollout_strategy(student, exits)
+    DenoisingEngine(strategy).run_blocks(run, ExecutionArgs(device=batch.latents.device))
+    return torch.cat(strategy.made, 2)
 
 
 class SelfForcing(DMD2):

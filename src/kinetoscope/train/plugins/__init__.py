@@ -25,6 +25,11 @@ PLUGINS = Registry(
     {
         "WanTransformer3DModel": "kinetoscope.train.plugins.wan:WanModel",
         "CausalWanTransformer3DModel": "kinetoscope.train.plugins.causal_wan:CausalWanModel",
+        "CausalMatrixGame2WanModel": "kinetoscope.train.plugins.matrix_game:MatrixGameModel",
+        "CausalMatrixGameWanModel": "kinetoscope.train.plugins.matrix_game:MatrixGameModel",
+        "CausalWanModel": "kinetoscope.train.plugins.matrix_game:MatrixGameModel",
+        "MatrixGame2WanModel": "kinetoscope.train.plugins.matrix_game:MatrixGameVideoModel",
+        "MatrixGameWanModel": "kinetoscope.train.plugins.matrix_game:MatrixGameVideoModel",
         "LongCatVideoTransformer3DModel": "kinetoscope.train.plugins.longcat:LongCatModel",
     },
 )
@@ -77,11 +82,13 @@ class Opened:
         return plugin_of(self.class_name)(self.transformer, **options)
 
     def encoder(self) -> Callable[[list[str]], Text]:
-        """Prompts to text states, by the pipeline's own stage.
+        """Prompts to text states, by the pipeline's own stage; to none where the family reads no text.
 
         Raises:
             ConfigError: the family reads its text in another way.
         """
+        if "text_encoding" not in self.pipeline.stages:
+            return no_text
         stage = self.pipeline.stages.get("text_encoding")
         if not isinstance(stage, TextEncodingStage):
             raise ConfigError(f"{self.model.name}: its text is not of T5 states; give them in the data")
@@ -105,6 +112,11 @@ class Opened:
     def negative_prompt(self) -> str:
         """That of the directory's sampling defaults."""
         return self.pipeline.defaults().negative_prompt or ""
+
+
+def no_text(prompts: list[str]) -> Text:
+    """Of families that read no text: no tokens."""
+    return Text(torch.zeros(len(prompts), 0, 1), torch.zeros(len(prompts), dtype=torch.long))
 
 
 def override_weights(transformer: nn.Module, path: Path) -> None:
