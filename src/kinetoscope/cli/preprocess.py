@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -50,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stored", default="float32", choices=("float32", "bfloat16", "float16"), help="numbers in the data set"
     )
     group.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    group.add_argument(
+        "--engine", default="processes", metavar="SPEC",
+        help="what runs them: processes (of this machine; default), ray, or ray:address=auto (of a cluster)",
+    )  # fmt: skip
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
     group.add_argument("--shard", type=int, default=32, metavar="N", help="clips a file (default: 32)")
 
@@ -85,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         name: getattr(args, name)
         for name in (
             "kind", "clips", "split", "sizes", "aspects", "frames", "fps", "every_window", "upscale", "uncaptioned",
-            "stored", "shard", "workers", "threads",
+            "stored", "shard", "workers", "threads", "engine",
         )
     }  # fmt: skip
     with RunProgress() as progress:
@@ -94,13 +100,18 @@ def run(args: argparse.Namespace) -> int:
             on_count=progress.resumed("clips"),
         )  # fmt: skip
     print(f"{made.folder}: {made.rows} rows of {made.clips} clips, {len(made.rejected)} rejected")
-    for reason, count in Counter(_kind(r["reason"]) for r in made.rejected).most_common(SHOWN):
+    reasons = Counter(_kind(r["reason"]) for r in made.rejected).most_common()
+    for reason, count in reasons[:SHOWN]:
         print(f"  {count} x {reason}")
+    if rest := sum(count for _, count in reasons[SHOWN:]):
+        print(f"  {rest} for other reasons")
     if made.rejected:
         print(f"each with its reason: {made.folder / 'rejected.jsonl'}")
-    return 0
+    if not made.rows:
+        print("nothing can be trained on this data set: it has no rows", file=sys.stderr)
+    return 0 if made.rows else 1
 
 
 def _kind(reason: str) -> str:
     """A reason without its numbers, so that like ones are counted together."""
-    return "".join("#" if c.isdigit() else c for c in reason).replace("##", "#")
+    return re.sub(r"[0-9]+", "#", reason)

@@ -7,7 +7,6 @@ fetched by a call that waits for it, so that an actor which dies or stops answer
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
 import queue
@@ -28,14 +27,13 @@ from torch._C._distributed_c10d import TCPStore
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import ParallelConfig
+from kinetoscope.parallel.ray_cluster import enter_cluster, leave_cluster, reason
 from kinetoscope.runtime.executors.base import ExecutorSpec
 from kinetoscope.runtime.executors.gang import Gang, Inbox, Link
 from kinetoscope.runtime.executors.orders import Died, Said, Setup, Told
 from kinetoscope.runtime.executors.pool import Pool
 from kinetoscope.runtime.executors.processes import Countdown, MakeSetup
 
-HERE = "local"
-"""Ray's own word for a new cluster of this machine alone."""
 POLL = 2.0
 """Seconds that one call waits for what a worker says."""
 
@@ -58,9 +56,16 @@ class RayExecutor(Pool):
         self, config: ParallelConfig, model: ModelDir, spec: ExecutorSpec, setup: MakeSetup, device: torch.device
     ) -> None:
         own = replace(config, replicas=1)
-        enter_cluster(spec.address or HERE, config, device)
+        # On the CPU a device is a process, and any number may share the cores.
+        enter_cluster(spec.address, config.world if device.type == "cpu" else None)
         # Made before the pool's, so that it is called after it: first the actors end, then the cluster of this program.
         self._leaving = weakref.finalize(self, leave_cluster)
+        if spec.address is None and device.type == "cuda" and (found := _gpus()) < config.world:
+            self._leaving()
+            raise ConfigError(
+                f"parallel {config} is a layout of {config.world} devices, and this machine has {found} GPUs; "
+                "join a cluster with executor='ray:address=auto' (docs/parallel.md)"
+            )
         gangs = [Gang(i, own, spec, _Starter(i, own, spec, setup, device)) for i in range(config.replicas)]
         super().__init__("ray", config, model, gangs)
 
@@ -70,55 +75,9 @@ class RayExecutor(Pool):
         self._leaving()
 
 
-# -- the cluster ------------------------------------------------------------------------------------------------------
-
-
-class _Cluster:
-    """How many executors of this program use a cluster that was started or joined for them."""
-
-    lock = threading.Lock()
-    users = 0
-    ours = False
-
-
-def enter_cluster(address: str, config: ParallelConfig, device: torch.device) -> None:
-    """Join the cluster of this program, or the one at an address, or start one on this machine.
-
-    Raises:
-        ConfigError: it cannot be reached, or a cluster of this machine has too few GPUs.
-    """
-    with _Cluster.lock:
-        if not ray.is_initialized():
-            # On the CPU a device is a process, and any number may share the cores.
-            cores = {"num_cpus": max(os.cpu_count() or 1, config.world)} if device.type == "cpu" else {}
-            alone: dict[str, Any] = {"include_dashboard": False, **cores} if address == HERE else {}
-            try:
-                ray.init(address=address, logging_level=logging.WARNING, **alone)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                why = " ".join(str(error).split())
-                raise ConfigError(f"executor='ray': the cluster at {address!r} cannot be joined: {why}") from error
-            _Cluster.ours = True
-        found = ray.cluster_resources().get("GPU", 0)
-        if device.type == "cuda" and address == HERE and found < config.world:
-            _end_unused()
-            raise ConfigError(
-                f"parallel {config} is a layout of {config.world} devices, and this machine has {found:.0f} GPUs; "
-                "join a cluster with executor='ray:address=auto' (docs/parallel.md)"
-            )
-        _Cluster.users += 1
-
-
-def leave_cluster() -> None:
-    """End the cluster if it was started or joined here and nobody uses it any more."""
-    with _Cluster.lock:
-        _Cluster.users -= 1
-        _end_unused()
-
-
-def _end_unused() -> None:
-    if _Cluster.users == 0 and _Cluster.ours:
-        _Cluster.ours = False
-        ray.shutdown()
+def _gpus() -> int:
+    """Of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 # -- a worker, there --------------------------------------------------------------------------------------------------
@@ -288,9 +247,3 @@ def _remove(group: PlacementGroup) -> None:
 def _words(resources: Mapping[str, float]) -> str:
     """The devices among resources, in words."""
     return ", ".join(f"{resources.get(name, 0):.0f} {name}" for name in ("CPU", "GPU") if name in resources) or "none"
-
-
-def reason(error: BaseException) -> str:
-    """What Ray says of an error, in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

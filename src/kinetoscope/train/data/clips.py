@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -80,7 +80,8 @@ def windows_of(item: Item, cut: Cut) -> list[Window]:
     rate, pictures = read_pictures(item, cut.fps, limit)
     if not (spans := cut.buckets.windows(len(pictures), cut.every)):
         raise InputError(
-            f"it has {len(pictures)} frames at {cut.fps:g} a second; the shortest bucket needs {cut.buckets.frames[0]}"
+            f"it has {len(pictures)} of the {cut.buckets.frames[0]} frames that the shortest bucket needs, at "
+            f"{cut.fps:g} a second"
         )
     first = pictures[0]
     height, width = cut.buckets.size_for(first.height, first.width)
@@ -116,7 +117,7 @@ def read_pictures(item: Item, fps: float, limit: int | None = None) -> tuple[flo
     """
     assert item.video is not None
     try:
-        with item.video.open() as file, av.open(file) as container:
+        with item.video.open() as file, av.open(_checked(file)) as container:
             if not container.streams.video:
                 raise InputError("it has no picture track")
             stream = container.streams.video[0]
@@ -129,12 +130,21 @@ def read_pictures(item: Item, fps: float, limit: int | None = None) -> tuple[flo
     except FileNotFoundError as error:
         raise InputError("the file does not exist") from error
     except (FFmpegError, OSError, EOFError) as error:
-        raise InputError(f"it cannot be read as a video: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"it cannot be read as a video: {why}") from error
     if not pictures:
         raise InputError("it holds no frames")
     if any(p.size != pictures[0].size for p in pictures):
         raise InputError("its frames are of several sizes")
     return rate or fps, pictures
+
+
+def _checked(file: BinaryIO) -> BinaryIO:
+    """The file, which is not empty."""
+    if not file.read(1):
+        raise InputError("the file is empty")
+    file.seek(0)
+    return file
 
 
 def _decode(container: Any, stream: Any) -> Iterator[tuple[float, Image.Image]]:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kinetoscope.core.errors import ConfigError, InputError, OutputError, WorkerError
+from kinetoscope.core.spec import one_of, parse_spec
 from kinetoscope.loading import ModelDir, resolve_model
 from kinetoscope.train.data.buckets import Buckets, aspect_sizes
 from kinetoscope.train.data.clips import Cut, windows_of
@@ -40,6 +41,8 @@ from kinetoscope.train.data.table import (
 )
 
 Report = Callable[[int, int], None]
+Engine = Callable[["Job", Sequence[Sequence[Item]], Sequence[int], int], Iterator[int]]
+"""(job, items of each shard, shards to make, processes) -> number of items of each shard as it is finished."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def preprocess(
     threads: int | None = None,
     devices: Sequence[str] = ("cpu",),
     dtype: torch.dtype = torch.float32,
+    engine: str = "processes",
     on_count: Report | None = None,
 ) -> Summary:
     """Make a data set, or finish one that an earlier call with the same settings began.
@@ -169,11 +173,14 @@ def preprocess(
             and bit for bit at one number.
         devices: to compute on, taken in turns by the processes.
         dtype: that the text encoder computes in; the VAE takes its own.
+        engine: what runs the processes: "processes" (of this machine), "ray" (Ray Data on this machine), or
+            "ray:address=auto" and the like (on a cluster whose machines share the folders). The shards are the same.
         on_count: called with (items done, items) when it begins and after each shard.
 
     Raises:
         InputError: the source cannot be read or holds nothing; sizes or frames that the model cannot have.
-        ConfigError: the folder holds a data set that was made otherwise; an unknown setting.
+        ConfigError: the folder holds a data set that was made otherwise; an unknown setting; Ray is not installed, or
+            its cluster cannot be joined.
         OutputError: a file cannot be written. What was finished stays; the same call goes on from there.
         WorkerError: a process died. What was finished stays, too.
     """
@@ -181,6 +188,7 @@ def preprocess(
         raise ConfigError(f"stored={stored!r} is unknown; use {', '.join(DTYPES)}")
     if workers < 1 or shard < 1 or (threads is not None and threads < 1):
         raise ConfigError(f"workers={workers}, shard={shard} and threads={threads} must be positive")
+    make = _engine(engine)
     if not isinstance(model, ModelDir):
         model = resolve_model(str(model))
     found = open_source(str(source), kind, clips=clips)
@@ -191,7 +199,7 @@ def preprocess(
         {"kind": found.kind, "items": len(found.items), "digest": found.digest}, len(parts),
     )  # fmt: skip
     folder = Path(output)
-    if threads is None and workers > 1:
+    if threads is None and (workers > 1 or make is not _here):
         threads = max(1, (os.cpu_count() or 1) // workers)
     job = Job(model, cut, folder, manifest.dump(), stored, tuple(devices), dtype, threads)
     with claimed(folder, manifest):
@@ -200,7 +208,7 @@ def preprocess(
         if on_count:
             on_count(done, len(found.items))
         try:
-            for count in _here(job, parts, missing, workers):
+            for count in make(job, parts, missing, workers):
                 done += count
                 if on_count:
                     on_count(done, len(found.items))
@@ -300,6 +308,26 @@ def _differ(name: str, a: Manifest, b: Manifest) -> bool:
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
+
+
+def _engine(spec: str) -> Engine:
+    """What makes the shards.
+
+    Raises:
+        InputError: an unknown engine or setting of it.
+        ConfigError: Ray Data is not installed.
+    """
+    name, values = parse_spec(spec, "engine")
+    one_of(name, ("processes", "ray"), "engine")
+    for key in values:
+        one_of(key, ("address",) if name == "ray" else (), f"setting of engine {name}")
+    if name == "processes":
+        return _here
+    try:
+        from kinetoscope.train.data.ray_engine import make_on_ray
+    except ImportError as error:
+        raise ConfigError(f"engine=ray needs Ray Data ({error}); install it: pip install 'kinetoscope[ray]'") from error
+    return partial(make_on_ray, address=values.get("address"))
 
 
 def _here(job: Job, parts: Sequence[Sequence[Item]], missing: Sequence[int], workers: int) -> Iterator[int]:

@@ -24,6 +24,8 @@ SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 VIDEO_NAMES = ("video", "path", "file", "file_name", "video_path")
 CAPTION_NAMES = ("caption", "text", "prompt")
 WORLD = "world:"
+KEPT, NO_TEXT = "surrogateescape", "it is not text in UTF-8"
+"""How a list is read, so that bytes which are no text cost their own line only; and what is said of that line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +162,19 @@ def _world(source: str, clips: int | None) -> Source:
 
 
 def _folder(path: Path) -> Iterator[Item]:
-    for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+    for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()):
         text = file.with_suffix(".txt")
         caption = Place(str(text)) if text.is_file() else None
         yield Item(file.relative_to(path).as_posix(), Place(str(file)), caption)
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding="utf-8-sig", errors=KEPT) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
+                continue
+            if not _is_text(line):
+                yield Item(f"line {number}", problem=NO_TEXT)
                 continue
             try:
                 row = json.loads(line)
@@ -183,13 +188,25 @@ def _jsonl(path: Path) -> Iterator[Item]:
 
 
 def _csv(path: Path) -> Iterator[Item]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines)
-        header = rows.fieldnames or []
+    with path.open(encoding="utf-8-sig", errors=KEPT, newline="") as lines:
+        rows = csv.reader(lines)
+        header = next(rows, [])
         if not set(header) & set(VIDEO_NAMES):
-            raise csv.Error(f"the header {', '.join(header)} has no column {' or '.join(VIDEO_NAMES)}")
-        for number, row in enumerate(rows, 1):
-            yield _row(path, f"row {number}", row)
+            told = f"the header {', '.join(header)}" if header else "it"
+            raise csv.Error(f"{told} has no column {' or '.join(VIDEO_NAMES)}")
+        for number, fields in enumerate((row for row in rows if row), 1):
+            if not _is_text("".join(fields)):
+                yield Item(f"row {number}", problem=NO_TEXT)
+            elif len(fields) > len(header):  # as a rule a comma of a caption, which would lose its end
+                problem = f"it has {len(fields)} fields under a header of {len(header)}; quote text that holds commas"
+                yield Item(f"row {number}", problem=problem)
+            else:
+                yield _row(path, f"row {number}", dict(zip(header, fields, strict=False)))
+
+
+def _is_text(line: str) -> bool:
+    """Whether all of a line that was read with `KEPT` is UTF-8."""
+    return not any("\udc80" <= c <= "\udcff" for c in line)
 
 
 def _row(path: Path, where: str, row: dict[str, Any]) -> Item:
@@ -213,24 +230,29 @@ def _tar(path: Path, prefix: str) -> Iterator[Item]:
     """Members whose names agree up to the first dot of the last part are one sample (webdataset's rule)."""
     samples: dict[str, dict[str, Place]] = {}
     broken = ""
-    with tarfile.open(path, "r:") as archive:  # not compressed: parts are read in any order
-        try:
+    try:
+        with tarfile.open(path, "r:") as archive:  # not compressed: parts are read in any order
             for member in archive:
                 if member.isfile():
                     folder, slash, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
                     place = Place(str(path), member.offset_data, member.size)
                     samples.setdefault(folder + slash + stem, {})["." + suffix.lower()] = place
-        except tarfile.TarError as error:
-            broken = f"the archive is damaged after this ({error})"
+    except tarfile.TarError as error:
+        broken = f"the archive is damaged after this ({error})"
+        if not samples:
+            broken = f"it is no archive, a damaged or a compressed one ({error})"
+            if not prefix:
+                raise tarfile.ReadError(broken) from error
     size = path.stat().st_size
     for stem, parts in sorted(samples.items()):
         video = next((suffix for suffix in SUFFIXES if suffix in parts), None)
         if video is None:
+            yield Item(f"{prefix}{stem}", problem=f"no clip is under this name, but {', '.join(sorted(parts))}")
             continue
         place = parts[video]
-        assert place.offset is not None and place.size is not None
-        problem = "the archive ends within this clip" if place.offset + place.size > size else ""
+        cut = any((p.offset or 0) + (p.size or 0) > size for p in parts.values())
+        problem = "the archive ends within this sample" if cut else ""
         if ".txt" in parts or ".json" not in parts:
             yield Item(f"{prefix}{stem}{video}", place, parts.get(".txt"), problem=problem)
             continue

@@ -195,7 +195,9 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], rejected: Sequence[d
         OutputError: it cannot be written.
     """
     buckets: list[list[int]] = []
-    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    options: dict[str, Any] = {
+        "compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True,
+    }  # fmt: skip
     with replacing(path) as file, pq.ParquetWriter(file, SCHEMA, **options) as writer:
         for row in rows:
             writer.write_table(pa.Table.from_pylist([row], SCHEMA))
@@ -217,6 +219,11 @@ def write_text(path: Path, text: str) -> None:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+_DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError)
+"""What reading a damaged file may end in; pages have checksums."""
+_AGAIN = "delete it and run the same `preprocess` command again: it makes what is missing"
+
+
 class Shard:
     """A shard that is open for reading.
 
@@ -227,21 +234,23 @@ class Shard:
     def __init__(self, path: Path, made: str) -> None:
         self.path = path
         try:
-            self._file = pq.ParquetFile(path, memory_map=True)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{path} cannot be read ({error}); delete it and run `preprocess` again") from error
-        facts = self._file.metadata.metadata or {}
-        if facts.get(b"kinetoscope.dataset", b"").decode() != made:
-            raise InputError(f"{path} is not of the data set that {DATASET} beside it describes; delete it")
-        self.buckets = [Bucket(*b) for b in json.loads(facts[b"kinetoscope.buckets"])]
-        self.rejected: list[dict[str, str]] = json.loads(facts[b"kinetoscope.rejected"])
+            self._file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+            facts = self._file.metadata.metadata or {}
+            if facts.get(b"kinetoscope.dataset") != made.encode():
+                raise InputError(f"{path} is not of the data set that {DATASET} beside it describes; delete it")
+            self.buckets = [Bucket(*b) for b in json.loads(facts[b"kinetoscope.buckets"])]
+            self.rejected: list[dict[str, str]] = json.loads(facts[b"kinetoscope.rejected"])
+            if not self._file.schema_arrow.equals(SCHEMA):
+                raise ValueError("its columns are others")
+        except _DAMAGE as error:
+            raise InputError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
     def row(self, number: int) -> dict[str, Any]:
         """The columns of one row."""
         try:
             return self._file.read_row_group(number).to_pylist()[0]
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{self.path} is damaged ({error}); delete it and run `preprocess` again") from error
+        except _DAMAGE as error:
+            raise InputError(f"{self.path} is damaged ({error}); {_AGAIN}") from error
 
 
 class DataSet:
