@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kinetoscope.core.errors import KinetoscopeError, ModelLoadError
-from kinetoscope.loading import ModelDir, load_component, resolve_model
+from kinetoscope.loading import ModelDir, directory, load_component, resolve_model
 from kinetoscope.loading.weights import load_weights
 from kinetoscope.pipelines.presets import pipeline_class
 from tiny import make_tiny_wan
@@ -207,3 +207,27 @@ def test_key_map_renames_prefixes(tmp_path: Path) -> None:
         module = torch.nn.Sequential(torch.nn.Linear(2, 2))
     load_weights(module, tmp_path, dtype=lambda _: torch.float32, device=CPU, key_map={"old.": "0."})
     assert torch.equal(module[0].weight, torch.ones(2, 2))
+
+
+def test_components_of_an_embedded_model(original: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that takes its VAE from an embedded model is that directory with its own, and copied it is whole."""
+    whole = ModelDir(original, "whole").fingerprint()
+    monkeypatch.setattr(directory, "embedded_models", lambda: {"base": original})
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(ModelLoadError, match="folder of component 'vae' is missing"):
+        resolve_model(copy).folder("vae")
+    sidecar = {"defaults": {"height": 32}, "shared": {"vae": "base"}}
+    (copy / "kinetoscope.json").write_text(json.dumps(sidecar))
+    model = resolve_model(copy)
+    assert model.folder("vae") == original / "vae" and model.fingerprint() == whole
+    assert torch.equal(load(copy, "vae").post_quant_conv.weight, load(original, "vae").post_quant_conv.weight)
+    again = model.copy(copy.parent / "again", [copy / "scheduler"])
+    assert (again.path / "vae" / "config.json").exists() and not (again.path / "scheduler").exists()
+    assert again.sidecar == {"defaults": {"height": 32}}
+    sidecar["shared"]["vae"] = "bare"
+    (copy / "kinetoscope.json").write_text(json.dumps(sidecar))
+    with pytest.raises(ModelLoadError, match=r"vae is shared with 'bare', which is no embedded model \(base\)"):
+        resolve_model(copy).folder("vae")
+    (copy / "kinetoscope.json").write_text('{"shared": ["vae"]}')
+    with pytest.raises(ModelLoadError, match="shared should be an object"):
+        resolve_model(copy).folder("vae")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import SamplingParams
+from kinetoscope.reference import embedded_models
 
 INDEX = "model_index.json"
 SIDECAR = "kinetoscope.json"
@@ -125,10 +127,48 @@ class ModelDir:
                 f"{self.path / INDEX} lists no component {component!r}; "
                 f"it lists {', '.join(self.components()) or 'none'}"
             )
-        folder = self.path / (self.layout.folders.get(component, component) if self.layout else component)
+        folder = self._shared(component)
+        if folder is None:
+            folder = self.path / (self.layout.folders.get(component, component) if self.layout else component)
         if not folder.is_dir():
             raise ModelLoadError(f"{self.path}: the folder of component {component!r} is missing; download it again")
         return folder
+
+    def _shared(self, component: str) -> Path | None:
+        """The folder of a component that the sidecar says an embedded model has, {"shared": {component: model}}."""
+        shared = self.sidecar.get("shared", {})
+        if not isinstance(shared, dict):
+            raise ModelLoadError(f"{self.path / SIDECAR}: shared should be an object; got {shared!r}")
+        if component not in shared:
+            return None
+        if (owner := embedded_models().get(str(shared[component]))) is None:
+            raise ModelLoadError(
+                f"{self.path / SIDECAR}: {component} is shared with {shared[component]!r}, which is no embedded model "
+                f"({', '.join(embedded_models())})"
+            )
+        return owner / component
+
+    def copy(self, target: Path, leave_out: Collection[Path] = ()) -> ModelDir:
+        """The directory copied to `target`, which is whole: what was shared is copied too.
+
+        Args:
+            leave_out: files and folders that are not copied.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        skipped = set(leave_out)
+
+        def ignored(at: str, names: list[str]) -> list[str]:
+            return [name for name in names if Path(at, name) in skipped]
+
+        shutil.copytree(self.path, target, ignore=ignored)
+        if shared := self.sidecar.get("shared"):
+            for component in shared:
+                shutil.copytree(self.folder(component), target / component, ignore=ignored)
+            own = {k: v for k, v in self.sidecar.items() if k != "shared"}
+            (target / SIDECAR).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+        return ModelDir(target, str(target))
 
     def config_file(self, component: str) -> Path:
         """The component's configuration file.
@@ -158,11 +198,12 @@ class ModelDir:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the names and contents of the index and of all files of the components."""
         total = hashlib.sha256()
-        files = [] if self.layout else [self.path / INDEX]
+        files = {} if self.layout else {Path(INDEX): self.path / INDEX}
         for component in self.components():
-            files += [f for f in self.folder(component).rglob("*") if f.is_file()]
-        for file in sorted(files):
-            total.update(f"{file.relative_to(self.path).as_posix()}\0{file_digest(file)}\n".encode())
+            folder = self.folder(component)
+            files |= {Path(component, f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file()}
+        for name, file in sorted(files.items()):
+            total.update(f"{name.as_posix()}\0{file_digest(file)}\n".encode())
         return total.hexdigest()
 
 

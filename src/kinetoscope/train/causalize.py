@@ -78,21 +78,21 @@ def make_causal(name: str, section: CausalSection, folder: Path) -> Path:
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(model.path, temporary, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        _rewrite(model, temporary, section.defaults(), sizes)
+        copied = model.copy(temporary, [model.path / name for name in LEFT_OUT])
+        _rewrite(copied, section.defaults(), sizes)
         temporary.replace(folder)
     except OSError as error:
         raise OutputError(f"the causal model cannot be written to {folder}: {error}") from error
     return folder
 
 
-def _rewrite(model: ModelDir, folder: Path, defaults: dict[str, Any], sizes: dict[str, Any]) -> None:
-    library = model.model_index["transformer"][0]
-    _json(folder / "model_index.json", {**model.model_index, "_class_name": PIPELINE, "transformer": [library, TO]})
+def _rewrite(model: ModelDir, defaults: dict[str, Any], sizes: dict[str, Any]) -> None:
+    library, config = model.model_index["transformer"][0], model.config("transformer")
+    index = {**model.model_index, "_class_name": PIPELINE, "transformer": [library, TO]}
+    _json(model.path / "model_index.json", index)
     old = {k: v for k, v in model.sidecar.get("defaults", {}).items() if k not in ("guidance", "scheduler")}
-    _json(folder / "kinetoscope.json", {**model.sidecar, "defaults": {**old, **defaults}})
-    config = {**model.config("transformer"), "_class_name": TO, **sizes}
-    _json(folder / model.config_file("transformer").relative_to(model.path), config)
+    _json(model.path / "kinetoscope.json", {**model.sidecar, "defaults": {**old, **defaults}})
+    _json(model.config_file("transformer"), {**config, "_class_name": TO, **sizes})
 
 
 def _json(path: Path, value: dict[str, Any]) -> None:
