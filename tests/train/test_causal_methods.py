@@ -104,11 +104,31 @@ def test_levels_and_text_of_samples() -> None:
     assert bell(torch.tensor([0.0, 1.0])).abs().max() < 1e-6 < bell(torch.tensor(0.5))
 
 
+def test_a_past_that_is_not_exact() -> None:
+    """Each sample's past has noise of a deviation of its own, and nothing else of the loss changes its terms."""
+    student, batch = causal(), batch_of(6)
+    seen: dict[float, Tensor] = {}
+    for jitter in (0.0, 0.5):
+        settings = TeacherForcingSettings(caption_dropout=0.0, jitter=jitter)
+
+        def predict(x: Tensor, s: Tensor, batch: TrainBatch, *, clean: Tensor, jitter: float = jitter) -> Tensor:
+            seen[jitter] = clean
+            return x
+
+        student.predict = predict  # pyright: ignore[reportAttributeAccessIssue]
+        loss = make_method(settings, {"student": student}).losses("student", batch, 0, seeded())["total"]
+        seen[10 + jitter] = loss
+    assert torch.equal(seen[0.0], batch.latents) and torch.equal(seen[10.0], seen[10.5])
+    deviations = (seen[0.5] - batch.latents).flatten(1).std(1)
+    assert 0 < float(deviations.min()) < 0.6 * float(deviations.max()) < 0.6 * 0.52
+
+
 @pytest.mark.parametrize("window", [-1, 4])
 @pytest.mark.parametrize("method", ["diffusion", "teacher", "teacher after noise"])
 def test_forcing_is_sampling_block_by_block(method: str, window: int) -> None:
     """The loss of one forward under the mask is that of blocks one after another with a cache, which is how they are
-    sampled: after noisy frames, after clean ones, after almost clean ones."""
+    sampled: after noisy frames, after clean ones, after almost clean ones. Its gradient is that of blocks one by one,
+    each forwarded with its past under an explicit mask."""
     student, batch = causal(local_attn_size=window), batch_of()
     level = 0.06 if method == "teacher after noise" else 0.0
     settings: Any = (
@@ -139,8 +159,23 @@ def test_forcing_is_sampling_block_by_block(method: str, window: int) -> None:
             )  # fmt: skip
     expected = (torch.cat(parts, 2) - (noise - batch.latents)).square().mean()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-5)
-    loss.backward()
-    assert all(p.grad is not None for p in student.transformer.parameters())
+    errors: list[Tensor] = []
+    for start in (0, 2, 4):
+        now = slice(start, start + 2)
+        joined, levels = (
+            torch.cat([a[:, :, :start], b[:, :, now]], 2) for a, b in ((past, x), (past_s[:, None], s[:, None]))
+        )
+        mask = frame_mask(BLOCKS[: start // 2 + 1], window)
+        out = masked_forward(student.transformer, mask, joined, 1000 * levels[:, 0], batch.text.states)[:, :, start:]
+        errors.append(out - (noise - batch.latents)[:, :, now])
+    check_same_gradients(student, loss, torch.cat(errors, 2).square().mean())
+
+
+def check_same_gradients(student: CausalWanModel, loss: Tensor, expected: Tensor) -> None:
+    names, parameters = zip(*student.transformer.named_parameters(), strict=True)
+    for name, a, b in zip(names, *(torch.autograd.grad(x, parameters) for x in (loss, expected)), strict=True):
+        scale = float(b.abs().max())
+        assert scale > 0 and (a - b).abs().max() < 1e-3 * scale, name
 
 
 # -- self-forcing -----------------------------------------------------------------------------------------------------

@@ -106,6 +106,26 @@ def test_the_gradient_is_the_difference_of_scores() -> None:
     assert teacher.mean.grad is None and critic.mean.grad is None
 
 
+def test_the_critic_learns_the_flow_of_what_the_student_makes() -> None:
+    """The gradient of a critic with one mean, by the chain rule on paper."""
+    at = randn(SHAPE, generator(1))
+    student, critic = Gaussian(at, 0.5), Gaussian(-0.2, 0.9)
+    roles = toys(student=student, teacher=Gaussian(0.7, 0.4), critic=critic)
+    method = Told(roles, DMD2Settings(name="dmd2", steps=(1000,)))
+    noise, method.told = randn((3, *SHAPE), generator(2)), torch.tensor([0.1, 0.5, 0.9])
+    method.noises = [randn((3, *SHAPE), generator(3)), noise]
+    method.losses("critic", toy_batch(3), 0, generator())["total"].backward()
+
+    s = method.told.view(-1, 1, 1, 1, 1)
+    x = (1 - s) * at + s * noise
+    gain = (1 - s) * 0.9**2 / ((1 - s) ** 2 * 0.9**2 + s**2)
+    x0 = -0.2 + gain * (x + 0.2 * (1 - s))
+    slope = -(1 - gain * (1 - s)) / s  # of (x - x0) / s by the mean
+    expected = (2 * ((x - x0) / s - (noise - at)) * slope).sum(0) / x.numel()
+    torch.testing.assert_close(critic.mean.grad, expected, rtol=1e-4, atol=1e-5)
+    assert student.mean.grad is None
+
+
 def test_student_and_critic_find_the_guided_teacher() -> None:
     """Alternating updates end where the student's videos have the guided teacher's mean, u + w (c - u)."""
     student, critic = Gaussian(-1.0, 0.5), Gaussian(-1.0, 0.05)

@@ -25,12 +25,14 @@ class Preconditioning:
 
     Attributes:
         sigma_data: standard deviation of the clean samples.
+        levels: lowest and highest noise level that the network knows (table 1: sigma_min, sigma_max).
         flow: the form in which the network is a rectified flow (sigma_data is 1): with t = s / (1 + s) the scaled input
             x / (1 + s) is the flow's sample at t, the network is called at t, and its output is n - x0.
     """
 
     sigma_data: float = 0.5
     flow: bool = False
+    levels: tuple[float, float] = (0.002, 80.0)
 
     def c_in(self, s: Tensor) -> Tensor:
         """Scale of the network's input at noise level `s`."""
@@ -97,6 +99,18 @@ class Convention:
         if self.preconditioning is not None:
             return self.preconditioning.c_noise(s)
         return s * self.timestep_scale
+
+    def level(self, u: Tensor) -> Tensor:
+        """The noise level at place `u` in [0, 1], from clean to noise (any shape): `u` itself.
+
+        Where levels have no upper end, the one at which u parts of a sample are noise and 1 - u are not, u / (1 - u),
+        within those that the network knows. A logit-normal `u` makes it log-normal, with the same mean and deviation
+        (arXiv 2206.00364, section 5).
+        """
+        if self.preconditioning is None:
+            return u
+        low, high = self.preconditioning.levels
+        return (u / (1 - u)).clamp(low, high)
 
     def alpha(self, s: Tensor) -> Tensor:
         """Scale of the clean sample at noise level `s` (any shape)."""

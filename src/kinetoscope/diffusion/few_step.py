@@ -20,6 +20,8 @@ from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.scheduler import ScheduleRun
 
 HIGH_NOISE, LOW_NOISE = 0, 1
+TRAIN_STEPS = 1000
+"""Timesteps from clean to noise, as few-step schedules count them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class FewStepSchedule:
         *,
         warp: bool = False,
         boundary: float | None = None,
-        train_steps: int = 1000,
+        train_steps: int = TRAIN_STEPS,
     ) -> FewStepSchedule:
         """The schedule of a published list.
 

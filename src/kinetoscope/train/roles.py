@@ -9,13 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from typing_extensions import Self
 
 from kinetoscope.attention import make_sparse
 from kinetoscope.core.context import ForwardContext, forward_context
@@ -25,72 +24,13 @@ from kinetoscope.diffusion.convention import Convention, shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.nn.ring_cache import with_own_caches
 from kinetoscope.nn.stack import run_calls
+from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.stages.images import encode_video
+from kinetoscope.pipelines.stages.text import TextEncodingStage
+from kinetoscope.train.batch import Text, TrainBatch
 
 Uncond = Literal["negative", "empty", "zero"]
 """What the unconditional branch reads: the negative prompt, the empty one, or zeros in place of text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Encoded prompts.
-
-    Attributes:
-        states: [B, L, D], zero beyond the true lengths.
-        lengths: [B] true token counts.
-        extra: further states of the same prompts, [B, ...] each, by the names of the family's network.
-    """
-
-    states: Tensor
-    lengths: Tensor
-    extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-    def expand(self, rows: int) -> Text:
-        """One prompt for all of `rows` samples."""
-        extra = {k: v.expand(rows, *v.shape[1:]) for k, v in self.extra.items()}
-        return Text(self.states.expand(rows, -1, -1), self.lengths.expand(rows), extra)
-
-    def to(self, device: torch.device) -> Text:
-        """The states on a device; lengths stay where they are, since they are read as numbers."""
-        return Text(self.states.to(device), self.lengths, {k: v.to(device) for k, v in self.extra.items()})
-
-    def replaced(self, rows: Tensor, other: Text) -> Text:
-        """These prompts, but `other`'s where the mask `rows` [B] says so."""
-        extra = {k: _choose(rows, other.extra[k], v) for k, v in self.extra.items()}
-        return Text(_choose(rows, other.states, self.states), _choose(rows, other.lengths, self.lengths), extra)
-
-
-def _choose(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Rows of `a` where the mask [B] is true, of `b` elsewhere."""
-    return torch.where(rows.to(b.device).view(-1, *[1] * (b.ndim - 1)), a, b)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainBatch:
-    """What a step sees.
-
-    Attributes:
-        latents: [B, C, T, H, W] float32, normalised.
-        text: of the samples.
-        captions: that it was made from.
-        extra: what else a family's network is conditioned on, float32 [B, ...] each (actions, first frames), as the
-            source gave it and the family's plugin reads it.
-    """
-
-    latents: Tensor
-    text: Text
-    captions: tuple[str, ...] = ()
-    extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-    @property
-    def rows(self) -> int:
-        """B."""
-        return len(self.latents)
-
-    def to(self, device: torch.device) -> Self:
-        """What the network reads, on a device, in float32."""
-        extra = {k: v.to(device, torch.float32) for k, v in self.extra.items()}
-        latents = self.latents.to(device, torch.float32)
-        return replace(self, latents=latents, text=self.text.to(device), extra=extra)
 
 
 class ModelBase:
@@ -111,6 +51,8 @@ class ModelBase:
     """
 
     convention: ClassVar[Convention]
+    grid_role: ClassVar[str] = "self"
+    """The attention over the tokens of the video, which may be sparse."""
 
     def __init__(
         self,
@@ -135,7 +77,37 @@ class ModelBase:
         Raises:
             ConfigError: an unknown kind.
         """
-        self._attention = {} if attention == "dense" else {"self": make_sparse(attention)}
+        self._attention = {} if attention == "dense" else {self.grid_role: make_sparse(attention)}
+
+    # -- of a directory -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, pipeline: ComposedPipeline, **options: Any) -> ModelBase:
+        """The model of an opened directory. A family overrides this whose directories say more than their
+        transformers; `options` are those of the class.
+
+        Raises:
+            ConfigError: a model of the family that cannot be trained.
+        """
+        return cls(pipeline.get_module("transformer"), **options)
+
+    @classmethod
+    def encode_text(cls, pipeline: ComposedPipeline, prompts: Sequence[str]) -> Text:
+        """Prompts by the text stage of the family's pipeline, as sampling encodes them; no tokens where it has none.
+
+        Raises:
+            InputError: a prompt is longer than the model reads.
+        """
+        if "text_encoding" not in pipeline.stages:
+            return Text(torch.zeros(len(prompts), 0, 1), torch.zeros(len(prompts), dtype=torch.long))
+        stage = pipeline.stages["text_encoding"]
+        assert isinstance(stage, TextEncodingStage)
+        return Text(*stage.encode(list(prompts), pipeline.args.device))
+
+    @classmethod
+    def encode_video(cls, pipeline: ComposedPipeline, video: Tensor) -> Tensor:
+        """Normalised latents [B, C, t, h, w] float32 of videos [B, 3, T, H, W] in [-1, 1], by the family's VAE."""
+        return encode_video(pipeline.get_module("vae"), video)
 
     # -- before training ----------------------------------------------------------------------------------------------
 

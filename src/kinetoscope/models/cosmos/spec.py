@@ -14,6 +14,7 @@ __all__ = [
     "CONVENTION_1",
     "CONVENTION_2",
     "CONVENTION_25",
+    "FLOW_OF_2",
     "NEGATIVE_PROMPT",
     "PRESETS",
     "SCHEDULE_2",
@@ -27,6 +28,8 @@ __all__ = [
 CONVENTION_1 = Convention(prediction="edm", interpolant="additive", preconditioning=Preconditioning(0.5))
 CONVENTION_2 = Convention(prediction="edm", interpolant="additive", preconditioning=Preconditioning(1.0, flow=True))
 CONVENTION_25 = Convention(prediction="flow", interpolant="linear", timestep_scale=1.0)
+FLOW_OF_2 = Convention(prediction="flow", interpolant="linear", timestep_scale=1.0)
+"""Predict 2 without its scalings: its network reads x / (1 + s) at t = s / (1 + s), which is a flow's sample at t."""
 TEXT_LENGTH = 512  # padded with zeros (2.5: padding tokens), which are part of what the models learned
 # Predict 2's noise levels are fixed by its published pipelines, whatever the directory's scheduler says.
 SCHEDULE_2: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "final_sigmas_type": "sigma_min"}

@@ -171,15 +171,13 @@ class GivenFramesStage(LatentPreparationStage):
         A posterior is drawn with the first frames of noise of `shape`, that of the request's latents.
         """
         vae = resolve(self._vae)
+        if not self.sampled:
+            return encode_frames(vae, video, self.sigma_data).cpu()
         weight = next(vae.parameters())
         posteriors = [vae.encode(v.unsqueeze(0).to(weight)).latent_dist for v in video]
-        if self.sampled:
-            z = torch.cat([p.mean for p in posteriors]).float().cpu()
-            z = z + torch.cat([p.std for p in posteriors]).float().cpu() * source.draw(shape)[:, :, : z.shape[2]]
-        else:
-            z = torch.cat([p.mode() for p in posteriors]).float().cpu()
-        mean, std = latent_statistics(vae.config, z)
-        return (z - mean) * self.sigma_data / std
+        z = torch.cat([p.mean for p in posteriors]).float().cpu()
+        z = z + torch.cat([p.std for p in posteriors]).float().cpu() * source.draw(shape)[:, :, : z.shape[2]]
+        return _normalized(z, vae, self.sigma_data)
 
     def _has_frames(self, batch: ForwardBatch) -> bool:
         params, found = batch.params, [(n, v) for n in ("image", "video") if (v := getattr(batch, n)) is not None]
@@ -285,6 +283,20 @@ class CosmosDecodingStage(DecodingStage):
         video = vae.decode(z.to(next(vae.parameters()).dtype), return_dict=False)[0][0]  # [3, T, H, W] in [-1, 1]
         video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         return video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+@torch.no_grad()
+def encode_frames(vae: Any, video: Tensor, sigma_data: float) -> Tensor:
+    """Latents [B, C, t, h, w] float32 of videos [B, 3, T, H, W] in [-1, 1], at a deviation of `sigma_data`: the
+    posterior's mode."""
+    weight = next(vae.parameters())
+    modes = [vae.encode(v.unsqueeze(0).to(weight)).latent_dist.mode() for v in video]
+    return _normalized(torch.cat(modes).float(), vae, sigma_data)
+
+
+def _normalized(z: Tensor, vae: Any, sigma_data: float) -> Tensor:
+    mean, std = latent_statistics(vae.config, z)
+    return (z - mean) * sigma_data / std
 
 
 def latent_statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

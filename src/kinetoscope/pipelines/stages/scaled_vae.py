@@ -50,6 +50,12 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
         vae: as for decoding.
         images: [B, 3, H, W] in [-1, 1].
     """
+    return encode_scaled(vae, images.unsqueeze(2)).cpu()
+
+
+@torch.no_grad()
+def encode_scaled(vae: Any, video: Tensor) -> Tensor:
+    """Normalised latents [B, C, t, h, w] float32 of videos [B, 3, T, H, W] in [-1, 1]: the posterior's mode."""
     weight = next(vae.parameters())
-    modes = [vae.encode(image[None, :, None].to(weight)).latent_dist.mode() for image in images]
-    return torch.cat(modes).float().cpu() * vae.config.scaling_factor
+    modes = [vae.encode(v.unsqueeze(0).to(weight)).latent_dist.mode() for v in video]
+    return torch.cat(modes).float() * vae.config.scaling_factor

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError
-from kinetoscope.pipelines.stages.images import encode_video
 from kinetoscope.train.basis import fit_basis
 from kinetoscope.train.data import DataSection, SourceContext
 from kinetoscope.train.flow import LatentEncoder, prepare_latents
@@ -59,25 +58,27 @@ class WorldSource:
         world, opened = settings.world, context.opened
         self.settings, self.encode = settings, opened.encoder()
         clips = Clips(world)
-        vae = opened.model.config("vae")
-        temporal = int(vae.get("scale_factor_temporal", 4))
+        geometry = opened.pipeline.geometry
+        temporal = geometry.temporal
         frames = settings.frames or world.num_frames
         if frames > world.num_frames or (frames - 1) % temporal:
             raise ConfigError(
                 f"data.frames={frames}: use 1 + a multiple of {temporal}, and at most the clip's {world.num_frames}"
             )
-        self.frames = 1 + (frames - 1) // temporal
+        size = geometry.latent_size(frames, world.height, world.width)
+        self.frames = size[0]
         self.specs = [
             clips.world.sample(i, height=16, width=16, num_frames=1).spec for i in range(settings.clips)
         ]  # drawn small: a spec does not depend on the size
         self.latents: Any = None
         if settings.latents == "none":
-            spatial = int(vae.get("scale_factor_spatial", 8))
-            self.shape = (opened.latent_channels(), self.frames, world.height // spatial, world.width // spatial)
+            self.shape = (opened.latent_channels(), *size)
             return
         path = Path(settings.cache) / f"{world.name}-{self._digest(opened)}.npy"
         if not path.exists():
-            encoder = self._basis(clips, vae) if settings.latents == "basis" else OwnEncoder(opened)
+            encoder = (
+                self._basis(clips, opened.model.config("vae")) if settings.latents == "basis" else OwnEncoder(opened)
+            )
             prepare_latents(encoder, clips, settings.clips, path, context.on_count)
         self.latents = np.load(path, mmap_mode="r")
 
@@ -114,9 +115,8 @@ class OwnEncoder:
     """Latents by the VAE of an opened model, as sampling takes them."""
 
     def __init__(self, opened: Opened) -> None:
-        self._vae = opened.pipeline.get_module("vae")
+        self._opened = opened
 
-    @torch.no_grad()
     def latents(self, video: Tensor) -> Tensor:
         """Clips [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, C, t, h, w] float32."""
-        return encode_video(self._vae, video).cpu()
+        return self._opened.encode_video(video).cpu()

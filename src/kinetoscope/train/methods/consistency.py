@@ -49,7 +49,7 @@ class Consistency:
         settings: see `ConsistencySettings`.
 
     Raises:
-        ConfigError: the student is no flow model, whose clean video at level 0 is what it is given.
+        ConfigError: a role is no flow model, whose clean video at level 0 is what it is given.
     """
 
     settings_class: ClassVar[type[MethodSettings]] = ConsistencySettings
@@ -58,10 +58,9 @@ class Consistency:
     def __init__(self, roles: Mapping[str, ModelBase], settings: ConsistencySettings) -> None:
         self.roles, self.settings = roles, settings
         self.student, self.teacher = (roles[name] for name in self.needs)
-        if self.student.convention.prediction != "flow":
-            raise ConfigError(
-                f"consistency distillation is for flow models; this one predicts {self.student.convention.prediction!r}"
-            )
+        for name in self.needs:
+            if (predicts := roles[name].convention.prediction) != "flow":
+                raise ConfigError(f"consistency distillation is for flow models; models.{name} predicts {predicts!r}")
         self.levels = shift_sigma(torch.linspace(1.0, 0.0, settings.intervals + 1), self.student.shift)
 
     def updates(self, step: int) -> Sequence[str]:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError
-from kinetoscope.diffusion.few_step import FewStepSchedule
+from kinetoscope.diffusion.few_step import TRAIN_STEPS, FewStepSchedule
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.train.methods.base import MethodSettings
 from kinetoscope.train.roles import ModelBase, TrainBatch
@@ -60,7 +60,7 @@ class DMD2:
         settings: see `DMD2Settings`.
 
     Raises:
-        ConfigError: the student is no flow model.
+        ConfigError: a role is no flow model.
         InputError: see `FewStepSchedule.make`.
     """
 
@@ -70,11 +70,12 @@ class DMD2:
     def __init__(self, roles: Mapping[str, ModelBase], settings: DMD2Settings) -> None:
         self.roles, self.settings = roles, settings
         self.student, self.teacher, self.critic = (roles[name] for name in self.needs)
-        if self.student.convention.prediction != "flow":
-            raise ConfigError(
-                f"dmd2 samples its student by a few-step schedule, which is one of flow models; this one predicts "
-                f"{self.student.convention.prediction!r}"
-            )
+        for name in self.needs:
+            if (predicts := roles[name].convention.prediction) != "flow":
+                raise ConfigError(
+                    f"dmd2 samples its student, and noises what it makes, as flow models do; models.{name} predicts "
+                    f"{predicts!r}"
+                )
         self.schedule = FewStepSchedule.make(settings.steps, self.student.shift, warp=settings.warp)
 
     def updates(self, step: int) -> Sequence[str]:
@@ -117,7 +118,7 @@ class DMD2:
 
     def jump(self, index: int, x: Tensor, batch: TrainBatch) -> Tensor:
         """The student's clean video from `x` at step `index`, as in sampling."""
-        time = x.new_full((batch.rows,), self.schedule.times[index]) / self.student.convention.timestep_scale
+        time = x.new_full((batch.rows,), self.schedule.times[index]) / TRAIN_STEPS
         return self.schedule.predict(index, x, self.student.predict(x, time, batch))
 
     # -- what it learns from ------------------------------------------------------------------------------------------

@@ -22,13 +22,13 @@ class FinetuneSettings(MethodSettings):
 
     Attributes:
         sampling: how noise levels are drawn, before the role's shift: "logit_normal" and "mode" (arXiv 2403.03206,
-            section 3.1), or "uniform".
+            section 3.1), or "uniform"; for EDM, their places (`Convention.level`).
         logit_mean, logit_std: of logit_normal.
         mode_scale: of mode: above 0 the middle is drawn more often, below 0 the ends.
         caption_dropout: share of samples that read what the unconditional branch does, for guidance.
         min_snr: squared errors of the noise weigh at most this over the signal-to-noise ratio, in terms of the clean
-            sample min(snr, gamma) (arXiv 2303.09556); for predictions of noise, of v or of the sample. A flow has a
-            sampling of levels in place of it.
+            sample min(snr, gamma) (arXiv 2303.09556); for predictions of noise, of v or of the sample. A flow and EDM
+            have a sampling of levels in place of it.
     """
 
     sampling: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
@@ -46,7 +46,7 @@ class Finetune:
     sparse attention.
 
     Raises:
-        ConfigError: min-SNR for a flow, or for a model whose levels have no upper end.
+        ConfigError: min-SNR for a flow, or for a network inside the scalings of EDM.
     """
 
     settings_class: ClassVar[type[MethodSettings]] = FinetuneSettings
@@ -55,13 +55,11 @@ class Finetune:
     def __init__(self, roles: Mapping[str, ModelBase], settings: FinetuneSettings) -> None:
         self.roles, self.settings = roles, settings
         self.student = roles["student"]
-        convention = self.student.convention
-        if convention.interpolant == "additive":
-            raise ConfigError("finetune draws noise levels in [0, 1]; this family's go to infinity")
-        if settings.min_snr is not None and convention.prediction == "flow":
+        predicts = self.student.convention.prediction
+        if settings.min_snr is not None and predicts in ("flow", "edm"):
             raise ConfigError(
-                "method.min_snr is for predictions of noise, of v or of the sample; this model predicts a flow, where "
-                "sampling of levels does its work: leave min_snr out"
+                "method.min_snr is for predictions of noise, of v or of the sample; this model predicts "
+                f"{predicts!r}, where sampling of levels does its work: leave min_snr out"
             )
 
     def updates(self, step: int) -> Sequence[str]:
@@ -81,7 +79,7 @@ class Finetune:
         return {"total": error.mean()}
 
     def levels(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Noise levels [rows] in [0, 1]."""
+        """Noise levels [rows], as the student's convention has them."""
         settings = self.settings
         if settings.sampling == "logit_normal":
             u = torch.sigmoid(settings.logit_mean + settings.logit_std * randn((rows,), generator))
@@ -89,7 +87,7 @@ class Finetune:
             u = torch.rand(rows, generator=generator)
             if settings.sampling == "mode":
                 u = 1 - u - settings.mode_scale * (torch.cos(torch.pi / 2 * u).square() - 1 + u)
-        return shift_sigma(u, self.student.shift)
+        return self.student.convention.level(shift_sigma(u, self.student.shift))
 
     def drop_captions(self, batch: TrainBatch, generator: torch.Generator) -> TrainBatch:
         """The batch, some of whose samples read what the unconditional branch reads."""

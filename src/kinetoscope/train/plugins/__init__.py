@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kinetoscope.core.errors import ConfigError, ModelLoadError
+from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.resolve import resolve_model
 from kinetoscope.loading.weights import load_weights
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
-from kinetoscope.pipelines.stages.text import TextEncodingStage
 from kinetoscope.train.registry import Registry
 from kinetoscope.train.roles import ModelBase, Text
 
@@ -30,6 +30,9 @@ PLUGINS = Registry(
         "CausalWanModel": "kinetoscope.train.plugins.matrix_game:MatrixGameModel",
         "MatrixGame2WanModel": "kinetoscope.train.plugins.matrix_game:MatrixGameVideoModel",
         "MatrixGameWanModel": "kinetoscope.train.plugins.matrix_game:MatrixGameVideoModel",
+        "CosmosTransformer3DModel": "kinetoscope.train.plugins.cosmos:CosmosModel",
+        "HunyuanVideo15Transformer3DModel": "kinetoscope.train.plugins.hunyuan:Hunyuan15Model",
+        "HunyuanVideoTransformer3DModel": "kinetoscope.train.plugins.hunyuan:HunyuanModel",
         "LongCatVideoTransformer3DModel": "kinetoscope.train.plugins.longcat:LongCatModel",
     },
 )
@@ -65,11 +68,13 @@ class Opened:
 
         Raises:
             ModelLoadError: there is no such model, or the weights do not fit.
+            ConfigError: its family cannot be trained.
         """
         self.model: ModelDir = resolve_model(init_from)
         args = ExecutionArgs(device=torch.device(device), dtype=torch.float32)
         self.pipeline: ComposedPipeline = build_pipeline(self.model, args)
         self.class_name = self.model.components()["transformer"]
+        self.plugin = plugin_of(self.class_name)
         self.transformer: nn.Module = self.pipeline.get_module("transformer")
         if transformer is not None:
             override_weights(self.transformer, Path(transformer))
@@ -78,21 +83,21 @@ class Opened:
             setattr(owner, name.rpartition(".")[2], nn.Parameter(parameter.detach().clone()))
 
     def role(self, **options: Any) -> ModelBase:
-        """The transformer by its family's plugin; `options` are `ModelBase`'s."""
-        return plugin_of(self.class_name)(self.transformer, **options)
-
-    def encoder(self) -> Callable[[list[str]], Text]:
-        """Prompts to text states, by the pipeline's own stage; to none where the family reads no text.
+        """The transformer by its family's plugin; `options` are `ModelBase`'s.
 
         Raises:
-            ConfigError: the family reads its text in another way.
+            ConfigError: a family, or a model of one, that cannot be trained.
         """
-        if "text_encoding" not in self.pipeline.stages:
-            return no_text
-        stage = self.pipeline.stages.get("text_encoding")
-        if not isinstance(stage, TextEncodingStage):
-            raise ConfigError(f"{self.model.name}: its text is not of T5 states; give them in the data")
-        return lambda prompts: Text(*stage.encode(prompts, self.pipeline.args.device))
+        return self.plugin.of(self.pipeline, **options)
+
+    def encoder(self) -> Callable[[list[str]], Text]:
+        """Prompts to text states, by the pipeline's own stage; to none where the family reads no text."""
+        return partial(self.plugin.encode_text, self.pipeline)
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Normalised latents [B, C, t, h, w] float32 of videos [B, 3, T, H, W] in [-1, 1]."""
+        return self.plugin.encode_video(self.pipeline, video.to(self.pipeline.args.device))
 
     def latent_channels(self) -> int:
         """C of the latents."""
@@ -112,11 +117,6 @@ class Opened:
     def negative_prompt(self) -> str:
         """That of the directory's sampling defaults."""
         return self.pipeline.defaults().negative_prompt or ""
-
-
-def no_text(prompts: list[str]) -> Text:
-    """Of families that read no text: no tokens."""
-    return Text(torch.zeros(len(prompts), 0, 1), torch.zeros(len(prompts), dtype=torch.long))
 
 
 def override_weights(transformer: nn.Module, path: Path) -> None:
