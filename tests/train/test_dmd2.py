@@ -145,6 +145,8 @@ def test_nothing_that_is_not_finite_reaches_the_student() -> None:
     x0 = torch.ones(2, 1, 1, 1, 2)
     real = torch.stack([x0[0], x0[1] + 1])
     assert torch.isfinite(dmd_gradient(x0, x0, real)).all()
+    gradient = dmd_gradient(x0, x0 + 3, real)  # the first sample is the teacher's own, the second one off
+    assert torch.equal(gradient, torch.stack([0 * x0[0], 2 * x0[1]]))
 
 
 def test_updates_take_turns() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.denoiser import Denoiser
-from kinetoscope.diffusion.noise import randn
+from kinetoscope.diffusion.noise import NoiseSource, randn
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.protocols import Step, StrategyState
 from kinetoscope.models.cosmos import spec as cosmos
@@ -31,6 +33,7 @@ from kinetoscope.train.roles import ModelBase, TrainBatch
 from models.tiny_cosmos import NoGuardrail, make_tiny_cosmos, without_torchvision
 from models.tiny_hunyuan import make_tiny_hunyuan, make_tiny_hunyuan_i2v
 from models.tiny_hunyuan15 import make_tiny_hunyuan15
+from tiny import make_tiny_wan
 from train.post_runs import write_recipe
 
 PROMPTS = ["a red circle moving left", 'a cat that holds "hi"']
@@ -121,8 +124,6 @@ class Recorder(Hook):
 
 
 def sample(opened: Opened, family: Family, recorder: Recorder | None = None) -> Tensor:
-    from dataclasses import replace
-
     params = replace(opened.pipeline.defaults(), **family.size, **family.told, num_inference_steps=3)
     run = ForwardBatch(params, PROMPTS, ["", ""], SEEDS, hooks=[recorder] if recorder else [])
     steps = opened.pipeline.iterate(run, until="decoding")
@@ -258,6 +259,34 @@ def opened_role(path: str, **options: Any) -> ModelBase:
     return role
 
 
+@pytest.mark.parametrize(
+    ("name", "pipeline"), [("hunyuan", "HunyuanVideoDMDPipeline"), ("cosmos25", "Cosmos2_5_PredictDMDPipeline")]
+)
+def test_few_step_students_are_sampled_as_they_are_trained(
+    name: str, pipeline: str, made: Callable[[str], str], tmp_path: Path
+) -> None:
+    """DMD2's jumps from a run's noise end where the pipeline that its export names does."""
+    family = FAMILIES[name]
+    path = Path(shutil.copytree(made(name), tmp_path / "student"))
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline}))
+    extra = {"dmd_denoising_steps": [1000, 600, 300], "warp_denoising_step": True}
+    (path / "kinetoscope.json").write_text(json.dumps({"defaults": {"flow_shift": 3.0, "extra": extra}}))
+    opened = Opened(str(path))
+    role = opened.role(shift=3.0)
+    method = make(role, "dmd2", {"teacher": role, "critic": role}, steps=(1000, 600, 300))
+    batch, source = prompts_batch(opened, role, family), NoiseSource(SEEDS)
+    shape = batch.latents.shape[1:]
+    with torch.no_grad():
+        x = source.draw(shape)
+        for step in range(3):
+            x = method.schedule.renoise(step, method.jump(step, x, batch), lambda: source.draw(shape))
+    torch.testing.assert_close(sample(opened, family), x, rtol=0, atol=1e-5)
+    asked = {"guidance_scale": 3.0} if name == "cosmos25" else {"extra": {**extra, "true_cfg_scale": 3.0}}
+    with pytest.raises(InputError, match="guidance is distilled"):
+        sample(opened, replace(family, told=family.told | asked))
+
+
 def test_what_cannot_be_trained_is_said(made: Callable[[str], str], tmp_path: Path) -> None:
     opened = Opened(made("hunyuan"))
     with pytest.raises(ConfigError, match="zeros are no text"):
@@ -272,6 +301,10 @@ def test_what_cannot_be_trained_is_said(made: Callable[[str], str], tmp_path: Pa
         Opened(str(make_tiny_hunyuan15(tmp_path / "meanflow", meanflow=True))).role()
     with pytest.raises(ConfigError, match="continues given frames"):
         Opened(str(make_tiny_cosmos(tmp_path / "video", "CosmosVideoToWorldPipeline"))).role()
+    with pytest.raises(ConfigError, match="has two transformers"):
+        Opened(str(make_tiny_wan(tmp_path / "experts", kind="a14b"))).role()
+    with pytest.raises(ConfigError, match="reads 36 channels and makes 16"):
+        Opened(str(make_tiny_wan(tmp_path / "wan-i2v", kind="i2v"))).role()
     edm = Opened(made("cosmos1")).role(trainable=True)
     with pytest.raises(ConfigError, match=r"min_snr is for predictions.*'edm'"):
         make(edm, "finetune", min_snr=5.0)

@@ -87,8 +87,13 @@ class ModelBase:
         transformers; `options` are those of the class.
 
         Raises:
-            ConfigError: a model of the family that cannot be trained.
+            ConfigError: a model of the family that cannot be trained, for instance of two networks.
         """
+        if "transformer_2" in pipeline.model.components():
+            raise ConfigError(
+                f"{pipeline.model.name} has two transformers, one for each part of the noise levels; a "
+                "role is one: train a model that has one"
+            )
         return cls(pipeline.get_module("transformer"), **options)
 
     @classmethod

@@ -70,14 +70,22 @@ class FewSteps:
         """The run's own schedule.
 
         Raises:
-            InputError: see `few_step_schedule`; or guidance is asked for, which the student has learned in.
+            InputError: see `few_step_schedule` and `check_guidance`.
+        """
+        self.check_guidance(batch)
+        batch.noise = batch.noise or NoiseSource(batch.seeds)
+        return FewStepRun(few_step_schedule(batch.params, self.boundary), batch.noise, args.device)
+
+    def check_guidance(self, batch: ForwardBatch) -> None:
+        """Refuse guidance, which the student has learned in.
+
+        Raises:
+            InputError: it is asked for.
         """
         if batch.params.guided and batch.params.guidance_scale is not None:
             raise InputError(
                 f"guidance_scale={batch.params.guidance_scale}: guidance is distilled into few-step models; use 1"
             )
-        batch.noise = batch.noise or NoiseSource(batch.seeds)
-        return FewStepRun(few_step_schedule(batch.params, self.boundary), batch.noise, args.device)
 
 
 class DMDStrategy(FewSteps, StandardStrategy):

@@ -17,6 +17,7 @@ from kinetoscope.pipelines.presets.cosmos import (
     CosmosVideoToWorld,
 )
 from kinetoscope.pipelines.presets.fast_wan import FastWanImageToVideo, FastWanTextToVideo
+from kinetoscope.pipelines.presets.few_step import FewStepCosmos25, FewStepHunyuanVideo
 from kinetoscope.pipelines.presets.hunyuan import HunyuanImageToVideo, HunyuanVideo
 from kinetoscope.pipelines.presets.hunyuan15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from kinetoscope.pipelines.presets.longcat import LongCatVideo
@@ -35,10 +36,12 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
     "Cosmos2TextToImagePipeline": Cosmos2TextToImage,
     "Cosmos2VideoToWorldPipeline": Cosmos2VideoToWorld,
     "Cosmos2_5_PredictBasePipeline": Cosmos25Predict,
+    "Cosmos2_5_PredictDMDPipeline": FewStepCosmos25,
     "CosmosTextToWorldPipeline": CosmosTextToWorld,
     "CosmosVideoToWorldPipeline": CosmosVideoToWorld,
     "HunyuanVideo15ImageToVideoPipeline": HunyuanVideo15ImageToVideo,
     "HunyuanVideo15Pipeline": HunyuanVideo15,
+    "HunyuanVideoDMDPipeline": FewStepHunyuanVideo,
     "HunyuanVideoImageToVideoPipeline": HunyuanImageToVideo,
     "HunyuanVideoPipeline": HunyuanVideo,
     "LTXImageToVideoPipeline": LTXVideo,

@@ -159,7 +159,7 @@ def dmd_gradient(x0: Tensor, fake: Tensor, real: Tensor) -> Tensor:
     Args:
         x0: what the student made [B, ...].
         fake: the critic's estimate from noised `x0`.
-        real: the teacher's.
+        real: the teacher's. A sample that it returns as it was has no direction.
     """
     size = (x0 - real).abs().flatten(1).mean(1).view(-1, *[1] * (x0.ndim - 1))
-    return torch.nan_to_num((fake - real) / size)
+    return torch.nan_to_num((fake - real) / size, posinf=0.0, neginf=0.0)

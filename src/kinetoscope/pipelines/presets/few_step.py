@@ -1,0 +1,93 @@
+"""Few-step students of families whose own pipelines take many steps: HunyuanVideo and Cosmos Predict 2.5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+from kinetoscope.core.errors import InputError
+from kinetoscope.core.types import ForwardBatch, SamplingParams
+from kinetoscope.engine.strategies.cosmos import CosmosStrategy
+from kinetoscope.engine.strategies.dmd import STEPS, WARP, FewSteps
+from kinetoscope.models.hunyuan import spec as hunyuan
+from kinetoscope.models.hunyuan.strategy import HunyuanStrategy, true_cfg_scale
+from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.presets.cosmos import Cosmos25Predict
+from kinetoscope.pipelines.presets.hunyuan import HunyuanVideo
+from kinetoscope.pipelines.stages import DenoisingStage
+from kinetoscope.pipelines.stages.few_step import FewStepTimestepStage
+
+DEFAULTS: dict[str, Any] = {STEPS: [1000, 750, 500, 250], WARP: False}
+
+
+class HunyuanFewSteps(FewSteps, HunyuanStrategy):
+    """Few steps of a network that is told the guidance scale it was distilled at."""
+
+    def check_guidance(self, batch: ForwardBatch) -> None:
+        """Refuse unconditional rows.
+
+        Raises:
+            InputError: `true_cfg_scale` asks for them.
+        """
+        if (scale := true_cfg_scale(batch)) != 1.0:
+            raise InputError(f"true_cfg_scale={scale}: guidance is distilled into few-step models; use 1")
+
+
+class CosmosFewSteps(FewSteps, CosmosStrategy):
+    """Few steps of a flow."""
+
+
+class FewStepHunyuanVideo(HunyuanVideo):
+    """Prompt -> video in the steps a HunyuanVideo student was distilled for (`dmd_denoising_steps=`)."""
+
+    guided: ClassVar[bool] = False
+    extra_defaults: ClassVar[Mapping[str, Any]] = {**HunyuanVideo.extra_defaults, **DEFAULTS}
+
+    def create_stages(self) -> None:
+        """HunyuanVideo's, with the student's timesteps."""
+        super().create_stages()
+        take_few_steps(self, HunyuanFewSteps)
+
+    def defaults(self) -> SamplingParams:
+        """HunyuanVideo's, with as many steps as the list has, and its published shift unless the directory says one."""
+        return few_step_defaults(super().defaults(), self.model.defaults, hunyuan.CONVENTION.default_shift)
+
+
+class FewStepCosmos25(Cosmos25Predict):
+    """Prompt, and perhaps an image or a video -> video in the steps a Predict 2.5 student was distilled for."""
+
+    guided: ClassVar[bool] = False
+    extra_defaults: ClassVar[Mapping[str, Any]] = {**Cosmos25Predict.extra_defaults, **DEFAULTS}
+
+    def create_stages(self) -> None:
+        """Predict 2.5's, with the student's timesteps."""
+        super().create_stages()
+        take_few_steps(self, partial(CosmosFewSteps, convention=self.convention))
+
+    def defaults(self) -> SamplingParams:
+        """Predict 2.5's without guidance, with as many steps as the list has."""
+        plain = {"guidance_scale": 1.0, **self.model.defaults}
+        shift = self.convention.default_shift
+        return few_step_defaults(replace(super().defaults(), guidance_scale=plain["guidance_scale"]), plain, shift)
+
+
+def take_few_steps(pipeline: ComposedPipeline, strategy: Any) -> None:
+    """Replace the timesteps of a pipeline by the list of its defaults, and what makes its steps by `strategy`."""
+    steps = (pipeline.defaults().extra or {})[STEPS]
+    pipeline.add_stage("timesteps", FewStepTimestepStage(steps))
+    stage = pipeline.stages["denoising"]
+    assert isinstance(stage, DenoisingStage)
+    stage.strategy_cls = strategy
+
+
+def few_step_defaults(params: SamplingParams, own: Mapping[str, Any], shift: float) -> SamplingParams:
+    """Those of a family's pipeline for its students; `own` are the directory's, which come first."""
+    count = len((params.extra or {})[STEPS])
+    return replace(
+        params,
+        num_inference_steps=own.get("num_inference_steps", count),
+        flow_shift=own.get("flow_shift", shift),
+        scheduler=None,
+    )
