@@ -63,6 +63,19 @@ def test_latents_are_normalised() -> None:
     assert latents.mean((0, 2, 3, 4)).abs().max() < 1e-3
 
 
+def test_less_whitening_leaves_larger_components_larger() -> None:
+    """Latents stand for the same clips, at deviations d^(1 - w) over their root mean square."""
+    plain = basis(5)
+    for whitening in (0.0, 0.5):
+        ours = fit_basis(clip, 30, 5, SPATIAL, TEMPORAL, 0, whitening)
+        expected = plain.deviation ** (1 - whitening)
+        latents = torch.cat([ours.latents(clip(i)) for i in range(30)])
+        deviations = latents.std((0, 2, 3, 4))
+        torch.testing.assert_close(deviations, expected / expected.square().mean().sqrt(), rtol=0.02, atol=0)
+        torch.testing.assert_close(ours.video(latents[:1]), plain.video(plain.latents(clip(0))), rtol=0, atol=1e-5)
+    assert torch.equal(plain.scale, plain.deviation)
+
+
 def test_more_channels_than_numbers() -> None:
     with pytest.raises(ConfigError, match="lower z_dim"):
         basis(SIZE + 1)

@@ -24,7 +24,9 @@ class Basis:
         spatial, temporal: sides of a block in pixels and in frames.
         mean: [D], D = temporal * spatial * spatial * 3.
         directions: [D, C], orthonormal, by falling variance.
-        deviation: [C], of the components; latents are divided by it.
+        deviation: [C], of the components.
+        whitening: 1: latents of all components have deviation 1; below, what shows more in pixels is larger and the
+            last to drown in noise, up to 0: as in pixels. The mean square of all latents is 1 in any case.
     """
 
     spatial: int
@@ -32,15 +34,22 @@ class Basis:
     mean: Tensor
     directions: Tensor
     deviation: Tensor
+    whitening: float = 1.0
+
+    @property
+    def scale(self) -> Tensor:
+        """[C], what components are divided by."""
+        part = self.deviation**self.whitening
+        return part * (self.deviation / part).square().mean().sqrt()
 
     def latents(self, video: Tensor) -> Tensor:
         """Clips [B, 3, 1 + 4 n, H, W] in [-1, 1] -> normalised latents [B, C, 1 + n, h, w] (for 4 frames a block)."""
         parts = _blocks(video, self.spatial, self.temporal) - self.mean  # [B, t, h, w, D]
-        return (parts @ self.directions / self.deviation).permute(0, 4, 1, 2, 3)
+        return (parts @ self.directions / self.scale).permute(0, 4, 1, 2, 3)
 
     def video(self, latents: Tensor) -> Tensor:
         """The clips [B, 3, T, H, W] that latents [B, C, t, h, w] stand for: the best linear reconstruction."""
-        parts = (latents.permute(0, 2, 3, 4, 1) * self.deviation) @ self.directions.T + self.mean
+        parts = (latents.permute(0, 2, 3, 4, 1) * self.scale) @ self.directions.T + self.mean
         b, t, h, w, _ = parts.shape
         s, f = self.spatial, self.temporal
         x = parts.view(b, t, h, w, f, s, s, 3).permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, 3, t, f, h, s, w, s]
@@ -48,7 +57,13 @@ class Basis:
 
 
 def fit_basis(
-    clip: Callable[[int], Tensor], clips: int, channels: int, spatial: int, temporal: int, seed: int
+    clip: Callable[[int], Tensor],
+    clips: int,
+    channels: int,
+    spatial: int,
+    temporal: int,
+    seed: int,
+    whitening: float = 1.0,
 ) -> Basis:
     """Principal components of the blocks of `clip(seed)`, `clip(seed + 1)`, ... (each [1, 3, T, H, W] in [-1, 1]).
 
@@ -68,7 +83,7 @@ def fit_basis(
     directions = directions.flip(1)[:, :channels]
     directions = directions * directions.sum(0).sign()  # eigenvectors come with an arbitrary sign
     deviation = variance.flip(0)[:channels].clamp(min=1e-12).sqrt()
-    return Basis(spatial, temporal, mean.float(), directions.float().contiguous(), deviation.float())
+    return Basis(spatial, temporal, mean.float(), directions.float().contiguous(), deviation.float(), whitening)
 
 
 def _blocks(video: Tensor, s: int, f: int) -> Tensor:

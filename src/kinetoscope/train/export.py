@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from torch import nn
 
 from kinetoscope.core.version import __version__
 from kinetoscope.diffusion.scheduler import SCHEDULERS
-from kinetoscope.train.recipe import Recipe
+from kinetoscope.train.recipe import PlayedRecipe, VideoRecipe
 
-INDEX = {
+VIDEO_INDEX = {
     "_class_name": "WanPipeline",
     "_diffusers_version": diffusers.__version__,
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
@@ -27,46 +29,81 @@ INDEX = {
     "transformer_2": [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
+PLAYED_INDEX = {
+    "_class_name": "MatrixGame2CausalDMDPipeline",
+    "_diffusers_version": diffusers.__version__,
+    "image_encoder": ["transformers", "CLIPVisionModel"],
+    "transformer": ["diffusers", "CausalMatrixGame2WanModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
 
 
-def export_model(
-    folder: Path, recipe: Recipe, tokenizer: Any, text_encoder: Any, vae: Any, transformer: nn.Module
+def export_video(
+    folder: Path, recipe: VideoRecipe, tokenizer: Any, text_encoder: Any, vae: Any, transformer: nn.Module
 ) -> None:
-    """Write the directory through a temporary name. Weights are stored in bfloat16."""
+    """Write the directory of a text-to-video model; see `_directory`."""
+    with _directory(folder, recipe, VIDEO_INDEX, vae, transformer) as temporary:
+        tokenizer.save_pretrained(temporary / "tokenizer")
+        _half(text_encoder).save_pretrained(temporary / "text_encoder")
+        scheduler = getattr(diffusers, SCHEDULERS["unipc"])(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=recipe.transformer.sampling_shift
+        )
+        scheduler.save_pretrained(temporary / "scheduler")
+
+
+def export_played(folder: Path, recipe: PlayedRecipe, image_encoder: Any, vae: Any, transformer: nn.Module) -> None:
+    """Write the directory of a world that is played; see `_directory`."""
+    with _directory(folder, recipe, PLAYED_INDEX, vae, transformer) as temporary:
+        _half(image_encoder).save_pretrained(temporary / "image_encoder")
+
+
+@contextmanager
+def _directory(
+    folder: Path, recipe: VideoRecipe | PlayedRecipe, index: dict[str, Any], vae: Any, transformer: nn.Module
+) -> Iterator[Path]:
+    """A directory in diffusers layout under a temporary name, that of `folder` once all is there. Weights are stored in
+    bfloat16."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _json(temporary / "model_index.json", INDEX)
+    _json(temporary / "model_index.json", index)
     _json(temporary / "kinetoscope.json", {"world": recipe.world.name, "defaults": recipe.defaults})
-    tokenizer.save_pretrained(temporary / "tokenizer")
-    _half(text_encoder).save_pretrained(temporary / "text_encoder")
     _half(vae).save_pretrained(temporary / "vae")
-    scheduler = getattr(diffusers, SCHEDULERS["unipc"])(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=recipe.transformer.sampling_shift
-    )
-    scheduler.save_pretrained(temporary / "scheduler")
     (temporary / "transformer").mkdir()
-    config = {"_class_name": "WanTransformer3DModel", "_diffusers_version": diffusers.__version__}
+    config = {"_class_name": index["transformer"][1], "_diffusers_version": diffusers.__version__}
     _json(temporary / "transformer" / "config.json", config | recipe.transformer.config)
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in transformer.state_dict().items()}
     save_file(weights, temporary / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    yield temporary
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
 
-def write_card(folder: Path, recipe: Recipe, path: str, overrides: list[str], facts: dict[str, Any]) -> None:
+def write_card(
+    folder: Path, recipe: VideoRecipe | PlayedRecipe, path: str, overrides: list[str], facts: dict[str, Any]
+) -> None:
     """README.md of the model, from recorded facts alone; `kinetoscope eval --card` adds the scores."""
     command = " ".join(["kinetoscope train", path, *(f"--set {o}" for o in overrides)])
     minutes = {part: f"{values['seconds'] / 60:.1f}" for part, values in facts.items()}
     steps = {part: values["steps"] for part, values in facts.items()}
     sizes = {f.parent.name: f.stat().st_size / 2**20 for f in sorted(folder.glob("*/*.safetensors"))}
     world = recipe.world
+    if isinstance(recipe, VideoRecipe):
+        what = (
+            f"Text-to-video in the Wan 2.1 layout: {world.height}x{world.width} pixels, {world.num_frames} frames, "
+            f"over the procedural world `{world.name}`. Trained from nothing by this project's own trainer; no other "
+            "data or weights."
+        )
+    else:
+        what = (
+            f"The start of a model that plays the procedural world `{world.name}`, in the Matrix-Game 2 layout: its "
+            "autoencoder is trained, its image encoder tells nothing of the image, its transformer is for "
+            "post-training."
+        )
     lines = [
         f"# {recipe.name}",
         "",
-        f"Text-to-video in the Wan 2.1 layout: {world.height}x{world.width} pixels, {world.num_frames} frames, over "
-        f"the procedural world `{world.name}`. Trained from nothing by this project's own trainer; no other data or "
-        "weights.",
+        what,
         "",
         f"- command: `{command}` (seed {recipe.seed})",
         f"- hardware: {platform.machine()} CPU, {recipe.threads} threads; torch {torch.__version__}, "

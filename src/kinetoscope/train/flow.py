@@ -71,7 +71,7 @@ class FlowTask:
         section: TransformerSection,
         world: WorldSection,
         latents: np.ndarray[Any, Any],
-        deviation: Tensor,
+        scale: Tensor,
         tokenizer: Any,
         text_encoder: nn.Module,
         seed: int,
@@ -79,7 +79,7 @@ class FlowTask:
         if too_long := [k.frames for k in section.batches if k.frames > world.num_frames]:
             raise ConfigError(f"transformer.batches of {too_long[0]} frames from clips of {world.num_frames}")
         self.section = section
-        self.latents, self.deviation = latents, deviation
+        self.latents, self.scale = latents, scale  # of a latent channel in pixels [C]
         self.temporal = (world.num_frames - 1) // max(latents.shape[2] - 1, 1)  # frames a latent frame
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         source = get_world(world.name)
@@ -98,7 +98,7 @@ class FlowTask:
         noise = randn(x0.shape, generator)
         levels = [stage for stage in self.section.levels if step >= stage.start][-1]
         u = torch.sigmoid(levels.logit_mean + levels.logit_std * randn((len(x0),), generator))
-        weight = self.deviation**levels.emphasis  # [C]
+        weight = self.scale**levels.emphasis  # [C]
         loss = self.denoiser.loss(
             x0, noise, shift_sigma(u, levels.shift), weight=(weight / weight.mean()).view(-1, 1, 1, 1),
             encoder_hidden_states=states, text_lengths=lengths,

@@ -106,10 +106,12 @@ class VaeSection(Section):
     Attributes:
         config: fields of diffusers' `AutoencoderKLWan`.
         basis_clips: clips over which the components are measured.
+        whitening: see `train.basis.Basis`.
     """
 
     config: dict[str, Any]
     basis_clips: Positive = 512
+    whitening: float = Field(1.0, ge=0, le=1)
     encoder: EncoderSection
     decoder: DecoderSection
 
@@ -172,8 +174,28 @@ class TransformerSection(Section):
         return self
 
 
+class ImageEncoderSection(Section):
+    """An image encoder with drawn weights, which nothing trains and which tells nothing of its image.
+
+    Attributes:
+        config: fields of transformers' `CLIPVisionConfig`.
+    """
+
+    config: dict[str, Any]
+
+
+class PlayedSection(Section):
+    """A Matrix-Game transformer that post-training begins with.
+
+    Attributes:
+        config: fields of the published configuration.
+    """
+
+    config: dict[str, Any]
+
+
 class Recipe(Section):
-    """Everything that makes a reference model.
+    """What makes a reference model over a world.
 
     Attributes:
         name: of the model.
@@ -191,13 +213,26 @@ class Recipe(Section):
     checkpoint_minutes: float = Field(2.0, gt=0)
     world: WorldSection
     vae: VaeSection
-    text: TextSection
-    transformer: TransformerSection
     defaults: dict[str, Any]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a YAML file.
+class VideoRecipe(Recipe):
+    """A model of captioned clips, whole."""
+
+    text: TextSection
+    transformer: TransformerSection
+
+
+class PlayedRecipe(Recipe):
+    """The start of a model of a world that is played: all but what its transformer learns, by a recipe of
+    post-training."""
+
+    image_encoder: ImageEncoderSection
+    transformer: PlayedSection
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> VideoRecipe | PlayedRecipe:
+    """A recipe from a YAML file: of a world that is played if it has an `image_encoder`.
 
     Args:
         path: the file.
@@ -207,7 +242,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: the file is missing or not YAML, or a key or value does not fit; the message names the place and
             the nearest key.
     """
-    return validated(Recipe, read_recipe(path, overrides), path)
+    data = read_recipe(path, overrides)
+    return validated(PlayedRecipe if "image_encoder" in data else VideoRecipe, data, path)
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

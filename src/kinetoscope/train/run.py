@@ -1,4 +1,5 @@
-"""A recipe from start to finish: autoencoder, text encoder, latents, transformer, a model directory with its card.
+"""A recipe from start to finish: autoencoder and, of captioned clips, text encoder, latents and transformer; a model
+directory with its card.
 
 Each part continues from its checkpoint, so the same command also resumes.
 """
@@ -16,10 +17,11 @@ import torch
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.train.basis import fit_basis
 from kinetoscope.train.curves import draw_curves
-from kinetoscope.train.export import export_model, write_card
+from kinetoscope.train.export import export_played, export_video, write_card
 from kinetoscope.train.flow import FlowTask, prepare_latents
 from kinetoscope.train.loop import Progress, Task, train
-from kinetoscope.train.recipe import OptimizerSection, Section, load_recipe
+from kinetoscope.train.played import draw_image_encoder, draw_transformer
+from kinetoscope.train.recipe import OptimizerSection, PlayedRecipe, Section, VideoRecipe, load_recipe
 from kinetoscope.train.text import TextTask
 from kinetoscope.train.vae import Clips, DecoderTask, EncoderTask, build_vae, psnr
 
@@ -42,7 +44,8 @@ class Folders:
         return self.root / "model"
 
 
-PARTS = ("text", "encoder", "decoder", "transformer")
+PARTS = {VideoRecipe: ("text", "encoder", "decoder", "transformer"), PlayedRecipe: ("encoder", "decoder")}
+"""What is trained, in order."""
 
 
 def run_recipe(
@@ -58,8 +61,8 @@ def run_recipe(
     Args:
         path: a YAML file.
         overrides: "section.key=value" each.
-        parts: train these of `PARTS` only and write no model, so that several processes can share the work; the
-            transformer needs text, the others need nothing.
+        parts: train these of the recipe's `PARTS` only and write no model, so that several processes can share the
+            work; the transformer needs text, the others need nothing.
         fresh: refuse to continue an earlier run.
         on_progress: called after every step.
 
@@ -71,10 +74,10 @@ def run_recipe(
         RunCancelled: stopped by a signal; the same command continues.
     """
     recipe = load_recipe(path, overrides)
-    unknown = [p for p in parts if p not in PARTS]
-    if unknown:
-        raise ConfigError(f"unknown part {', '.join(unknown)}; use some of: {', '.join(PARTS)}")
-    wanted = [p for p in PARTS if p in parts or not parts or (p == "text" and "transformer" in parts)]
+    known = PARTS[type(recipe)]
+    if unknown := [p for p in parts if p not in known]:
+        raise ConfigError(f"unknown part {', '.join(unknown)}; use some of: {', '.join(known)}")
+    wanted = [p for p in known if p in parts or not parts or (p == "text" and "transformer" in parts)]
     folders = Folders(Path(recipe.output))
     claim(folders.root, recipe, fresh, {"output", "threads", "checkpoint_minutes"})
     torch.set_num_threads(recipe.threads)
@@ -82,37 +85,42 @@ def run_recipe(
     config = recipe.vae.config
     basis = fit_basis(
         clips.whole, recipe.vae.basis_clips, config["z_dim"], config["scale_factor_spatial"],
-        config["scale_factor_temporal"], MEASURED_SEED,
+        config["scale_factor_temporal"], MEASURED_SEED, recipe.vae.whitening,
     )  # fmt: skip
     vae = build_vae(config, recipe.seed)
-    text = TextTask(recipe.text, recipe.world.name, recipe.seed)
     facts: dict[str, Any] = {}
 
     def fit(task: Task, section: OptimizerSection) -> None:
-        facts[task.name] = train(
-            task, section, folders.checkpoints,
-            seed=recipe.seed, precision=recipe.precision, checkpoint_minutes=recipe.checkpoint_minutes,
-            on_progress=on_progress,
-        )  # fmt: skip
+        if task.name in wanted:
+            facts[task.name] = train(
+                task, section, folders.checkpoints,
+                seed=recipe.seed, precision=recipe.precision, checkpoint_minutes=recipe.checkpoint_minutes,
+                on_progress=on_progress,
+            )  # fmt: skip
 
-    if "text" in wanted:
-        fit(text, recipe.text.optimizer)
-    if "encoder" in wanted:
-        fit(EncoderTask(recipe.vae.encoder, vae, basis, clips), recipe.vae.encoder.optimizer)
-    if "decoder" in wanted:
-        fit(DecoderTask(recipe.vae.decoder, vae, basis, clips), recipe.vae.decoder.optimizer)
-    if "transformer" not in wanted:
-        return folders.root
-    file = folders.root / "latents.npy"
-    latents = prepare_latents(basis, clips, recipe.transformer.clips, file, _report(on_progress))
-    flow = FlowTask(
-        recipe.transformer, recipe.world, latents, basis.deviation, text.tokenizer, text.module.encoder, recipe.seed
-    )
-    fit(flow, recipe.transformer.optimizer)
+    text = TextTask(recipe.text, recipe.world.name, recipe.seed) if isinstance(recipe, VideoRecipe) else None
+    if text:
+        fit(text, text.section.optimizer)
+    fit(EncoderTask(recipe.vae.encoder, vae, basis, clips), recipe.vae.encoder.optimizer)
+    fit(DecoderTask(recipe.vae.decoder, vae, basis, clips), recipe.vae.decoder.optimizer)
+    flow: FlowTask | None = None
+    if text and isinstance(recipe, VideoRecipe) and "transformer" in wanted:
+        file = folders.root / "latents.npy"
+        latents = prepare_latents(basis, clips, recipe.transformer.clips, file, _report(on_progress))
+        flow = FlowTask(
+            recipe.transformer, recipe.world, latents, basis.scale, text.tokenizer, text.module.encoder, recipe.seed
+        )
+        fit(flow, recipe.transformer.optimizer)
     if parts:
         return folders.root
     facts["decoder"]["psnr_db"] = psnr(vae, clips, range(MEASURED_SEED, MEASURED_SEED + 16))
-    export_model(folders.model, recipe, text.tokenizer, text.module.encoder, vae, flow.module)
+    if isinstance(recipe, PlayedRecipe):
+        image_encoder = draw_image_encoder(recipe.image_encoder.config, recipe.seed)
+        export_played(
+            folders.model, recipe, image_encoder, vae, draw_transformer(recipe.transformer.config, recipe.seed)
+        )
+    elif text and flow:
+        export_video(folders.model, recipe, text.tokenizer, text.module.encoder, vae, flow.module)
     draw_curves(folders.checkpoints, folders.model / "loss.png")
     write_card(folders.model, recipe, str(path), list(overrides), facts)
     return folders.model

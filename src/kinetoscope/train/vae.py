@@ -18,7 +18,7 @@ from kinetoscope.diffusion.noise import randn
 from kinetoscope.train.basis import Basis
 from kinetoscope.train.loop import step_generator
 from kinetoscope.train.recipe import ClipMix, DecoderSection, EncoderSection, WorldSection
-from kinetoscope.worlds import get_world
+from kinetoscope.worlds import Clip, get_world
 
 LOG_VARIANCE = -8.0
 """Of the latents, everywhere: they are a function of the clip, as good as without noise."""
@@ -84,10 +84,14 @@ class Clips:
     def __init__(self, section: WorldSection) -> None:
         self.section, self.world = section, get_world(section.name)
 
+    def sample(self, seed: int) -> Clip[Any]:
+        """As the world draws it."""
+        w = self.section
+        return self.world.sample(seed, height=w.height, width=w.width, num_frames=w.num_frames)
+
     def whole(self, seed: int) -> Tensor:
         """[1, 3, T, H, W] in [-1, 1]."""
-        w = self.section
-        return to_video([self.world.sample(seed, height=w.height, width=w.width, num_frames=w.num_frames).frames])
+        return to_video([self.sample(seed).frames])
 
     def batch(self, kinds: Sequence[ClipMix], step: int, generator: torch.Generator) -> Tensor:
         """[B, 3, t, H, W]: windows of clips at random times, of a random kind (see `pick_kind`).

@@ -43,6 +43,7 @@ SOURCES = Registry(
     {
         "latents": "kinetoscope.train.data.latents:LatentSource",
         "ode_pairs": "kinetoscope.train.data.ode_pairs:OdePairs",
+        "played": "kinetoscope.train.data.played:PlayedSource",
         "world": "kinetoscope.train.data.worlds:WorldSource",
     },
 )

@@ -37,6 +37,7 @@ class WorldData(DataSection):
             of the tiny models were trained to compute; the same thing without the encoder's error, and far faster.
             "none": zeros, for methods that need prompts alone.
         basis_clips: clips over which the components are measured.
+        whitening: of the components (`train.basis.Basis`), as in the recipe of the VAE.
         cache: folder in which latents are kept for all runs with the same clips.
     """
 
@@ -46,6 +47,7 @@ class WorldData(DataSection):
     clips: Positive = 8192
     latents: Literal["encoder", "basis", "none"] = "encoder"
     basis_clips: Positive = Field(512)
+    whitening: float = Field(default=1.0, ge=0, le=1)
     cache: str = "runs/latents"
 
 
@@ -58,14 +60,7 @@ class WorldSource:
         world, opened = settings.world, context.opened
         self.settings, self.encode = settings, opened.encoder()
         clips = Clips(world)
-        geometry = opened.pipeline.geometry
-        temporal = geometry.temporal
-        frames = settings.frames or world.num_frames
-        if frames > world.num_frames or (frames - 1) % temporal:
-            raise ConfigError(
-                f"data.frames={frames}: use 1 + a multiple of {temporal}, and at most the clip's {world.num_frames}"
-            )
-        size = geometry.latent_size(frames, world.height, world.width)
+        size = latent_size(settings, opened)
         self.frames = size[0]
         self.specs = [
             clips.world.sample(i, height=16, width=16, num_frames=1).spec for i in range(settings.clips)
@@ -74,11 +69,9 @@ class WorldSource:
         if settings.latents == "none":
             self.shape = (opened.latent_channels(), *size)
             return
-        path = Path(settings.cache) / f"{world.name}-{self._digest(opened)}.npy"
+        path = kept_under(settings, opened).with_suffix(".npy")
         if not path.exists():
-            encoder = (
-                self._basis(clips, opened.model.config("vae")) if settings.latents == "basis" else OwnEncoder(opened)
-            )
+            encoder = latent_encoder(settings, opened, clips)
             prepare_latents(encoder, clips, settings.clips, path, context.on_count)
         self.latents = np.load(path, mmap_mode="r")
 
@@ -93,22 +86,45 @@ class WorldSource:
         chosen = self.latents[picked.numpy(), :, : self.frames]
         return TrainBatch(torch.from_numpy(np.asarray(chosen, dtype=np.float32)), text, captions)
 
-    def _basis(self, clips: Clips, vae: dict[str, Any]) -> LatentEncoder:
-        return fit_basis(
-            clips.whole, self.settings.basis_clips, int(vae["z_dim"]), int(vae["scale_factor_spatial"]),
-            int(vae["scale_factor_temporal"]), MEASURED_SEED,
-        )  # fmt: skip
 
-    def _digest(self, opened: Opened) -> str:
-        """Names what the latents depend on."""
-        s = self.settings
-        facts: dict[str, Any] = {"world": s.world.model_dump(), "clips": s.clips, "latents": s.latents}
-        if s.latents == "basis":
-            facts |= {"basis_clips": s.basis_clips, "vae": opened.model.config("vae")}
-        else:
-            files = sorted(opened.model.folder("vae").glob("*.safetensors"))
-            facts["vae"] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def latent_size(settings: WorldData, opened: Opened) -> tuple[int, int, int]:
+    """(T, h, w) of what is trained on.
+
+    Raises:
+        ConfigError: `settings.frames` is no number of pixel frames of such a clip.
+    """
+    world, geometry = settings.world, opened.pipeline.geometry
+    frames = settings.frames or world.num_frames
+    if frames > world.num_frames or (frames - 1) % geometry.temporal:
+        raise ConfigError(
+            f"data.frames={frames}: use 1 + a multiple of {geometry.temporal}, and at most the clip's "
+            f"{world.num_frames}"
+        )
+    return geometry.latent_size(frames, world.height, world.width)
+
+
+def latent_encoder(settings: WorldData, opened: Opened, clips: Clips) -> LatentEncoder:
+    """What makes the latents of clips."""
+    if settings.latents == "encoder":
+        return OwnEncoder(opened)
+    vae = opened.model.config("vae")
+    return fit_basis(
+        clips.whole, settings.basis_clips, int(vae["z_dim"]), int(vae["scale_factor_spatial"]),
+        int(vae["scale_factor_temporal"]), MEASURED_SEED, settings.whitening,
+    )  # fmt: skip
+
+
+def kept_under(settings: WorldData, opened: Opened, **more: Any) -> Path:
+    """Path in the cache, without a suffix; it names what the latents depend on, and `more`."""
+    facts: dict[str, Any] = {"world": settings.world.model_dump(), "clips": settings.clips, "latents": settings.latents}
+    if settings.latents == "basis":
+        facts |= {"basis_clips": settings.basis_clips, "vae": opened.model.config("vae")}
+        facts |= {"whitening": settings.whitening} if settings.whitening != 1 else {}
+    else:
+        files = sorted(opened.model.folder("vae").glob("*.safetensors"))
+        facts["vae"] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+    digest = hashlib.sha256(json.dumps(facts | more, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(settings.cache) / f"{settings.world.name}-{digest}"
 
 
 class OwnEncoder:

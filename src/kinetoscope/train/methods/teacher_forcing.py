@@ -26,10 +26,13 @@ class TeacherForcingSettings(DiffusionForcingSettings):
 
     Attributes:
         context_noise: timestep in [0, 1000) to which the past is noised, and at which it is shown.
+        jitter: largest deviation of noise in the past that the student is not told of; each sample draws its own. What
+            it makes itself will never be exact, so it should not take its past to be.
     """
 
     name: str = "teacher_forcing"
     context_noise: int = Field(default=0, ge=0, lt=1000)
+    jitter: float = Field(default=0.0, ge=0)
 
 
 class TeacherForcing(DiffusionForcing):
@@ -45,10 +48,13 @@ class TeacherForcing(DiffusionForcing):
         super().__init__(roles, settings)
         if not isinstance(self.student, CausalModelBase):
             raise ConfigError("teacher_forcing is of causal students; this one sees the whole video at once")
-        self.level = settings.context_noise / 1000
+        self.level, self.jitter = settings.context_noise / 1000, settings.jitter
 
     def past(self, x0: Tensor, generator: torch.Generator) -> dict[str, Any]:
         """The clean video, for the blocks after each."""
+        if self.jitter:
+            deviation = self.jitter * torch.rand(len(x0), 1, 1, 1, 1, generator=generator)
+            x0 = x0 + (deviation * randn(x0.shape, generator)).to(x0.device)
         if not self.level:
             return {"clean": x0}
         s = x0.new_full((len(x0), x0.shape[2]), self.level)
