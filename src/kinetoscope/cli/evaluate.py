@@ -1,11 +1,12 @@
-"""`kinetoscope eval`: does a reference model do what prompts say?"""
+"""`kinetoscope eval`: does a reference model do what prompts say, or, if it is played, what the player does?"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import (
@@ -19,8 +20,14 @@ from kinetoscope.cli.options import (
 )
 from kinetoscope.core.errors import InputError
 
+if TYPE_CHECKING:
+    from kinetoscope.evaluation.drift import Drift
+
 NAME = "eval"
-HELP = "score prompt following on captions never trained on, with the judge of the model's world"
+HELP = "score how a model follows captions never trained on, or a player's actions, with the judge of its world"
+PROMPTS = {"n": 300, "drift_frames": 12}
+PLAYED = {"n": 16, "drift_frames": 20, "frames": 521}
+"""Defaults of worlds that are played: over 2,000 actions, and the views after 500 frames."""
 BATCH = 8
 SHEET_ROWS = 16
 SCORES = "## Scores"
@@ -29,24 +36,55 @@ SCORES = "## Scores"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a model trained on a world of this package")
-    parser.add_argument("--n", type=int, default=300, help="videos (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first video and of the choice of captions")
+    parser.add_argument("--n", type=int, help=f"videos (default: {PROMPTS['n']}; of played worlds {PLAYED['n']} games)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first video, of the choice of captions, of players")
+    parser.add_argument("--world", metavar="NAME", help="whose judge scores (default: the model's own)")
     parser.add_argument("--json", metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--sheet", metavar="FILE", help=f"write a contact sheet of the first {SHEET_ROWS} videos (PNG)")
     parser.add_argument(
         "--drift", metavar="FILE",
-        help="judge each block of the videos by itself too, and plot the scores (PNG): with --frames, of long videos",
+        help="judge each part of the videos by itself too, and plot the scores (PNG): with --frames, of long videos",
     )  # fmt: skip
-    parser.add_argument("--drift-frames", type=int, default=12, metavar="N", help="frames of a block (default: 12)")
+    parser.add_argument(
+        "--drift-frames", type=int, metavar="N",
+        help=f"frames of a part (default: {PROMPTS['drift_frames']}; of played worlds {PLAYED['drift_frames']})",
+    )  # fmt: skip
     parser.add_argument("--card", action="store_true", help="write the scores into the README.md of the model")
     add_video_options(parser)
     add_compute_options(parser)
     add_device_options(parser)
 
 
+@dataclass(slots=True)
+class Result:
+    """What was found.
+
+    Attributes:
+        title, table: for people, Markdown.
+        facts: for JSON.
+        videos, labels: uint8 [T, H, W, 3] each, for the contact sheet.
+        drift: over time, if that was asked for.
+    """
+
+    title: str
+    table: str
+    facts: dict[str, Any]
+    videos: list[Any]
+    labels: list[str]
+    drift: Drift | None = None
+
+    def over_time(self, drift: Drift, frames: int) -> None:
+        """Add what was seen part by part, `frames` frames each."""
+        from kinetoscope.evaluation.drift import drift_json, drift_table
+
+        self.drift = drift
+        self.facts["drift"] = drift_json(drift)
+        self.table += f"\n\nPart by part, {frames} frames each:\n\n{drift_table(drift)}"
+
+
 def run(args: argparse.Namespace) -> int:
-    """Generate, judge, and print scores beside ground truth and chance."""
-    if args.n < 1:
+    """Generate or play, judge, and print scores beside ground truth and chance."""
+    if args.n is not None and args.n < 1:
         raise InputError(f"--n={args.n} is not a positive number")
     from kinetoscope.media import check_output, contact_sheet
 
@@ -55,61 +93,131 @@ def run(args: argparse.Namespace) -> int:
             check_output(path, (suffix,))
 
     from kinetoscope.cli.progress import RunProgress, leads
-    from kinetoscope.evaluation import as_json, as_table, baselines, flicker, heldout_specs, prompt_following
     from kinetoscope.runtime.generator import VideoGenerator
     from kinetoscope.worlds import get_world
 
     generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args), **device_fields(args))
     model = generator.pipeline.model
-    name = model.sidecar.get("world")
+    name = args.world or model.sidecar.get("world")
     if name is None:
-        raise InputError(f"{args.model} names no world in its kinetoscope.json, so there is no judge for it")
-    world = get_world(name)
+        raise InputError(
+            f"{args.model} names no world in its kinetoscope.json, so there is no judge for it; say --world"
+        )
+    world: Any = get_world(name)
+    played = _is_played(generator, world)
+    for key, value in (PLAYED if played else PROMPTS).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    with RunProgress() as progress:
+        result = (_play if played else _generate)(generator, world, args, progress)
+    generator.close()
+    if not leads() or result is None:
+        return 0
+    if result.drift is not None and args.drift:
+        from kinetoscope.evaluation.drift import draw_drift
+
+        draw_drift(result.drift, Path(args.drift))
+    print(f"{result.title}\n\n{result.table}")
+    if args.json:
+        facts = {"model": model.name, "model_hash": model.fingerprint(), "n": args.n, "seed": args.seed}
+        write_text(Path(args.json), json.dumps(facts | result.facts, indent=2) + "\n")
+    if args.sheet:
+        contact_sheet(result.videos[:SHEET_ROWS], args.sheet, labels=result.labels[:SHEET_ROWS], columns=9)
+    if args.card:
+        card = model.path / "README.md"
+        before = card.read_text(encoding="utf-8").partition(SCORES)[0].rstrip() if card.exists() else f"# {model.name}"
+        command = f"`{_command(args)}`"
+        write_text(card, f"{before}\n\n{SCORES}\n\n{command}\n\n{result.title}\n\n{result.table}\n")
+    return 0
+
+
+def _is_played(generator: Any, world: Any) -> bool:
+    """Whether the model takes actions, in a world that is played.
+
+    Raises:
+        InputError: one of them is played and the other is not.
+    """
+    pipeline = generator.pipeline
+    takes = "keyboard" in pipeline.block_inputs
+    if takes != hasattr(world, "player"):
+        raise InputError(
+            f"{pipeline.model.name} {'is played block by block' if takes else 'takes no actions'}, and the world "
+            f"{world.name!r} {'is described in words' if takes else 'is played'}: there is nothing to score"
+        )
+    return takes
+
+
+def _generate(generator: Any, world: Any, args: argparse.Namespace, progress: Any) -> Result | None:
+    """Videos of captions, and what the judge sees of them."""
+    from kinetoscope.cli.progress import leads
+    from kinetoscope.evaluation import as_json, as_table, baselines, flicker, heldout_specs, prompt_following
+
     specs = heldout_specs(world, args.n, args.seed)
     videos: list[Any] = []
     fields = video_fields(args)
-    with RunProgress() as progress:
-        for start in range(0, args.n, BATCH):
-            part = specs[start : start + BATCH]
-            seeds = [args.seed + start + i for i in range(len(part))]
-            results = generator.generate_video([s.caption() for s in part], seed=seeds, batch_size=len(part), **fields)
-            videos += [r.frames for r in results]
-            progress.items("videos", len(videos), args.n)
-    generator.close()
+    for start in range(0, args.n, BATCH):
+        part = specs[start : start + BATCH]
+        seeds = [args.seed + start + i for i in range(len(part))]
+        results = generator.generate_video([s.caption() for s in part], seed=seeds, batch_size=len(part), **fields)
+        videos += [r.frames for r in results]
+        progress.items("videos", len(videos), args.n)
     if not leads():
-        return 0
+        return None
     t, h, w = videos[0].shape[:3]
     reports = {
         "model": prompt_following(world, zip(specs, videos, strict=True)),
         **baselines(world, specs, args.seed, height=h, width=w, num_frames=t),
     }
     steadiness = sorted(flicker(v) for v in videos)[len(videos) // 2] if t >= 3 else None
-    title = f"{args.n} videos of captions of the world `{name}` that were never trained on, with 95 % intervals:"
+    title = f"{args.n} videos of captions of the world `{world.name}` that were never trained on, with 95 % intervals:"
     table = as_table(reports)
     if steadiness is not None:
         table += f"\n\nFlicker of the background, median over the videos: {steadiness:.2f} grey levels."
-    drifted: dict[str, Any] = {}
+    facts = {"flicker": steadiness, **{k: as_json(v) for k, v in reports.items()}}
+    result = Result(title, table, facts, videos, [s.caption() for s in specs])
     if args.drift:
-        from kinetoscope.evaluation.drift import draw_drift, drift_json, drift_table, measure_drift
+        from kinetoscope.evaluation.drift import measure_drift
 
-        drift = measure_drift(world, specs, videos, args.drift_frames, args.seed)
-        draw_drift(drift, Path(args.drift))
-        drifted = {"drift": drift_json(drift)}
-        table += f"\n\nBlock by block, {args.drift_frames} frames each:\n\n{drift_table(drift)}"
-    print(f"{title}\n\n{table}")
-    if args.json:
-        facts = {"model": model.name, "model_hash": model.fingerprint(), "n": args.n, "seed": args.seed}
-        scores = {k: as_json(v) for k, v in reports.items()}
-        write_text(Path(args.json), json.dumps({**facts, "flicker": steadiness, **scores, **drifted}, indent=2) + "\n")
-    if args.sheet:
-        rows = min(SHEET_ROWS, args.n)
-        contact_sheet(videos[:rows], args.sheet, labels=[s.caption() for s in specs[:rows]], columns=9)
-    if args.card:
-        card = model.path / "README.md"
-        before = card.read_text(encoding="utf-8").partition(SCORES)[0].rstrip() if card.exists() else f"# {model.name}"
-        command = f"`{_command(args)}`"
-        write_text(card, f"{before}\n\n{SCORES}\n\n{command}\n\n{title}\n\n{table}\n")
-    return 0
+        result.over_time(measure_drift(world, specs, videos, args.drift_frames, args.seed), args.drift_frames)
+    return result
+
+
+def _play(generator: Any, world: Any, args: argparse.Namespace, progress: Any) -> Result | None:
+    """Games from true first views, and what the judge sees of what was done in them."""
+    from kinetoscope.cli.progress import leads
+    from kinetoscope.evaluation import as_json, as_table
+    from kinetoscope.evaluation.playing import TrueGame, Walk, action_following, lasting, play, shuffled_actions
+
+    fields = {k: v for k, v in video_fields(args).items() if v is not None and k != "num_frames"}
+    defaults = generator.pipeline.defaults()
+    height, width = fields.get("height", defaults.height), fields.get("width", defaults.width)
+    walks: list[Walk] = []
+    truth: list[Walk] = []
+    for number in range(args.n):
+        seed, game = args.seed + number, world.game(height, width)
+        first = game.reset(seed)
+        with generator.start_session(image=first, seed=seed, **fields) as session:
+            walks.append(play(world, session, first, seed, args.frames))
+        if leads():
+            truth.append(play(world, TrueGame(game, first, walks[-1].blocks), first, seed, args.frames))
+        progress.items("games", number + 1, args.n)
+    if not leads():
+        return None
+    reports = {
+        "model": action_following(world, walks),
+        "ground truth": action_following(world, truth),
+        "shuffled actions": shuffled_actions(world, walks, args.seed),
+    }
+    actions = next(iter(reports["model"].values())).total
+    title = (
+        f"{actions} actions in {args.n} games of {args.frames} frames in the world `{world.name}`, from true first "
+        "views never trained on, with 95 % intervals:"
+    )
+    facts: dict[str, Any] = {"frames": args.frames, **{k: as_json(v) for k, v in reports.items()}}
+    labels = [f"game {args.seed + number}" for number in range(args.n)]
+    result = Result(title, as_table(reports), facts, [w.frames for w in walks], labels)
+    result.over_time(lasting(world, walks, truth, args.drift_frames), args.drift_frames)
+    return result
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -122,6 +230,8 @@ def _command(args: argparse.Namespace) -> str:
         for k, v in given.items()
         if v is not None and k not in ("height", "width")
     ]
+    world = [f"--world {args.world}"] if args.world else []
     dtype = [] if args.dtype == "auto" else [f"--dtype {args.dtype}"]
     drift = [f"--drift {args.drift} --drift-frames {args.drift_frames}"] if args.drift else []
-    return " ".join(["kinetoscope eval", args.model, f"--n {args.n} --seed {args.seed}", *size, *rest, *dtype, *drift])
+    start = ["kinetoscope eval", args.model, f"--n {args.n} --seed {args.seed}"]
+    return " ".join([*start, *world, *size, *rest, *dtype, *drift])

@@ -121,7 +121,7 @@ def draw_drift(drift: Drift, path: Path) -> None:
         axis.plot(middle, [s.value for s in drift.truth[name]], "--", color=line.get_color(), linewidth=0.7)
         if name == ALL:
             axis.fill_between(middle, *zip(*(s.interval for s in row), strict=True), color=line.get_color(), alpha=0.15)
-    axis.set(xlabel="frame", ylabel="share of videos whose block is right", ylim=(0, 1.02))
+    axis.set(xlabel="frame", ylabel="share that is right", ylim=(0, 1.02))
     axis.legend(fontsize="small", loc="lower left")
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=80)

@@ -7,7 +7,7 @@ them back, so that prompt following is measured without a learned judge.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -81,4 +81,60 @@ class World(Protocol[SpecT]):
 
     def judge(self, frames: np.ndarray) -> dict[str, str | None]:
         """The attributes read from the pixels of uint8 [T, H, W, 3] frames; None where nothing can be read."""
+        ...
+
+
+class Game(Protocol):
+    """A true game of a world, a frame at a time; see `worlds.maze.MazeGame`."""
+
+    def reset(self, seed: int) -> np.ndarray:
+        """The first view, uint8 [H, W, 3], in a place never trained on; the same for the same seed."""
+        ...
+
+    def step(self, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
+        """Do something, and see the next view."""
+        ...
+
+
+class Player(Protocol):
+    """Who plays a game that anybody may draw."""
+
+    def act(self, view: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keyboard [K] and mouse [2] that are held for the next `frames` frames, having seen `view` [H, W, 3]."""
+        ...
+
+
+class PlayedWorld(Protocol):
+    """A world that is played, and judged by what its views show whoever draws them (`evaluation.playing`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def gap(self) -> int:
+        """Frames of a motion."""
+        ...
+
+    def game(self, height: int, width: int) -> Game:
+        """True games, with views of a size."""
+        ...
+
+    def player(self, seed: int) -> Player:
+        """Who does random things."""
+        ...
+
+    def is_view(self, frames: np.ndarray) -> np.ndarray:
+        """Whether each of uint8 frames [T, H, W, 3] is a view of the world, bool [T]."""
+        ...
+
+    def read_motions(self, frames: np.ndarray) -> Any:
+        """What N successive parts of `gap` frames show of how the eye moved."""
+        ...
+
+    def told_motions(self, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
+        """The motions [N, ...] that the keyboard [T, K] and the mouse [T, 2] of the frames tell."""
+        ...
+
+    def followed(self, seen: Any, told: np.ndarray) -> dict[str, np.ndarray]:
+        """For each way in which a motion may be right, whether each of the N is, bool [N]."""
         ...

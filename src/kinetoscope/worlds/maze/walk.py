@@ -22,9 +22,15 @@ RADIUS = 0.45
 """An agent keeps this far from walls, in cells."""
 
 _HOLD = (4, 8, 12, 16)  # frames that an action lasts, so that it changes with the latent frames of a video model
-_MOVES = {"forward": 6, "back": 2, "left": 2, "right": 2, "forward left": 1, "forward right": 1, "": 2,
-          "back left": 0.5, "back right": 0.5}  # fmt: skip
+MOVES = {"forward": 6, "back": 2, "left": 2, "right": 2, "forward left": 1, "forward right": 1, "": 2,
+         "back left": 0.5, "back right": 0.5}  # fmt: skip
+"""Keys that are pressed together, and how often a restless agent does."""
 _TRIES = 3  # actions that a restless agent thinks of, to take the one that leads farthest
+
+
+def pressed(keys: str) -> Array:
+    """The keyboard [4] with these keys down."""
+    return np.array([float(k in keys.split()) for k in KEYS], np.float32)
 
 
 def _free(maze: Maze, x: float, y: float) -> bool:
@@ -85,8 +91,7 @@ def restless(maze: Maze, pose: tuple[float, float, float], frames: int, rng: np.
     """Actions of an agent that keeps going: turns and keys are held for 4 to 16 frames, and of a few random choices it
     takes the one that leads farthest, so that it runs into walls now and then but does not stay there."""
     keyboard, mouse = np.zeros((frames, 4), np.float32), np.zeros((frames, 2), np.float32)
-    weights = np.array(list(_MOVES.values()))
-    moves = [np.array([float(k in name.split()) for k in KEYS], np.float32) for name in _MOVES]
+    weights, moves = np.array(list(MOVES.values())), [pressed(keys) for keys in MOVES]
     at = 0
     while at < frames:
         # The first action of a stream is one frame longer, as its first block is: so all change with the blocks.

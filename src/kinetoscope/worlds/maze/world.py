@@ -12,6 +12,7 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.worlds.base import SPLITS, Actions, Clip
 from kinetoscope.worlds.maze.judge import is_maze
 from kinetoscope.worlds.maze.layout import Maze, build_maze
+from kinetoscope.worlds.maze.play import PlayedMaze
 from kinetoscope.worlds.maze.render import render_views
 from kinetoscope.worlds.maze.walk import restless, start, step, walk
 
@@ -38,7 +39,7 @@ class MazeSpec:
         return {"place": PLACE}
 
 
-class MazeWorld:
+class MazeWorld(PlayedMaze):
     """First-person walks in mazes."""
 
     name = "maze"
@@ -82,6 +83,10 @@ class MazeWorld:
         maze, pose, rng = _begin(spec.number, seed)
         actions = restless(maze, pose, num_frames, rng)
         return render_views(maze, walk(maze, pose, actions), height, width), actions
+
+    def game(self, height: int, width: int) -> MazeGame:
+        """A maze to walk in a frame at a time."""
+        return MazeGame(height, width)
 
     def judge(self, frames: np.ndarray) -> dict[str, str | None]:
         """Whether most of the views of uint8 [T, H, W, 3] frames are of a maze (`worlds.maze.judge.is_maze`)."""
