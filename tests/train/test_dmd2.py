@@ -224,7 +224,7 @@ def test_a_rollout_is_what_sampling_does(tiny: Path) -> None:
     ends: list[Tensor] = []
     for method.leave in range(4):
         method.source = NoiseSource([5, 6])
-        ends.append(method.rollout(batch, generator()).detach())
+        ends.append(method.rollout(batch, generator(), generator()).detach())
     torch.testing.assert_close(ends[3], sampled, rtol=0, atol=1e-5)
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.pairwise(ends)), "each step must matter"
 
@@ -233,7 +233,7 @@ def test_gradients_go_through_the_exit_step_alone(tiny: Path) -> None:
     """As of one forward from where the steps before it had led."""
     _, method, batch = opened_method(tiny)
     method.leave, method.source = 2, NoiseSource([5, 6])
-    method.rollout(batch, generator()).square().sum().backward()
+    method.rollout(batch, generator(), generator()).square().sum().backward()
     parameters = dict(method.student.transformer.named_parameters())
     name = "blocks.0.attn1.to_q.weight"
     got = parameters[name].grad
@@ -258,7 +258,7 @@ def test_data_latents_are_noised_to_the_exit_step(tiny: Path) -> None:
     method.leave, method.source = 3, NoiseSource([5, 6])
     s = torch.full((2,), method.schedule.sigmas[3])
     with torch.no_grad():
-        found = method.rollout(batch, generator())
+        found = method.rollout(batch, generator(), generator())
         noise = NoiseSource([5, 6]).draw(batch.latents.shape[1:])
         expected = method.student.predict_x0(method.student.add_noise(batch.latents, noise, s), s, batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -17,6 +17,7 @@ from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.noise import randn
+from kinetoscope.train.checkpoint import load_checkpoint
 from kinetoscope.train.loop import step_generator
 from kinetoscope.train.lora import COMFYUI_FILE, DIFFUSERS_FILE, LoraLayers, authors_name
 from kinetoscope.train.methods.finetune import Finetune, FinetuneSettings, snr_weight
@@ -24,7 +25,7 @@ from kinetoscope.train.plugins.wan import WanModel
 from kinetoscope.train.post import STUDENT, LoraSection, load_post_recipe
 from kinetoscope.train.post_run import run_post_recipe
 from kinetoscope.train.roles import Text, TrainBatch
-from kinetoscope.train.trainer import KeptCheckpoints, Trainer
+from kinetoscope.train.trainer import Trainer
 from models.tiny_causal_wan import TEXT, TINY, tiny_causal
 from tiny import make_tiny_wan
 from train.post_runs import write_recipe
@@ -177,9 +178,7 @@ def test_a_lora_goes_to_diffusers_comfyui_and_back(tmp_path: Path) -> None:
     out = run_post_recipe(recipe)
     assert sorted(f.name for f in out.iterdir()) == ["README.md", COMFYUI_FILE, "loss.png", DIFFUSERS_FILE]
     trainer = Trainer(load_post_recipe(recipe), tmp_path)
-    found = KeptCheckpoints(out.parent / "checkpoints", 2).load()
-    assert found is not None
-    trainer.load(found)
+    trainer.load(load_checkpoint(out.parent / "checkpoints" / "step-00000003.pt"))
     trainer.learners[STUDENT].finish()
     student = trainer.roles[STUDENT].opened
     params: dict[str, Any] = {

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print where the model is."""
-    from kinetoscope.cli.progress import RunProgress
+    from kinetoscope.cli.progress import RunProgress, leads
+    from kinetoscope.core.config import launch
     from kinetoscope.train.post import is_post_recipe
     from kinetoscope.train.post_run import run_post_recipe
     from kinetoscope.train.recipe import read_recipe
@@ -43,9 +44,12 @@ def run(args: argparse.Namespace) -> int:
             )
         elif args.export:
             raise ConfigError("--export is for recipes of post-training; this one has no method")
+        elif (started := launch()) is not None and started.world > 1:
+            raise ConfigError("several processes are for recipes of post-training; this one makes a model from nothing")
         else:
             model = run_recipe(
                 args.recipe, args.overrides, parts=args.parts, fresh=args.fresh, on_progress=progress.training
             )
-    print(model)
+    if leads():
+        print(model)
     return 0

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import Store
 
+from kinetoscope.core.config import Launch
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.parallel.config import AXES, ParallelConfig
 
@@ -116,6 +117,18 @@ def join(
         vae=_own("vae", torch.arange(config.world).view(-1, config.vae), rank),
         everyone=group("everyone", AXES[1:]),
     )  # fmt: skip
+
+
+def join_started(config: ParallelConfig, started: Launch, device: torch.device, timeout: float = TIMEOUT) -> Groups:
+    """`join` of processes that torchrun started.
+
+    Args:
+        started: what torchrun says of this process.
+        device: a kind of device; of several GPUs the one of this process's local rank is taken.
+    """
+    if device.type == "cuda":
+        device = torch.device("cuda", started.local)
+    return join(config, rank=started.rank, device=device, timeout=timeout)
 
 
 def leave() -> None:

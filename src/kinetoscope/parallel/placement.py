@@ -10,9 +10,10 @@ that is on one device is read first, then quantized and compiled (`runtime.care`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kinetoscope.core.sharding import ShardPlan, Share, keep_share, share_of
@@ -82,10 +83,35 @@ def average_gradients(module: nn.Module, groups: Groups) -> None:
         groups: this process's place.
     """
     done = set(matrices(module)) if groups.config.fsdp else set[str]()
-    for name, parameter in module.named_parameters():
-        if parameter.grad is None:
-            continue
-        grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+    for name, grad in _gradients(module):
         for group in (groups.replica,) if name in done else (groups.shard, groups.replica):
             if group.size > 1:
                 grad.copy_(all_reduce(grad.contiguous(), group).div_(group.size))
+
+
+@torch.no_grad()
+def clip_gradients(module: nn.Module, groups: Groups, limit: float) -> float:
+    """Scale gradients so that their norm over the whole model is at most `limit`, after `average_gradients`.
+
+    Not for weights that tensor parallel shares out.
+
+    Returns:
+        the norm before, the same on all processes.
+    """
+    done = set(matrices(module)) if groups.config.fsdp else set[str]()
+    grads = list(_gradients(module))
+    squares = torch.zeros(2, device=groups.device)  # of what everyone has, and of the own part of what is shared out
+    for name, grad in grads:
+        squares[int(name in done)] += grad.square().sum()
+    norm = float((squares[0] + all_reduce(squares[1:], groups.shard)[0]).sqrt())
+    for _, grad in grads:
+        grad.mul_(min(1.0, limit / (norm + 1e-6)))  # as torch.nn.utils.clip_grad_norm_
+    return norm
+
+
+def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that there are, by parameter: of a matrix that is shared out, this process's part."""
+    for name, parameter in module.named_parameters():
+        grad = parameter.grad
+        if grad is not None:
+            yield name, grad.to_local() if isinstance(grad, DTensor) else grad

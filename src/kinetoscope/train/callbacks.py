@@ -21,6 +21,8 @@ VIDEOS_AT_ONCE = 4
 class Callbacks:
     """The callbacks of a recipe; use as a context manager. They draw no random number of the training.
 
+    Of several processes each has them: all make the videos, since they may share weights, and the first one writes.
+
     Args:
         trainer: whose steps they follow.
         folder: of the run.
@@ -43,6 +45,8 @@ class Callbacks:
         self._world = get_world(name) if self._section.validation.every else None
 
     def __enter__(self) -> Callbacks:
+        if not self._trainer.team.leads:
+            return self
         if self._section.tensorboard or (self._section.tensorboard is None and find_spec("tensorboard")):
             self._writers.append(TensorBoard(self._folder / "tensorboard"))
         if self._section.wandb:
@@ -69,7 +73,7 @@ class Callbacks:
         """Sample with the averaged weights, judge, and write a contact sheet and a line of validation.jsonl.
 
         Returns:
-            attribute -> share of videos that show it as the caption says.
+            attribute -> share of videos that show it as the caption says; nothing in processes that do not write.
         """
         section = self._section.validation
         assert self._world is not None
@@ -86,6 +90,8 @@ class Callbacks:
                 assert batch.frames is not None
                 frames += batch.frames
         student.model.on_train_start()
+        if not self._trainer.team.leads:
+            return {}
         report = prompt_following(self._world, zip(specs, frames, strict=True))
         scores = {name: score.value for name, score in report.items()}
         folder = self._folder / "validation"

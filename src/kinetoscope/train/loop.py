@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kinetoscope.core.errors import KinetoscopeError, RunCancelled
 from kinetoscope.diffusion.noise import NoiseSource, generator_for
@@ -25,6 +26,8 @@ from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
 from kinetoscope.train.recipe import OptimizerSection
 
 LOG_EVERY = 20
+GO_ON, SAVE, STOP = range(3)
+"""What the loop does after a step."""
 
 
 class Task(Protocol):
@@ -69,22 +72,42 @@ def learning_rate(section: OptimizerSection, step: int) -> float:
     return section.learning_rate * warm * (section.final_fraction + (1 - section.final_fraction) * cosine)
 
 
+def clip_norm(module: nn.Module, limit: float) -> float:
+    """Scale gradients so that their norm is at most `limit`; the norm before."""
+    return float(nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], limit))
+
+
 class Learner:
     """A module in training: its optimizer, its learning rate and the moving average of its weights.
 
-    Frozen parameters are neither optimized, averaged nor kept in checkpoints.
+    Frozen parameters are neither optimized, averaged nor kept in checkpoints. Of weights that devices share, a process
+    has its part of all of these.
+
+    Args:
+        clip: (module, limit) -> norm of the gradients, which are at most of norm `limit` then.
 
     Attributes:
         average: name -> value of what is exported, on the module's device.
     """
 
-    def __init__(self, name: str, module: nn.Module, section: OptimizerSection) -> None:
-        self.name, self.module, self.section = name, module, section
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        section: OptimizerSection,
+        clip: Callable[[nn.Module, float], float] = clip_norm,
+    ) -> None:
+        self.name, self.module, self.section, self._clip = name, module, section, clip
         self._frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
         self._parameters = [p for p in module.parameters() if p.requires_grad]
+        mixed = any(isinstance(p, DTensor) for p in self._parameters)  # with others, which kernels for many refuse
         self.optimizer = torch.optim.AdamW(
-            self._parameters, lr=1.0, betas=section.betas, weight_decay=section.weight_decay
-        )
+            self._parameters, lr=1.0, betas=section.betas, weight_decay=section.weight_decay,
+            foreach=False if mixed else None,
+        )  # fmt: skip
+        for p in self._parameters:  # as the first update would begin: checkpoints have the same entries from the start
+            moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
         self.average = {k: v.detach().clone() for k, v in self._current().items()}
 
     def clear(self) -> None:
@@ -104,7 +127,7 @@ class Learner:
         Raises:
             KinetoscopeError: a loss or the norm is not finite; nothing is applied.
         """
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.section.clip))
+        norm = self._clip(self.module, self.section.clip)
         if not all(math.isfinite(v) for v in (*values.values(), norm)):
             told = values | {"grad_norm": norm}
             raise KinetoscopeError(
@@ -203,17 +226,19 @@ class OneFile:
 def run_job(
     job: Job,
     store: Store,
-    log: Path,
+    log: Path | None,
     *,
     checkpoint_minutes: float,
     checkpoint_every: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
+    agree: Callable[[int], int] = int,
 ) -> float:
     """Do all steps of `job`, from the newest checkpoint of `store` on.
 
     Args:
-        log: JSON lines of what the steps tell.
+        log: JSON lines of what the steps tell; None: another process writes them.
         checkpoint_every: steps between checkpoints, beside those by the clock; 0: by the clock alone.
+        agree: called after every step with `GO_ON`, `SAVE` or `STOP`; the largest of what all processes said.
 
     Returns:
         wall seconds over all runs.
@@ -226,28 +251,27 @@ def run_job(
     if (found := store.load()) is not None:
         job.load(found)
         start, spent = found["step"], found["seconds"]
-    _keep_log(log, start)
     begun = saved = time.monotonic()
 
     def save(step: int) -> None:
         store.save(step, {**job.state(), "step": step, "seconds": spent + time.monotonic() - begun})
 
-    with _stop_signal() as stopping, log.open("a", encoding="utf-8") as lines:
+    with _stop_signal() as stopping, _lines(log, start) as write:
         for step in range(start, job.steps):
             tick = time.monotonic()
             values = job.step(step)
             if on_progress:
                 on_progress(Progress(job.name, step + 1, job.steps, values, time.monotonic() - tick))
             if (step + 1) % job.log_every == 0 or step + 1 == job.steps:
-                lines.write(json.dumps({"step": step + 1, **values}) + "\n")
-                lines.flush()
-            if stopping():
-                save(step + 1)
-                raise RunCancelled(f"{job.name}: stopped after step {step + 1}; run the same command to continue")
+                write({"step": step + 1, **values})
             due = checkpoint_every and (step + 1) % checkpoint_every == 0
-            if due or time.monotonic() - saved > 60 * checkpoint_minutes:
+            due = due or time.monotonic() - saved > 60 * checkpoint_minutes
+            next_is = agree(STOP if stopping() else SAVE if due else GO_ON)
+            if next_is != GO_ON:
                 save(step + 1)
                 saved = time.monotonic()
+            if next_is == STOP:
+                raise RunCancelled(f"{job.name}: stopped after step {step + 1}; run the same command to continue")
     if start < job.steps:
         save(job.steps)
     return spent + time.monotonic() - begun if start < job.steps else spent
@@ -319,6 +343,22 @@ def _blend(average: dict[str, Tensor], values: Mapping[str, Tensor], decay: floa
             average[name].lerp_(value, 1.0 - decay)
         else:
             average[name].copy_(value)
+
+
+@contextmanager
+def _lines(log: Path | None, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes a line of the log that goes on after `steps` steps."""
+    if log is None:
+        yield lambda values: None
+        return
+    _keep_log(log, steps)
+    with log.open("a", encoding="utf-8") as lines:
+
+        def write(values: dict[str, Any]) -> None:
+            lines.write(json.dumps(values) + "\n")
+            lines.flush()
+
+        yield write
 
 
 def _keep_log(log: Path, steps: int) -> None:

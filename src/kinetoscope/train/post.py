@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.parallel import ParallelConfig
 from kinetoscope.train.causalize import CausalSection
 from kinetoscope.train.data import DataSection, source_class
 from kinetoscope.train.methods import MethodSettings, method_class
@@ -151,6 +152,8 @@ class PostRecipe(Section):
         device: where the models are.
         models: the roles; "student" is the one that is exported.
         optimizer: of every trainable role that has none of its own.
+        parallel: how several devices share the training: a layout as inference's, of `replicas`, which take different
+            micro-batches of an update, `ulysses` and `ring`, which share the tokens of each, and `fsdp`.
     """
 
     name: str
@@ -163,6 +166,7 @@ class PostRecipe(Section):
     data: SerializeAsAny[DataSection]
     optimizer: RoleOptimizer
     loop: LoopSection
+    parallel: Annotated[ParallelConfig, BeforeValidator(ParallelConfig.of)] = ParallelConfig()
     checkpoint: CheckpointSection = CheckpointSection()
     callbacks: CallbacksSection = CallbacksSection()
     export: ExportSection = ExportSection()
@@ -175,10 +179,28 @@ class PostRecipe(Section):
             raise ValueError(f"models.{frozen[0]} has a lora but is not trainable")
         return self
 
+    @model_validator(mode="after")
+    def _layout(self) -> PostRecipe:
+        given = self.parallel
+        if (given.tp, given.cfg, given.vae) != (1, 1, 1):
+            raise ValueError(f"parallel ({given}): a training is shared by replicas, ulysses, ring and fsdp")
+        if self.loop.accumulate % given.replicas:
+            raise ValueError(
+                f"parallel: replicas={given.replicas} cannot share the loop.accumulate={self.loop.accumulate} "
+                f"micro-batches of an update; set loop.accumulate={_multiple(self.loop.accumulate, given.replicas)}, "
+                "and a smaller data.batch for as large an update as before"
+            )
+        return self
+
     def optimizer_of(self, role: str) -> OptimizerSection:
         """The optimizer of a role, its schedule as long as the loop."""
         section = self.models[role].optimizer or self.optimizer
         return section if section.steps else section.model_copy(update={"steps": self.loop.steps})
+
+
+def _multiple(count: int, of: int) -> int:
+    """The next multiple."""
+    return -(-count // of) * of
 
 
 @dataclass(frozen=True, slots=True)

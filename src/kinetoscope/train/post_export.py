@@ -27,10 +27,11 @@ STALE = ("README.md", "loss.png", "step_caches.json")
 """Files of a directory that tell of its old transformer."""
 
 
-def export(trainer: Trainer, folder: Path, logs: Path, made: Made) -> Path:
+def export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: Path, made: Made) -> Path:
     """Write the student, with the averaged weights that it holds, through a temporary name.
 
     Args:
+        weights: of its transformer (`Trainer.student_weights`).
         folder: where to; for a LoRA it gets the LoRA's files alone.
         logs: folder of the log.
         made: for the card.
@@ -49,7 +50,7 @@ def export(trainer: Trainer, folder: Path, logs: Path, made: Made) -> Path:
         if student.lora is not None:
             save_lora(student.lora, temporary)
         else:
-            _directory(trainer, temporary)
+            _directory(trainer, weights, temporary)
         draw_curves(logs, temporary / "loss.png")
         card = _card(trainer.recipe, made, student.lora is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -60,7 +61,7 @@ def export(trainer: Trainer, folder: Path, logs: Path, made: Made) -> Path:
     return folder
 
 
-def _directory(trainer: Trainer, folder: Path) -> None:
+def _directory(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) -> None:
     """The student's directory with another transformer and what the recipe's `export` says."""
     student, section = trainer.roles[STUDENT], trainer.recipe.export
     model = student.opened.model
@@ -75,11 +76,10 @@ def _directory(trainer: Trainer, folder: Path) -> None:
     if section.scheduler:
         file = folder / model.config_file("scheduler").relative_to(model.path)
         _json(file, {**json.loads(file.read_text(encoding="utf-8")), **section.scheduler})
-    weights = student.opened.transformer.state_dict()
     _check_names(model, transformer, weights)
     dtype = getattr(torch, section.dtype)
     save_torch_state_dict(
-        {k: v.to("cpu", dtype).contiguous() if v.is_floating_point() else v for k, v in weights.items()},
+        {k: v.to(dtype).contiguous() if v.is_floating_point() else v for k, v in weights.items()},
         folder / transformer.relative_to(model.path), filename_pattern=WEIGHTS,
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def _card(recipe: PostRecipe, made: Made, lora: bool) -> str:
         *([f"- other models: {', '.join(others)}"] if others else []),
         f"- data: {_told(recipe.data.model_dump(mode='json'))}",
         f"- steps: {made.steps}, {recipe.loop.accumulate} micro-batches each",
-        f"- hardware: {_hardware(recipe)}; torch {torch.__version__}, kinetoscope {__version__}",
+        f"- hardware: {_hardware(recipe)}{_shared(recipe)}; torch {torch.__version__}, kinetoscope {__version__}",
         f"- wall time: {made.seconds / 60:.1f} minutes",
         *([f"- defaults: {_told(recipe.export.defaults)}"] if recipe.export.defaults else []),
         "",
@@ -133,6 +133,11 @@ def _hardware(recipe: PostRecipe) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {recipe.threads} threads"
+
+
+def _shared(recipe: PostRecipe) -> str:
+    """What several devices were used for."""
+    return f" on each of {recipe.parallel.world} ranks ({recipe.parallel})" if recipe.parallel.world > 1 else ""
 
 
 def _told(values: Mapping[str, Any]) -> str:

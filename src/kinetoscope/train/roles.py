@@ -7,7 +7,7 @@ the same arithmetic. What a family says differently is in `train.plugins`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kinetoscope.attention import make_sparse
-from kinetoscope.core.context import ForwardContext, forward_context
+from kinetoscope.core.context import ForwardContext, TokenShard, current_context, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention, shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.nn.ring_cache import with_own_caches
-from kinetoscope.nn.stack import run_calls
+from kinetoscope.nn.stack import BlockCall, run_calls
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.images import encode_video
 from kinetoscope.pipelines.stages.text import TextEncodingStage
@@ -45,6 +45,7 @@ class ModelBase:
         uncond: what the unconditional branch reads.
         attention: "dense", or a sparse kind with its settings ("vsa:sparsity=0.8"), for self-attention.
         checkpointing: recompute each block in the backward pass rather than keep what it computed.
+        shard: the processes that share the tokens of each forward; None: all are computed here.
 
     Raises:
         ConfigError: an unknown kind of attention.
@@ -63,9 +64,10 @@ class ModelBase:
         uncond: Uncond = "negative",
         attention: str = "dense",
         checkpointing: bool = False,
+        shard: TokenShard | None = None,
     ) -> None:
         self.transformer = transformer.requires_grad_(trainable)
-        self.trainable, self.uncond, self.checkpointing = trainable, uncond, checkpointing
+        self.trainable, self.uncond, self.checkpointing, self.shard = trainable, uncond, checkpointing, shard
         self.shift = self.convention.default_shift if shift is None else shift
         self.denoiser = Denoiser(transformer, self.convention)
         self._uncond: Text | None = None
@@ -233,27 +235,32 @@ class ModelBase:
     def context(self, *, checkpointing: bool | None = None) -> Generator[None]:
         """What the network's attention and loop over blocks are told in a forward of this role."""
         wanted = self.checkpointing if checkpointing is None else checkpointing
-        plain = ForwardContext(attention=dict(self._attention))
-        stack = _Recomputed(plain) if wanted and torch.is_grad_enabled() else None
-        with forward_context(replace(plain, stack=stack)):
+        stack = _recomputed if wanted and torch.is_grad_enabled() else None
+        with forward_context(ForwardContext(attention=dict(self._attention), stack=stack, shard=self.shard)):
             yield
 
 
-class _Recomputed:
-    """Blocks that keep nothing but their input. The context is opened again around the second computation, which
-    happens in the backward pass, where the first one's is long closed."""
+def _recomputed(x: Any, calls: Sequence[BlockCall]) -> Any:
+    """Blocks that keep nothing but their input."""
+    return run_calls(x, [replace(call, block=_forgetful(call.block)) for call in calls])
 
-    def __init__(self, context: ForwardContext) -> None:
-        self._context = context
 
-    def __call__(self, x: Any, calls: Sequence[Any]) -> Any:
-        for number, call in enumerate(calls):
-            x = checkpoint(self._one, x, call, number, use_reentrant=False, preserve_rng_state=False)
-        return x
+def _forgetful(block: Callable[..., Any]) -> Callable[..., Any]:
+    """The context is opened again around the second computation, which happens in the backward pass, where the first
+    one's is long closed."""
 
-    def _one(self, x: Any, call: Any, number: int) -> Any:
-        with forward_context(replace(self._context)):
-            return run_calls(x, [call], number)
+    def call(*x: Any, **told: Any) -> Any:
+        context = current_context()
+        assert context is not None
+        kept = replace(context, stack=None)
+
+        def compute(*x: Any, **told: Any) -> Any:
+            with forward_context(replace(kept)):
+                return block(*x, **told)
+
+        return checkpoint(compute, *x, use_reentrant=False, preserve_rng_state=False, **told)
+
+    return call
 
 
 class CausalModelBase(ModelBase, ABC):

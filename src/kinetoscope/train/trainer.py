@@ -10,19 +10,19 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.noise import NoiseSource, generator_for
-from kinetoscope.train.causalize import make_causal
-from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
+from kinetoscope.train.causalize import CausalSection, make_causal
 from kinetoscope.train.data import SourceContext, make_source
 from kinetoscope.train.loop import Learner
 from kinetoscope.train.lora import LoraLayers
 from kinetoscope.train.methods import BatchSource, Method, make_method
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.post import STUDENT, PostRecipe
-from kinetoscope.train.roles import ModelBase, TrainBatch
+from kinetoscope.train.roles import CausalModelBase, ModelBase, TrainBatch
+from kinetoscope.train.team import Team, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +45,35 @@ class Role:
         return self.trained if isinstance(self.trained, LoraLayers) else None
 
 
-def open_roles(recipe: PostRecipe) -> dict[str, Role]:
-    """The models of a recipe, each with its own weights.
+def open_roles(recipe: PostRecipe, team: Team) -> dict[str, Role]:
+    """The models of a recipe, each with its own weights, or this process's part of them.
 
     What the unconditional branches read is encoded here, once for every role and on every rank.
 
     Raises:
         ModelLoadError: there is no such model, or weights do not fit.
-        ConfigError: a family that cannot be trained, or a LoRA that fits no layer.
+        ConfigError: a family that cannot be trained, or not by this layout, or a LoRA that fits no layer.
     """
     roles: dict[str, Role] = {}
     for number, (name, section) in enumerate(recipe.models.items()):
         start = section.init_from
         if section.causal is not None:
-            start = str(make_causal(start, section.causal, Path(recipe.output) / "causal" / name))
-        opened = Opened(start, section.transformer, recipe.device)
+            start = str(_made_causal(start, section.causal, Path(recipe.output) / "causal" / name, team))
+        opened = Opened(start, section.transformer, str(team.device))
         model = opened.role(
             trainable=section.trainable, shift=section.shift, uncond=section.uncond, attention=section.attention,
-            checkpointing=section.checkpointing,
+            checkpointing=section.checkpointing, shard=team.shard,
         )  # fmt: skip
+        if team.shard is not None and isinstance(model, CausalModelBase):
+            raise ConfigError(
+                f"models.{name} is causal, and its past is kept whole in training: share this training by "
+                "parallel.replicas and fsdp, not by ulysses or ring"
+            )
         trained = model.transformer if section.trainable else None
         if section.lora is not None:
             generator = generator_for(NoiseSource([recipe.seed]).fork(number, 0, 0, 0).seeds[0])
             trained = LoraLayers(model.transformer, section.lora, generator)
+        team.place(model.transformer, opened.class_name)  # before the next is opened: one at a time is here whole
         roles[name] = Role(opened, model, trained)
     student = roles[STUDENT].opened
     encoder = student.encoder()
@@ -76,14 +82,21 @@ def open_roles(recipe: PostRecipe) -> dict[str, Role]:
     return roles
 
 
+def _made_causal(start: str, section: CausalSection, folder: Path, team: Team) -> Path:
+    """See `make_causal`; the first process makes the directory."""
+    team.alone(lambda: make_causal(start, section, folder))
+    return folder
+
+
 class Trainer:
     """A `loop.Job`.
 
     In each step the batches of its micro-batches are made once, and then each role that the method updates gathers
     gradients over them, clips them, steps its optimizer and its average. What a step sees is a function of the seed
-    and the step's number alone.
+    and the step's number alone: several processes share out its micro-batches.
 
     Args:
+        team: this process among them.
         on_count: told (done, total) of lengthy preparations of the data.
         after_step: called with (step, values) after each step.
 
@@ -96,21 +109,22 @@ class Trainer:
         recipe: PostRecipe,
         folder: Path,
         *,
+        team: Team | None = None,
         on_count: Callable[[int, int], None] | None = None,
         after_step: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.recipe, self.after_step = recipe, after_step
         self.name, self.steps, self.log_every = recipe.name, recipe.loop.steps, recipe.loop.log_every
-        self.roles = open_roles(recipe)
+        self.team = Team(torch.device(recipe.device)) if team is None else team
+        self.roles = open_roles(recipe, self.team)
         models = {name: role.model for name, role in self.roles.items()}
         self.method: Method = make_method(recipe.method, models)
         self._context = SourceContext(self.roles[STUDENT].opened, folder, on_count)
         self.learners = {
-            name: Learner(f"{recipe.name}, {name}", role.trained, recipe.optimizer_of(name))
+            name: Learner(f"{recipe.name}, {name}", role.trained, recipe.optimizer_of(name), self.team.clip)
             for name, role in self.roles.items()
             if role.trained is not None
         }
-        self.device = torch.device(recipe.device)
         for model in models.values():
             model.on_train_start()
 
@@ -120,13 +134,14 @@ class Trainer:
         return make_source(self.recipe.data, self._context)
 
     def prepare(self) -> None:
-        """Open the data, so that its mistakes are told before the first step."""
+        """Open the data, so that its mistakes are told before the first step; one process makes what is not there."""
+        self.team.alone(lambda: self.source)
         _ = self.source
 
     def step(self, step: int) -> dict[str, float]:
         """Update the roles of this step; values are named "role.term"."""
         values: dict[str, float] = {}
-        batches = [self._batch(step, micro) for micro in range(self.recipe.loop.accumulate)]
+        batches = [(micro, self._batch(step, micro)) for micro in self.team.micro_batches(self.recipe.loop.accumulate)]
         for name in self.method.updates(step):
             if name not in self.learners:
                 raise ConfigError(f"method {self.recipe.method.name} updates models.{name}; set its trainable: true")
@@ -152,44 +167,29 @@ class Trainer:
         for name, learner in self.learners.items():
             learner.load(state["roles"][name])
 
-    def _update(self, name: str, step: int, batches: list[TrainBatch]) -> dict[str, float]:
+    def student_weights(self) -> dict[str, Tensor]:
+        """All weights of the student's transformer, in the first process; none where a LoRA is trained. Every process
+        calls it."""
+        student = self.roles[STUDENT]
+        return {} if student.lora is not None else whole(student.opened.transformer.state_dict(), kept=self.team.leads)
+
+    def _update(self, name: str, step: int, batches: list[tuple[int, TrainBatch]]) -> dict[str, float]:
         learner, loop = self.learners[name], self.recipe.loop
         learner.clear()
         values: dict[str, float] = {}
-        for micro, batch in enumerate(batches):
+        for micro, batch in batches:
             generator = self._generator(step, micro, crc32(name.encode()))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=loop.precision == "bfloat16"):
+            with torch.autocast(self.team.device.type, torch.bfloat16, enabled=loop.precision == "bfloat16"):
                 terms = self.method.losses(name, batch, step, generator)
             self.roles[name].model.backward(terms["total"], len(batches))
             for term, value in terms.items():
                 values[term] = values.get(term, 0.0) + float(value.detach()) / len(batches)
+        values = self.team.mean(values)
         return values | {"grad_norm": learner.update(step, values)}
 
     def _batch(self, step: int, micro: int) -> TrainBatch:
         number = step * self.recipe.loop.accumulate + micro
-        return self.source.batch(number, self._generator(step, micro)).to(self.device)
+        return self.source.batch(number, self._generator(step, micro)).to(self.team.device)
 
     def _generator(self, *key: int) -> torch.Generator:
         return generator_for(NoiseSource([self.recipe.seed]).fork(*key).seeds[0])
-
-
-@dataclass(frozen=True, slots=True)
-class KeptCheckpoints:
-    """A `loop.Store`: the newest `keep` checkpoints of a folder, each one file."""
-
-    folder: Path
-    keep: int
-
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the file whole, then remove what is older than the last `keep`, and what a kill left half written."""
-        save_checkpoint(self.folder / f"step-{step:08d}.pt", state)
-        for old in (*self._files()[: -self.keep], *self.folder.glob("step-*.tmp")):
-            old.unlink()
-
-    def load(self) -> dict[str, Any] | None:
-        """The newest."""
-        files = self._files()
-        return load_checkpoint(files[-1]) if files else None
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.pt"))

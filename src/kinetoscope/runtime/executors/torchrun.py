@@ -11,7 +11,7 @@ import torch.distributed as dist
 from kinetoscope.core.config import launch
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.parallel import Groups, ParallelConfig
-from kinetoscope.parallel.groups import join, leave
+from kinetoscope.parallel.groups import join_started, leave
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.runtime.executors.base import Job, part_of, replica_shares
 from kinetoscope.runtime.executors.inprocess import InProcess
@@ -22,10 +22,7 @@ from kinetoscope.runtime.running import GenerationResult, RunEvent
 
 
 def join_launch(config: ParallelConfig, device: torch.device, timeout: float) -> Groups:
-    """This process's place in a layout that torchrun started.
-
-    Args:
-        device: a kind of device; of several GPUs the one of this process's local rank is taken.
+    """This process's place in a layout that torchrun started; see `join_started`.
 
     Raises:
         ConfigError: torchrun did not start this process, or started another number of them.
@@ -36,9 +33,7 @@ def join_launch(config: ParallelConfig, device: torch.device, timeout: float) ->
             "executor='torchrun': this process was not started by torchrun; "
             f"use `torchrun --nproc-per-node {config.world} SCRIPT`, or executor='processes'"
         )
-    if device.type == "cuda":
-        device = torch.device("cuda", started.local)
-    return join(config, rank=started.rank, device=device, timeout=timeout)
+    return join_started(config, started, device, timeout)
 
 
 class Torchrun(InProcess):

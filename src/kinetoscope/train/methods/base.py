@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from kinetoscope.diffusion.noise import NoiseSource, generator_for
 from kinetoscope.train.recipe import Section
 from kinetoscope.train.roles import ModelBase, TrainBatch
 
@@ -22,11 +24,21 @@ class MethodSettings(Section):
     name: str
 
 
+def pace_of(step: int, role: str) -> torch.Generator:
+    """For what decides how many forwards a loss takes: the same for all micro-batches of an update.
+
+    Devices that take different micro-batches would wait for the one with the most forwards, and where they share
+    weights, which they gather for each, for ever.
+    """
+    return generator_for(NoiseSource([step]).fork(crc32(role.encode())).seeds[0])
+
+
 class Method(Protocol):
     """One way of post-training, made by `Method(roles, settings)`.
 
-    All randomness comes from the generators given, all phases from `step`: resume needs no state of the method. What a
-    method keeps from call to call (caches of keys and values) must not change what it computes.
+    All randomness comes from the generators given, all phases from `step`: resume needs no state of the method. How
+    many forwards there are is a matter of the step, not of the sample (`pace_of`). What a method keeps from call to
+    call (caches of keys and values) must not change what it computes.
 
     Attributes:
         settings_class: of the recipe's `method` section.

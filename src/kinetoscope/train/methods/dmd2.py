@@ -18,7 +18,7 @@ from torch import Tensor
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.few_step import TRAIN_STEPS, FewStepSchedule
 from kinetoscope.diffusion.noise import randn
-from kinetoscope.train.methods.base import MethodSettings
+from kinetoscope.train.methods.base import MethodSettings, pace_of
 from kinetoscope.train.roles import ModelBase, TrainBatch
 
 
@@ -88,20 +88,21 @@ class DMD2:
         """Of the critic: how well it denoises what the student makes. Of the student: `dmd_loss` of what it makes."""
         if role == "critic":
             with torch.no_grad():
-                x0 = self.rollout(batch, generator)
+                x0 = self.rollout(batch, generator, pace_of(step, role))
             return {"total": self.critic_loss(x0, batch, generator)}
-        x0 = self.rollout(batch, generator)
+        x0 = self.rollout(batch, generator, pace_of(step, role))
         total, gradient = self.dmd_loss(x0, batch, generator)
         return {"total": total, "gradient": gradient}
 
     # -- what the student makes ---------------------------------------------------------------------------------------
 
-    def rollout(self, batch: TrainBatch, generator: torch.Generator) -> Tensor:
+    def rollout(self, batch: TrainBatch, generator: torch.Generator, pace: torch.Generator) -> Tensor:
         """Videos by the student [B, C, T, H, W], differentiable in the last of the steps they took.
 
-        The steps are those of sampling, up to one drawn at random, whose estimate of the clean video is the video.
+        The steps are those of sampling, up to one drawn at random from `pace`, whose estimate of the clean video is the
+        video.
         """
-        exit_step = self.exit_step(generator)
+        exit_step = self.exit_step(pace)
         x = self.draw(batch, generator)
         if self.settings.rollout == "data_latent":
             sigma = self.schedule.sigmas[exit_step]

@@ -185,10 +185,10 @@ class SelfForcing(DMD2):
             raise ConfigError("self_forcing learns from its own rollouts: method.rollout=data_latent is of dmd2")
         self.causal, self.forcing = student, settings
 
-    def rollout(self, batch: TrainBatch, generator: torch.Generator) -> Tensor:
+    def rollout(self, batch: TrainBatch, generator: torch.Generator, pace: torch.Generator) -> Tensor:
         """Videos by the student, block after block."""
         seeds = torch.randint(0, 2**62, (batch.rows,), generator=generator).tolist()
-        exits = self.draw_exits(batch.latents.shape[2], generator)
+        exits = self.draw_exits(batch.latents.shape[2], pace)
         return roll_out(self.causal, batch, self.forcing, exits, seeds)
 
     def draw_exits(self, frames: int, generator: torch.Generator) -> Exits:
