@@ -118,6 +118,24 @@ def lora_digest(path: str | Path) -> str:
     return hashlib.sha256(f"{file_digest(file)}{file_digest(config)}".encode()).hexdigest()
 
 
+def read_header(path: str | Path) -> dict[str, str]:
+    """What the header of a LoRA file says beside its tensors.
+
+    Raises:
+        ModelLoadError: there is no such file, or it is damaged.
+    """
+    file = _resolve(path)
+    try:
+        with safe_open(file, "pt", device="cpu") as content:
+            return dict(content.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ModelLoadError:
+    return ModelLoadError(f"{file} is truncated or not a safetensors file ({error}); download it again")
+
+
 class _Finder:
     """Joins the tensors of each layer to changes of one transformer's parameters."""
 
@@ -250,7 +268,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(content.metadata() or {})
             tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
+        raise _damaged(file, error) from error
     if not tensors:
         raise ModelLoadError(f"{file} holds no tensors")
     for key, value in tensors.items():

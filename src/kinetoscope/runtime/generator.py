@@ -34,7 +34,7 @@ from kinetoscope.runtime.executors.inprocess import InProcess
 from kinetoscope.runtime.executors.pool import Pool
 from kinetoscope.runtime.executors.stream import RemoteSession, drain
 from kinetoscope.runtime.executors.torchrun import Torchrun, join_launch
-from kinetoscope.runtime.lora import Lora, Loras, LoraSpec, lora_specs
+from kinetoscope.runtime.lora import Lora, Loras, LoraSpec, lora_specs, sampled_with
 from kinetoscope.runtime.opening import open_pipeline
 from kinetoscope.runtime.parallel import check_layout
 from kinetoscope.runtime.request import VideoRequest
@@ -113,7 +113,8 @@ class VideoGenerator(HasExecutor):
             perf_logging: log step times; None reads `KINETOSCOPE_DENOISING_PERF_LOGGING`.
             threads: CPU threads of torch, for the whole process; None leaves them.
             modules: components to share instead of loading (`other.pipeline.loaded_modules()`).
-            lora: LoRA files, each a path, text "FILE:WEIGHT", or an object with the arguments of `load_lora`.
+            lora: LoRA files, each a path, text "FILE:WEIGHT", or an object with the arguments of `load_lora`. A file
+                that says how the model is sampled with it (few steps) decides that, as a directory's own defaults do.
             parallel: a layout of several devices: {"ulysses": 2, "cfg": 2}, or "ulysses=2,cfg=2" (docs/parallel.md);
                 "auto", or "auto:size=480x832,frames=81", chooses for this model, video and machine and logs why
                 (`generator.options["parallel"]` is the layout).
@@ -131,6 +132,8 @@ class VideoGenerator(HasExecutor):
         """
         if not isinstance(model, ModelDir):
             model = resolve_model(str(model))
+        loras = lora_specs(lora)
+        model = sampled_with(model, loras)
         given: dict[str, Any] = {
             "attention": attention, "cfg": cfg, "text_mode": text_mode, "cache": cache, "compile": compile,
             "quantize": quantize, "offload": offload, "vae": vae, "autocast": autocast, "perf_logging": perf_logging,
@@ -148,7 +151,7 @@ class VideoGenerator(HasExecutor):
         pipeline, options = open_pipeline(model, device, dtype, **given, **here, groups=groups)
         generator = cls(pipeline, {"scheduler": scheduler, **options, "parallel": of_one(layout)}, groups)
         generator.defaults()  # refuses an unknown scheduler, or bad defaults of the directory, now
-        for one in lora_specs(lora):
+        for one in loras:
             generator.load_lora(**one)
         if groups is not None:
             generator.executor = Torchrun(pipeline, generator._loras, groups)
@@ -177,7 +180,8 @@ class VideoGenerator(HasExecutor):
         """Add a LoRA to the model and to those loaded before; runs that start from now on have it.
 
         The key styles of diffusers, PEFT, kohya and ComfyUI are read, with alphas and with deltas of weights, biases,
-        norms and modulation. A run in progress goes on with what it began with.
+        norms and modulation. A run in progress goes on with what it began with. The model is sampled as before: how a
+        file says that it should be is for `from_pretrained(lora=...)`.
 
         Args:
             path: a .safetensors file, or a folder in which PEFT or diffusers saved one.

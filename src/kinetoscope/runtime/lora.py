@@ -15,9 +15,11 @@ from torch import nn
 
 from kinetoscope.core.errors import CompositionError, ConfigError, KinetoscopeError, ModelLoadError
 from kinetoscope.core.lora import Weighted
+from kinetoscope.loading import ModelDir
 from kinetoscope.loading.components import lora_target
 from kinetoscope.loading.lora import BOTH, SHOWN, LoraFile, Target, read_lora
 from kinetoscope.loading.lora_keys import TWO
+from kinetoscope.loading.lora_sampling import LoraSampling, SampledDir, sampled_as
 from kinetoscope.nn.lora import carrier_of
 from kinetoscope.pipelines.composed import ComposedPipeline
 
@@ -235,6 +237,35 @@ def lora_specs(lora: LoraSpec | Sequence[LoraSpec] | None) -> list[dict[str, Any
             )
         specs.append(spec)
     return specs
+
+
+def sampled_with(model: ModelDir, specs: Sequence[Mapping[str, Any]]) -> ModelDir:
+    """The directory as it is sampled with LoRAs (`lora_specs`): a distilled one says in its file how.
+
+    Raises:
+        ModelLoadError: a file is missing, or its header is not readable.
+        CompositionError: two of them say different things.
+    """
+    said = {str(spec["path"]): found for spec in specs if (found := LoraSampling.read(spec["path"]))}
+    ways = list(said.items())
+    for path, sampling in ways:
+        if sampling != ways[0][1]:
+            raise CompositionError(
+                f"LoRAs {ways[0][0]} and {path} are for other ways of sampling, and cannot be used together"
+            )
+    if not ways or isinstance(model, SampledDir):
+        return model
+    path, sampling = ways[0]
+    own = model.model_index.get("_class_name")
+    if own != sampling.of:
+        logger.warning(
+            "LoRA %s says how a %s is sampled with it, and %s is a %s: it is sampled as without the LoRA",
+            path, sampling.of, model.name, own,
+        )  # fmt: skip
+        return model
+    told = ", ".join(f"{name} {value}" for name, value in sampling.defaults.items() if name != "extra")
+    logger.info("LoRA %s: sampled as it was trained%s", path, told and f" ({told})")
+    return sampled_as(model, sampling)
 
 
 def _read_text(text: str) -> dict[str, Any]:

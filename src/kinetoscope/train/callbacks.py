@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +12,7 @@ from kinetoscope.evaluation import heldout_specs, prompt_following
 from kinetoscope.media import contact_sheet
 from kinetoscope.train.post import STUDENT
 from kinetoscope.train.trainer import Trainer
+from kinetoscope.train.watch import Watcher, open_watchers
 from kinetoscope.worlds import get_world
 
 VIDEOS_AT_ONCE = 4
@@ -34,7 +34,7 @@ class Callbacks:
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self._trainer, self._folder = trainer, folder
         self._section = trainer.recipe.callbacks
-        self._writers: list[Any] = []
+        self._watchers: list[Watcher] = []
         self._opened = trainer.roles[STUDENT].opened
         name = self._opened.model.sidecar.get("world")
         if self._section.validation.every and name is None:
@@ -47,27 +47,24 @@ class Callbacks:
     def __enter__(self) -> Callbacks:
         if not self._trainer.team.leads:
             return self
-        if self._section.tensorboard or (self._section.tensorboard is None and find_spec("tensorboard")):
-            self._writers.append(TensorBoard(self._folder / "tensorboard"))
-        if self._section.wandb:
-            self._writers.append(WandB(self._trainer.recipe.name, self._trainer.recipe.model_dump(mode="json")))
+        self._watchers = open_watchers(self._trainer.recipe, self._folder)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for writer in self._writers:
-            writer.close()
+        for watcher in self._watchers:
+            watcher.close()
 
     def after_step(self, step: int, values: dict[str, float]) -> None:
         """Called with the number of each step and what it told."""
-        for writer in self._writers:
-            writer.write(step + 1, values)
+        for watcher in self._watchers:
+            watcher.write(step + 1, values)
         every = self._section.validation.every
         if every and (step + 1) % every == 0:
             scores = self.validate(step + 1)
-            for writer in self._writers:
-                writer.write(step + 1, {f"validation.{k}": v for k, v in scores.items()})
+            for watcher in self._watchers:
+                watcher.write(step + 1, {f"validation.{k}": v for k, v in scores.items()})
 
     def validate(self, step: int) -> dict[str, float]:
         """Sample with the averaged weights, judge, and write a contact sheet and a line of validation.jsonl.
@@ -100,50 +97,3 @@ class Callbacks:
         with (self._folder / "validation.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "videos": len(specs), **scores}) + "\n")
         return scores
-
-
-class TensorBoard:
-    """Scalars for TensorBoard.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("callbacks.tensorboard needs: pip install tensorboard") from error
-        self._writer: Any = SummaryWriter(str(folder))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One point of each curve."""
-        for name, value in values.items():
-            self._writer.add_scalar(name.replace(".", "/"), value, step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._writer.close()
-
-
-class WandB:
-    """Scalars for Weights & Biases.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ConfigError("callbacks.wandb needs: pip install wandb") from error
-        self._run: Any = wandb.init(project="kinetoscope", name=name, config=settings)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One point of each curve."""
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        """End the run."""
-        self._run.finish()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.loading.lora_sampling import LoraSampling
 from kinetoscope.nn.original_names import VIDEO_TRANSFORMER, renamer
 from kinetoscope.train.post import LoraSection
 
@@ -79,9 +80,12 @@ class LoraLayers(nn.Module):
         return {f"{name}.weight": m.scale * m.up.detach() @ m.down.detach() for name, m in self._named.items()}
 
 
-def save_lora(layers: LoraLayers, folder: Path) -> list[Path]:
+def save_lora(layers: LoraLayers, folder: Path, sampling: LoraSampling | None = None) -> list[Path]:
     """Write the layers as PEFT names them: for diffusers (which PEFT reads too), and for ComfyUI if the model's
     authors named its layers otherwise.
+
+    Args:
+        sampling: how the model is sampled with them, for the headers; None: as without them.
 
     Returns:
         the files.
@@ -94,8 +98,9 @@ def save_lora(layers: LoraLayers, folder: Path) -> list[Path]:
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in pairs.items():
         tensors |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
-    files = [_save(tensors, folder / DIFFUSERS_FILE, header)]
+    header = {"format": "pt", **(sampling.header() if sampling else {})}
+    adapter = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+    files = [_save(tensors, folder / DIFFUSERS_FILE, header | adapter)]
     names = {name: authors_name(name) for name in pairs}
     if all(names.values()):
         tensors = {}
@@ -106,7 +111,7 @@ def save_lora(layers: LoraLayers, folder: Path) -> list[Path]:
                 f"{stem}.lora_B.weight": up,
                 f"{stem}.alpha": torch.tensor(alpha),
             }
-        files.append(_save(tensors, folder / COMFYUI_FILE, {"format": "pt"}))
+        files.append(_save(tensors, folder / COMFYUI_FILE, header))
     return files
 
 

@@ -118,12 +118,13 @@ class CallbacksSection(Section):
     """What happens beside the loop.
 
     Attributes:
-        tensorboard, wandb: whether losses go there; None: if the package is installed (wandb: only if asked for).
+        tensorboard, wandb: whether losses go there; None: if the package is installed, and wandb's then stay in the
+            folder of the run.
     """
 
     validation: ValidationSection = ValidationSection()
     tensorboard: bool | None = None
-    wandb: bool = False
+    wandb: bool | None = None
 
 
 class ExportSection(Section):
@@ -132,7 +133,7 @@ class ExportSection(Section):
     Attributes:
         dtype: of the weights of its transformer.
         defaults: sampling defaults, over those of the directory it was made from.
-        index: entries of model_index.json, over those of that directory.
+        index: entries of model_index.json, over those of that directory. A LoRA's files say both in their headers.
         scheduler: entries of its scheduler's configuration, likewise.
     """
 
@@ -177,6 +178,8 @@ class PostRecipe(Section):
             raise ValueError("models needs a student that is trainable")
         if frozen := [name for name, m in self.models.items() if m.lora and not m.trainable]:
             raise ValueError(f"models.{frozen[0]} has a lora but is not trainable")
+        if self.models[STUDENT].lora and self.export.scheduler:
+            raise ValueError("export.scheduler is of a directory; the file of a LoRA says defaults and index alone")
         return self
 
     @model_validator(mode="after")

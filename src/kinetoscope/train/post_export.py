@@ -16,9 +16,10 @@ from torch import Tensor
 from kinetoscope.core.errors import ConfigError, OutputError
 from kinetoscope.core.version import __version__
 from kinetoscope.loading import ModelDir
+from kinetoscope.loading.lora_sampling import LoraSampling
 from kinetoscope.loading.weights import read_tensors, weight_files
 from kinetoscope.train.curves import draw_curves
-from kinetoscope.train.lora import save_lora
+from kinetoscope.train.lora import DIFFUSERS_FILE, save_lora
 from kinetoscope.train.post import STUDENT, Made, PostRecipe
 from kinetoscope.train.trainer import Trainer
 
@@ -48,7 +49,7 @@ def export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: 
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         if student.lora is not None:
-            save_lora(student.lora, temporary)
+            save_lora(student.lora, temporary, _sampling(trainer))
         else:
             _directory(trainer, weights, temporary)
         draw_curves(logs, temporary / "loss.png")
@@ -59,6 +60,14 @@ def export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: 
     except OSError as error:
         raise OutputError(f"the model cannot be written to {folder}: {error}") from error
     return folder
+
+
+def _sampling(trainer: Trainer) -> LoraSampling | None:
+    """What a LoRA's files say of how the model is sampled with it: what the recipe's `export` says."""
+    section, model = trainer.recipe.export, trainer.roles[STUDENT].opened.model
+    if not section.index and not section.defaults:
+        return None
+    return LoraSampling(model.model_index["_class_name"], section.index, section.defaults)
 
 
 def _directory(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -108,6 +117,7 @@ def _card(recipe: PostRecipe, made: Made, lora: bool) -> str:
     others = [f"{name} from `{m.init_from}`" for name, m in recipe.models.items() if name != STUDENT]
     settings = {k: v for k, v in recipe.method.model_dump(mode="json").items() if k != "name"}
     kind = "LoRA" if lora else "Model"
+    use = f'- use: `kinetoscope generate "PROMPT" --model {student.init_from} --lora {DIFFUSERS_FILE}`'
     lines = [
         f"# {recipe.name}",
         "",
@@ -121,6 +131,7 @@ def _card(recipe: PostRecipe, made: Made, lora: bool) -> str:
         f"- hardware: {_hardware(recipe)}{_shared(recipe)}; torch {torch.__version__}, kinetoscope {__version__}",
         f"- wall time: {made.seconds / 60:.1f} minutes",
         *([f"- defaults: {_told(recipe.export.defaults)}"] if recipe.export.defaults else []),
+        *([use] if lora else []),
         "",
         "![loss curves](loss.png)",
         "",
