@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from kinetoscope.core.errors import ConfigError, RunCancelled
+from kinetoscope.loading import directory, resolve
+from kinetoscope.train import post
 from kinetoscope.train.checkpoint import load_checkpoint
 from kinetoscope.train.loop import Progress, learning_rate
 from kinetoscope.train.plugins import Opened
@@ -121,6 +123,21 @@ def test_a_run_from_start_to_a_model_that_samples_as_it_did_in_training(model: P
     assert ours is not None and before is not None
     assert abs(ours[0].astype(int) - theirs.frames.astype(int)).max() <= 1
     assert abs(ours[0].astype(int) - before[0].astype(int)).max() > 1, "training must show"
+
+
+def test_an_export_leaves_out_what_an_embedded_model_has(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (directory, resolve, post):
+        monkeypatch.setattr(module, "embedded_models", lambda: {"base": model})
+    recipe = write_recipe(tmp_path, model, export={"share": "base", "scheduler": {"flow_shift": 2.5}})
+    out = run_post_recipe(recipe, ["loop.steps=1"])
+    shared = {"vae": "base", "text_encoder": "base", "tokenizer": "base"}
+    assert json.loads((out / "kinetoscope.json").read_text())["shared"] == shared
+    assert {f.name for f in out.iterdir() if f.is_dir()} == {"scheduler", "transformer"}
+    assert Opened(str(out)).sample(["a red circle"], [7], height=16, width=32, num_frames=5).frames is not None
+    with pytest.raises(ConfigError, match=r"export\.share.*'bare' is no embedded model: base"):
+        run_post_recipe(recipe, ["loop.steps=1", "export.share=bare", f"output={tmp_path / 'b'}"])
 
 
 def killed(recipe: Path, delay: float) -> bool:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.parallel import ParallelConfig
+from kinetoscope.reference import embedded_models
 from kinetoscope.train.causalize import CausalSection
 from kinetoscope.train.data import DataSection, source_class
 from kinetoscope.train.methods import MethodSettings, method_class
@@ -135,12 +136,21 @@ class ExportSection(Section):
         defaults: sampling defaults, over those of the directory it was made from.
         index: entries of model_index.json, over those of that directory. A LoRA's files say both in their headers.
         scheduler: entries of its scheduler's configuration, likewise.
+        share: an embedded model; components that are the same as its own are not written, but taken from it.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     defaults: dict[str, Any] = Field(default_factory=dict)
     index: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
+    share: str | None = None
+
+    @field_validator("share")
+    @classmethod
+    def _embedded(cls, share: str | None) -> str | None:
+        if share is not None and share not in embedded_models():
+            raise ValueError(f"{share!r} is no embedded model: {', '.join(embedded_models())}")
+        return share
 
 
 class PostRecipe(Section):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError, OutputError
 from kinetoscope.core.version import __version__
-from kinetoscope.loading import ModelDir
+from kinetoscope.loading import ModelDir, resolve_model
+from kinetoscope.loading.directory import file_digest
 from kinetoscope.loading.lora_sampling import LoraSampling
 from kinetoscope.loading.weights import read_tensors, weight_files
 from kinetoscope.train.curves import draw_curves
@@ -75,27 +76,36 @@ def _directory(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) ->
     student, section = trainer.roles[STUDENT], trainer.recipe.export
     model = student.opened.model
     transformer = model.folder("transformer")
-    left_out = shutil.ignore_patterns(*STALE)
-    shutil.copytree(
-        model.path, folder, ignore=lambda at, names: {*left_out(at, names), *_weights(Path(at), transformer)}
-    )
-    _json(folder / "model_index.json", {**model.model_index, **section.index})
-    defaults = {**model.sidecar.get("defaults", {}), **section.defaults}
-    _json(folder / "kinetoscope.json", {**model.sidecar, "defaults": defaults})
-    if section.scheduler:
-        file = folder / model.config_file("scheduler").relative_to(model.path)
-        _json(file, {**json.loads(file.read_text(encoding="utf-8")), **section.scheduler})
     _check_names(model, transformer, weights)
+    old = [f for pattern in ("*.safetensors*", "*.bin*") for f in transformer.glob(pattern)]
+    copied = model.copy(folder, [*old, *(model.path / name for name in STALE)])
+    _json(folder / "model_index.json", {**model.model_index, **section.index})
+    sidecar = {**copied.sidecar, "defaults": {**model.sidecar.get("defaults", {}), **section.defaults}}
+    if section.scheduler:
+        file = copied.config_file("scheduler")
+        _json(file, {**json.loads(file.read_text(encoding="utf-8")), **section.scheduler})
+    if section.share is not None:
+        sidecar["shared"] = _share(copied, section.share)
+    _json(folder / "kinetoscope.json", sidecar)
     dtype = getattr(torch, section.dtype)
     save_torch_state_dict(
         {k: v.to(dtype).contiguous() if v.is_floating_point() else v for k, v in weights.items()},
-        folder / transformer.relative_to(model.path), filename_pattern=WEIGHTS,
+        copied.folder("transformer"), filename_pattern=WEIGHTS,
     )  # fmt: skip
 
 
-def _weights(at: Path, transformer: Path) -> list[str]:
-    """Names of the transformer's old weights in a folder."""
-    return [f.name for f in (*at.glob("*.safetensors*"), *at.glob("*.bin*"))] if at == transformer else []
+def _share(model: ModelDir, owner: str) -> dict[str, str]:
+    """Remove the components that are those of an embedded model; returns what the sidecar says of them."""
+    theirs = resolve_model(owner)
+    same = [c for c in model.components() if c in theirs.components() and _contents(model, c) == _contents(theirs, c)]
+    for component in same:
+        shutil.rmtree(model.folder(component))
+    return dict.fromkeys(same, owner)
+
+
+def _contents(model: ModelDir, component: str) -> dict[Path, str]:
+    folder = model.folder(component)
+    return {f.relative_to(folder): file_digest(f) for f in folder.rglob("*") if f.is_file()}
 
 
 def _check_names(model: ModelDir, transformer: Path, weights: Mapping[str, Tensor]) -> None:
