@@ -16,8 +16,8 @@ from kinetoscope.loading import ModelDir
 from kinetoscope.loading.directory import file_digest
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
-from kinetoscope.pipelines.stages.images import encode_video
 from kinetoscope.pipelines.stages.text import TextEncodingStage
+from kinetoscope.train.plugins import plugin_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,14 @@ def open_encoders(model: ModelDir, device: str = "cpu", dtype: torch.dtype = tor
     """The model's pipeline, of which nothing has been loaded yet.
 
     Raises:
-        ConfigError: it is of a family whose videos and text are not encoded by a VAE with means and deviations of
-            channels and by a T5 encoder; this data is for those (Wan, causal Wan, LongCat, ...).
+        ConfigError: it is of a family that cannot be trained, or whose text is more than the states of one T5 encoder,
+            which is what rows hold (Wan, causal Wan, LongCat, Cosmos Predict 1 and 2).
     """
     pipeline = build_pipeline(model, ExecutionArgs(device=torch.device(device), dtype=dtype))
-    config = model.config("vae")
-    stage = pipeline.stages.get("text_encoding")
-    if not isinstance(stage, TextEncodingStage) or not {"latents_mean", "latents_std"} <= config.keys():
+    plugin_of(model.components()["transformer"])
+    if not isinstance(pipeline.stages.get("text_encoding"), TextEncodingStage):
         raise ConfigError(
-            f"{model.name}: clips cannot be encoded for this family; it should have a T5 text encoder and a VAE with "
-            "latents_mean and latents_std, as Wan has"
+            f"{model.name}: captions cannot be encoded for this family; it should have one T5 text encoder, as Wan has"
         )
     return pipeline
 
@@ -89,6 +87,7 @@ class Encoder:
         stage = pipeline.stages["text_encoding"]
         assert isinstance(stage, TextEncodingStage)
         self._pipeline, self._text = pipeline, stage
+        self._plugin = plugin_of(pipeline.model.components()["transformer"])
 
     @torch.no_grad()
     def latents(self, frames: np.ndarray[Any, Any]) -> Tensor:
@@ -96,7 +95,7 @@ class Encoder:
         encode a given video."""
         video = torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1  # [3, T, H, W]
         device = self._pipeline.args.device
-        return encode_video(self._pipeline.get_module("vae"), video.unsqueeze(0).to(device))[0].cpu()
+        return self._plugin.encode_video(self._pipeline, video.unsqueeze(0).to(device))[0].cpu()
 
     def text(self, caption: str) -> Tensor:
         """[n, D] states of the n true tokens, on the CPU.

@@ -55,11 +55,11 @@ class Finetune:
     def __init__(self, roles: Mapping[str, ModelBase], settings: FinetuneSettings) -> None:
         self.roles, self.settings = roles, settings
         self.student = roles["student"]
-        predicts = self.student.convention.prediction
-        if settings.min_snr is not None and predicts in ("flow", "edm"):
+        others = {"flow": "a flow", "edm": "in the scalings of EDM"}
+        if settings.min_snr is not None and (how := others.get(self.student.convention.prediction)):
             raise ConfigError(
-                "method.min_snr is for predictions of noise, of v or of the sample; this model predicts "
-                f"{predicts!r}, where sampling of levels does its work: leave min_snr out"
+                f"method.min_snr is for predictions of noise, of v or of the sample; this model predicts {how}, where "
+                "sampling of levels does its work: leave min_snr out"
             )
 
     def updates(self, step: int) -> Sequence[str]:
