@@ -18,12 +18,16 @@ from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import CompositionError, ConfigError, InputError, ModelLoadError
 from kinetoscope.loading.lora_sampling import HEADER, LoraSampling
 from kinetoscope.runtime.replay import replay
+from kinetoscope.train.checkpoint import load_checkpoint
 from kinetoscope.train.lora import COMFYUI_FILE, DIFFUSERS_FILE
-from kinetoscope.train.post import load_post_recipe
+from kinetoscope.train.post import STUDENT, load_post_recipe
+from kinetoscope.train.post_export import export_sampling
 from kinetoscope.train.post_run import run_post_recipe
+from kinetoscope.train.trainer import Trainer
 from tiny import make_tiny_wan
 from train.post_runs import write_recipe
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "lora_4step.yaml"
 STEPS = {"dmd_denoising_steps": [1000, 750, 500, 250], "warp_denoising_step": True}
 EXPORT: dict[str, Any] = {
     "dtype": "float32",
@@ -81,6 +85,26 @@ def test_four_steps_of_the_base_model(model: Path, made: Path, tmp_path: Path) -
     later.load_lora(made)
     assert later.defaults() == opened(model).defaults(), "how it is sampled is asked when the model is opened"
     assert "--lora pytorch_lora_weights.safetensors" in (made / "README.md").read_text()
+    trainer = Trainer(load_post_recipe(made.parents[1] / "recipe.yaml"), tmp_path)
+    trainer.load(load_checkpoint(made.parent / "checkpoints" / "step-00000002.pt"))
+    trainer.learners[STUDENT].finish()
+    sampling = export_sampling(trainer)
+    assert sampling is not None
+    fields = {name: value for name, value in ASKED.items() if name != "seed"}
+    judged = trainer.roles[STUDENT].opened.sampled_as(sampling).sample(["a red circle"], [7], **fields)
+    assert judged.latents is not None, "what validation sees is what the LoRA's file gives"
+    torch.testing.assert_close(judged.latents[0], expected.latents, rtol=0, atol=1e-4)
+
+
+def test_the_recipe_says_one_thing(tmp_path: Path) -> None:
+    """Its student is sampled in the steps that it is distilled for; and eight devices take its update."""
+    recipe = load_post_recipe(RECIPE, ["parallel.replicas=8", "parallel.fsdp=true"])
+    defaults, method = recipe.export.defaults, recipe.method.model_dump()
+    assert tuple(defaults["extra"]["dmd_denoising_steps"]) == tuple(method["steps"])
+    assert defaults["extra"]["warp_denoising_step"] == method["warp"]
+    assert defaults["num_inference_steps"] == len(method["steps"]) == 4 and defaults["guidance_scale"] == 1
+    assert defaults["flow_shift"] == recipe.models[STUDENT].shift
+    assert recipe.models[STUDENT].lora and recipe.parallel.world == recipe.loop.accumulate == 8
 
 
 def with_header(file: Path, to: Path, **entries: str) -> Path:

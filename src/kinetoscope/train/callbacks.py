@@ -11,6 +11,7 @@ from kinetoscope.core.errors import ConfigError
 from kinetoscope.evaluation import heldout_specs, prompt_following
 from kinetoscope.media import contact_sheet
 from kinetoscope.train.post import STUDENT
+from kinetoscope.train.post_export import export_sampling
 from kinetoscope.train.trainer import Trainer
 from kinetoscope.train.watch import Watcher, open_watchers
 from kinetoscope.worlds import get_world
@@ -43,6 +44,8 @@ class Callbacks:
                 "callbacks.validation.every=0"
             )
         self._world = get_world(name) if self._section.validation.every else None
+        if sampling := export_sampling(trainer):
+            self._opened = self._opened.sampled_as(sampling)
 
     def __enter__(self) -> Callbacks:
         if not self._trainer.team.leads:
@@ -76,14 +79,13 @@ class Callbacks:
         assert self._world is not None
         specs = heldout_specs(self._world, section.videos)
         student = self._trainer.roles[STUDENT]
-        params = {**self._trainer.recipe.export.defaults, **section.params}
         frames: list[Any] = []
         student.model.transformer.eval()
         with self._trainer.learners[STUDENT].averaged():
             for start in range(0, len(specs), VIDEOS_AT_ONCE):
                 part = specs[start : start + VIDEOS_AT_ONCE]
                 seeds = list(range(start, start + len(part)))
-                batch = self._opened.sample([s.caption() for s in part], seeds, **params)
+                batch = self._opened.sample([s.caption() for s in part], seeds, **section.params)
                 assert batch.frames is not None
                 frames += batch.frames
         student.model.on_train_start()

@@ -50,7 +50,7 @@ def export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: 
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         if student.lora is not None:
-            save_lora(student.lora, temporary, _sampling(trainer))
+            save_lora(student.lora, temporary, export_sampling(trainer))
         else:
             _directory(trainer, weights, temporary)
         draw_curves(logs, temporary / "loss.png")
@@ -63,8 +63,8 @@ def export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: 
     return folder
 
 
-def _sampling(trainer: Trainer) -> LoraSampling | None:
-    """What a LoRA's files say of how the model is sampled with it: what the recipe's `export` says."""
+def export_sampling(trainer: Trainer) -> LoraSampling | None:
+    """How the student is sampled once it is exported, if the recipe says it: as a LoRA's files do."""
     section, model = trainer.recipe.export, trainer.roles[STUDENT].opened.model
     if not section.index and not section.defaults:
         return None

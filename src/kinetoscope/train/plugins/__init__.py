@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.loading import ModelDir
+from kinetoscope.loading.lora_sampling import LoraSampling, sampled_as
 from kinetoscope.loading.resolve import resolve_model
 from kinetoscope.loading.weights import load_weights
 from kinetoscope.pipelines.composed import ComposedPipeline
@@ -103,6 +105,14 @@ class Opened:
         """C of the latents."""
         vae = self.model.config("vae")
         return int(vae.get("z_dim") or vae["latent_channels"])
+
+    def sampled_as(self, sampling: LoraSampling) -> Opened:
+        """The same weights, sampled as what is made of them will be."""
+        other = copy(self)
+        other.pipeline = build_pipeline(
+            sampled_as(self.model, sampling), self.pipeline.args, modules=self.pipeline.loaded_modules()
+        )
+        return other
 
     def sample(self, prompts: list[str], seeds: list[int], **params: Any) -> ForwardBatch:
         """Videos by the engine, with the weights as they are now; `params` over the directory's sampling defaults."""
