@@ -13,18 +13,21 @@ import torch
 from safetensors.torch import load_file
 
 from distributed.ranks import run_ranks
-from distributed.trainings import ROLES, all_told, broken, make_recipe, run, runs
+from distributed.trainings import Losses, all_told, broken, make_recipe, run, runs, told
 from tiny import make_tiny_wan
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = {
-    "replicas=2": "cfg=2",
-    "replicas=2,fsdp=true": "cfg=2,fsdp=true",
-    "ulysses=2": "ulysses=2",
-    "ring=2,fsdp=true": "ring=2,fsdp=true",
-}
-"""Layouts of recipes, as the test's processes meet: whoever has micro-batches of its own stands along `cfg`."""
+CASES = {
+    "replicas=2": ("cfg=2", {"finetune": 50}),
+    "replicas=2,fsdp=true": (
+        "cfg=2,fsdp=true", {"finetune": 50, "lora": 5, "dmd2": 5, "self_forcing": 3},
+    ),
+    "ulysses=2": ("ulysses=2", {"finetune": 50, "dmd2": 5, "teacher_forcing": 3, "self_forcing": 3}),
+    "ring=2,fsdp=true": ("ring=2,fsdp=true", {"recomputed": 5}),
+}  # fmt: skip
+"""Layout of a recipe -> how the test's processes meet (who has micro-batches of its own stands along `cfg`), and the
+steps that each kind of training is compared for."""
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +38,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Kind -> a recipe of it, of as many steps as it is compared for."""
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Path, Losses]]:
+    """(kind, steps) -> a recipe, and what one process tells."""
     folder = tmp_path_factory.mktemp("runs")
-    return {kind: make_recipe(folder / kind, model, kind, 50 if kind == "finetune" else 5) for kind in ROLES}
+    wanted = {case for _, kinds in CASES.values() for case in kinds.items()}
+    recipes = {(kind, steps): make_recipe(folder / kind, model, kind, steps) for kind, steps in wanted}
+    return {case: (recipe, told(None, recipe)) for case, recipe in recipes.items()}
 
 
-@pytest.fixture(scope="module")
-def alone(recipes: dict[str, Path]) -> dict[str, list[dict[str, float]]]:
-    """What one process tells."""
-    return dict(zip(recipes, all_told(None, list(recipes.values()), []), strict=True))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_one_process(
-    layout: str, recipes: dict[str, Path], alone: dict[str, list[dict[str, float]]]
-) -> None:
+@pytest.mark.parametrize("layout", CASES)
+def test_losses_are_those_of_one_process(layout: str, alone: dict[tuple[str, int], tuple[Path, Losses]]) -> None:
     """Within 1e-5 over five steps, and 1e-3 of themselves at the fiftieth; float32, of the same update."""
-    ranks = run_ranks(LAYOUTS[layout], all_told, list(recipes.values()), [f"parallel={layout}"], seconds=400)
+    meeting, kinds = CASES[layout]
+    recipes = [alone[case][0] for case in kinds.items()]
+    ranks = run_ranks(meeting, all_told, recipes, [f"parallel={layout}"], seconds=400)
     assert ranks[0] == ranks[1], "a loss is of the whole update, whoever tells it"
-    for (kind, one), two in zip(alone.items(), ranks[0], strict=True):
-        assert len(one) == len(two) and [v.keys() for v in one] == [v.keys() for v in two]
+    for case, two in zip(kinds.items(), ranks[0], strict=True):
+        one = alone[case][1]
+        assert len(one) == len(two) == case[1] and one[0] != one[1]
         for step, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert a.keys() == b.keys()
             for name, value in a.items():
                 allowed = 1e-5 if step < 5 else 1e-3 * abs(value)
-                assert abs(value - b[name]) <= allowed, (kind, step, name, value, b[name])
-    assert alone["finetune"][0] != alone["finetune"][1]
+                assert abs(value - b[name]) <= allowed, (case, step, name, value, b[name])
 
 
 def weights(recipe: Path) -> dict[str, torch.Tensor]:
@@ -103,9 +103,9 @@ def test_a_run_is_stopped_and_goes_on_with_other_numbers_of_processes(model: Pat
 
 
 def test_a_process_that_fails_does_not_leave_the_other_waiting(model: Path, tmp_path: Path) -> None:
-    told, failed = run_ranks("cfg=2", broken, make_recipe(tmp_path / "a", model), seconds=400)
+    said, failed = run_ranks("cfg=2", broken, make_recipe(tmp_path / "a", model), seconds=400)
     assert failed == "InputError: a file is gone"
-    assert told.startswith("WorkerError: rank 0: another process of this training failed")
+    assert said.startswith("WorkerError: rank 0: another process of this training failed")
 
 
 def test_the_command_by_torchrun(model: Path, tmp_path: Path) -> None:

@@ -32,7 +32,17 @@ ROLES: dict[str, dict[str, Any]] = {
         "critic": {"trainable": True, "optimizer": {"learning_rate": 2e-3, "warmup": 1}},
     },
 }
-METHODS: dict[str, dict[str, Any]] = {"dmd2": {"name": "dmd2", "student_every": 2, "guidance": 2.0}}
+ROLES["teacher_forcing"] = {"student": {"trainable": True, "causal": {"num_frames_per_block": 1}}}
+ROLES["self_forcing"] = {**ROLES["dmd2"], **ROLES["teacher_forcing"]}
+METHODS: dict[str, dict[str, Any]] = {
+    "dmd2": {"name": "dmd2", "student_every": 2, "guidance": 2.0},
+    "teacher_forcing": {"name": "teacher_forcing"},
+    "self_forcing": {"name": "self_forcing", "student_every": 2, "guidance": 2.0},
+}
+
+
+Losses = list[dict[str, float]]
+"""What each step told."""
 
 
 def make_recipe(folder: Path, model: Path, kind: str = "finetune", steps: int = 5, **sections: Any) -> Path:
@@ -51,8 +61,8 @@ def make_recipe(folder: Path, model: Path, kind: str = "finetune", steps: int = 
     return write_recipe(folder, model, **{**chosen, **sections})
 
 
-def told(groups: Groups | None, recipe: Path, overrides: Sequence[str] = ()) -> list[dict[str, float]]:
-    """What each step told."""
+def told(groups: Groups | None, recipe: Path, overrides: Sequence[str] = ()) -> Losses:
+    """A training of so many steps as the recipe has."""
     loaded = load_post_recipe(recipe, overrides)
     with join_team(loaded.parallel, "cpu", groups) as team:
         trainer = Trainer(loaded, recipe.parent, team=team)
@@ -63,7 +73,7 @@ def told(groups: Groups | None, recipe: Path, overrides: Sequence[str] = ()) -> 
     return found
 
 
-def all_told(groups: Groups | None, recipes: Sequence[Path], overrides: Sequence[str]) -> list[list[dict[str, float]]]:
+def all_told(groups: Groups | None, recipes: Sequence[Path], overrides: Sequence[str]) -> list[Losses]:
     """`told` of each recipe."""
     return [told(groups, recipe, overrides) for recipe in recipes]
 

@@ -117,16 +117,16 @@ def test_an_error_of_the_network_is_anothers_fault(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("mine")
 
 
-def test_a_causal_model_is_not_shared_by_tokens(tmp_path: Path) -> None:
+def test_a_causal_models_memory_does_not_go_around(tmp_path: Path) -> None:
     model = make_tiny_wan(tmp_path / "wan")
     sections = {"student": {"init_from": str(model), "trainable": True, "causal": {"num_frames_per_block": 1}}}
     recipe = load_post_recipe(write_recipe(tmp_path, model, models=sections, method={"name": "diffusion_forcing"}))
-    one = SimpleNamespace(size=2, index=0, handle=None, name="ulysses", ranks=(0, 1))
-    groups: Any = SimpleNamespace(sequence=one, ring=one, ulysses=one, config=ParallelConfig(ulysses=2), rank=0)
+    one = SimpleNamespace(size=2, index=0, handle=None, name="ring", ranks=(0, 1))
+    groups: Any = SimpleNamespace(sequence=one, ring=one, ulysses=one, config=ParallelConfig(ring=2), rank=0)
     team = replace(ALONE, groups=groups)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teams.dist, "broadcast_object_list", lambda *_, **__: None)
-        with pytest.raises(ConfigError, match=r"models.student is causal.*parallel.replicas and fsdp"):
+        with pytest.raises(ConfigError, match=r"models.student is causal.*ulysses in place of ring"):
             open_roles(recipe, team)
 
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kinetoscope.attention import make_sparse
-from kinetoscope.core.context import ForwardContext, TokenShard, current_context, forward_context
+from kinetoscope.core.context import ForwardContext, current_context, forward_context
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention, shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.nn.ring_cache import with_own_caches
 from kinetoscope.nn.stack import BlockCall, run_calls
+from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.images import encode_video
 from kinetoscope.pipelines.stages.text import TextEncodingStage
@@ -64,7 +65,7 @@ class ModelBase:
         uncond: Uncond = "negative",
         attention: str = "dense",
         checkpointing: bool = False,
-        shard: TokenShard | None = None,
+        shard: SequenceShard | None = None,
     ) -> None:
         self.transformer = transformer.requires_grad_(trainable)
         self.trainable, self.uncond, self.checkpointing, self.shard = trainable, uncond, checkpointing, shard
@@ -280,6 +281,11 @@ class CausalModelBase(ModelBase, ABC):
         if self._attention:
             raise ConfigError("a causal model attends densely: blocks with a cache are not a grid; set attention=dense")
         self._caches: dict[tuple[str, bool], tuple[Any, Any]] = {}
+
+    @property
+    def devices(self) -> int:
+        """How many share the heads in attention, each of which remembers its own."""
+        return 1 if self.shard is None else self.shard.ulysses.size
 
     @abstractmethod
     def blocks(self, frames: int) -> tuple[int, ...]:

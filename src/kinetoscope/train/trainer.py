@@ -64,11 +64,8 @@ def open_roles(recipe: PostRecipe, team: Team) -> dict[str, Role]:
             trainable=section.trainable, shift=section.shift, uncond=section.uncond, attention=section.attention,
             checkpointing=section.checkpointing, shard=team.shard,
         )  # fmt: skip
-        if team.shard is not None and isinstance(model, CausalModelBase):
-            raise ConfigError(
-                f"models.{name} is causal, and its past is kept whole in training: share this training by "
-                "parallel.replicas and fsdp, not by ulysses or ring"
-            )
+        if team.shard is not None and team.shard.ring.size > 1 and isinstance(model, CausalModelBase):
+            raise ConfigError(f"models.{name} is causal: its memory is of whole frames; use ulysses in place of ring")
         trained = model.transformer if section.trainable else None
         if section.lora is not None:
             generator = generator_for(NoiseSource([recipe.seed]).fork(number, 0, 0, 0).seeds[0])

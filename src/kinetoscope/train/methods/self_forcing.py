@@ -21,6 +21,7 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.few_step import FewStepRun
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.engine import DenoisingEngine
+from kinetoscope.engine.hooks.sequence import SequenceParallel
 from kinetoscope.engine.protocols import BlockContext, Event, ModelInputs, StrategyState
 from kinetoscope.engine.strategies.causal import CONTEXT_NOISE
 from kinetoscope.engine.strategies.dmd import STEPS, WARP
@@ -159,7 +160,9 @@ def roll_out(
     run = ForwardBatch(params, [""] * batch.rows, [""] * batch.rows, list(seeds), noise=NoiseSource(seeds))
     student.tell(run, batch)
     strategy = rollout_strategy(student, exits)
-    DenoisingEngine(strategy).run_blocks(run, ExecutionArgs(device=batch.latents.device))
+    hooks = [] if student.shard is None else [SequenceParallel(student.shard)]
+    args = ExecutionArgs(device=batch.latents.device, ulysses=student.devices)
+    DenoisingEngine(strategy, hooks).run_blocks(run, args)
     return torch.cat(strategy.made, 2)
 
 

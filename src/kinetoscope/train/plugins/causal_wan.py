@@ -30,7 +30,7 @@ class CausalWanModel(CausalModelBase):
         return tuple(plan_blocks(frames, config.num_frames_per_block, config.independent_first_frame))
 
     def new_cache(self, x: Tensor) -> RingCache:
-        return self._causal.new_cache(x.shape[0], x.shape)
+        return self._causal.new_cache(x.shape[0], x.shape, devices=self.devices)
 
     def tell(self, request: ForwardBatch, batch: TrainBatch) -> None:
         request.prompt_embeds, request.prompt_lengths = batch.text.states, batch.text.lengths

@@ -120,7 +120,7 @@ class MatrixGameModel(MatrixGameVideoModel, CausalModelBase):
         return (size,) * (frames // size)
 
     def new_cache(self, x: Tensor) -> Any:
-        return self._network.new_memory(x.shape[0], x.shape)
+        return self._network.new_memory(x.shape[0], x.shape, devices=self.devices)
 
     def tell(self, request: ForwardBatch, batch: TrainBatch) -> None:
         extra = self.extra(batch)
