@@ -107,6 +107,17 @@ def test_the_recipe_says_one_thing(tmp_path: Path) -> None:
     assert recipe.models[STUDENT].lora and recipe.parallel.world == recipe.loop.accumulate == 8
 
 
+@pytest.mark.distributed
+def test_worker_processes_sample_so_too(model: Path, made: Path) -> None:
+    prompts = ["a red circle", "a blue square"]
+    expected = opened(model, lora=made).generate_video(prompts, **ASKED, batch_size=1)
+    with opened(model, lora=made, parallel="replicas=2") as generator:
+        videos = generator.generate_video(prompts, **ASKED)
+    for video, alone in zip(videos, expected, strict=True):
+        assert video.params.num_inference_steps == 4
+        torch.testing.assert_close(video.latents, alone.latents, rtol=0, atol=1e-5)
+
+
 def with_header(file: Path, to: Path, **entries: str) -> Path:
     """A copy of a LoRA's file with other entries in its header."""
     with safe_open(file, "pt") as content:
