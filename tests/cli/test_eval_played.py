@@ -64,7 +64,7 @@ def test_a_script_plays_from_the_command_line(model: Path, tmp_path: Path) -> No
     (tmp_path / "walk.json").write_text(json.dumps(script))
     given = ["--model", str(model), "--image", str(tmp_path / "first.png"), "--actions", str(tmp_path / "walk.json")]
     size = ["--size", "32x48", "--seed", "4"]
-    assert main(["generate", "not read", *given, *size, "--frames", "21", "--output", str(tmp_path / "a.mp4")]) == 0
+    assert main(["generate", *given, *size, "--frames", "21", "--output", str(tmp_path / "a.mp4")]) == 0
     assert main(["stream", *given, *size, "--blocks", "2", "--output", str(tmp_path / "b.mp4")]) == 0
     a, b = (read_video(tmp_path / f"{n}.mp4")[0] for n in "ab")
     assert len(a) == 21 and np.array_equal(a, b)
