@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,13 @@ def test_levels_must_differ(tmp_path: Path, teacher: Opened) -> None:
     few = section_of(tmp_path, sampling={**SAMPLING, "num_inference_steps": 3})
     with pytest.raises(ConfigError, match="3 steps are too few"):
         prepare(few, teacher)
+
+
+def test_levels_are_those_of_a_flow() -> None:
+    """A sampler of EDM's levels adds noise to what is not scaled: its samples are no flow's."""
+    state: Any = SimpleNamespace(scheduler=SimpleNamespace(sigmas=[80.0, 1.0, 0.5, 0.0]), times=[3.0, 2.0, 1.0])
+    with pytest.raises(ConfigError, match="these begin at 80"):
+        ode_pairs.PathRecorder((1.0, 0.5)).on_run_start(state)
 
 
 # -- the method -------------------------------------------------------------------------------------------------------

@@ -107,11 +107,15 @@ class PathRecorder(Hook):
         """Which steps begin nearest.
 
         Raises:
-            ConfigError: two levels share a step, or the run has no levels.
+            ConfigError: two levels share a step, or the run has no levels, or not those of a flow.
         """
         if state.scheduler is None:
             raise ConfigError("a teacher without a schedule of noise levels has no trajectory to record")
         sigmas = state.scheduler.sigmas[: len(state.times)]
+        if sigmas[0] > 1:
+            raise ConfigError(
+                f"trajectories are of teachers whose noise levels are a flow's, in [0, 1]; these begin at {sigmas[0]:g}"
+            )
         self._steps = [min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - level)) for level in self.wanted]
         if len(set(self._steps)) < len(self._steps):
             raise ConfigError(

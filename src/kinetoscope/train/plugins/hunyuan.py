@@ -67,7 +67,7 @@ class HunyuanModel(HunyuanBase):
         super().__init__(transformer, **options)
         config: Any = transformer.config
         if config.image_condition_type is not None:
-            raise ConfigError("this HunyuanVideo network begins from an image, which training gives it none of")
+            raise ConfigError("this HunyuanVideo network begins from an image, and training gives none")
         self.guidance_scale: float | None = guidance_scale if config.guidance_embeds else None
 
     @classmethod
