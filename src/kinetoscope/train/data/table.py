@@ -221,7 +221,7 @@ def write_text(path: Path, text: str) -> None:
 
 _DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError)
 """What reading a damaged file may end in; pages have checksums."""
-_AGAIN = "delete it and run the same `preprocess` command again: it makes what is missing"
+_AGAIN = "delete it if it is there, and run the same `preprocess` command again: it makes what is missing"
 
 
 class Shard:
