@@ -12,9 +12,17 @@ import torch
 import yaml
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.train.basis import fit_basis
+from kinetoscope.train.data import SourceContext, make_source
+from kinetoscope.train.data.played import PlayedData, PlayedSource
+from kinetoscope.train.data.worlds import MEASURED_SEED
+from kinetoscope.train.loop import step_generator
 from kinetoscope.train.played import MOUSE, draw_image_encoder, draw_transformer
-from kinetoscope.train.recipe import PlayedRecipe, load_recipe
+from kinetoscope.train.plugins import Opened
+from kinetoscope.train.plugins.matrix_game import first_view
+from kinetoscope.train.recipe import PlayedRecipe, WorldSection, load_recipe
 from kinetoscope.train.run import run_recipe
+from kinetoscope.train.vae import Clips, to_video
 from kinetoscope.worlds import get_world
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -107,3 +115,59 @@ def test_the_image_encoder_is_blind() -> None:
     with torch.no_grad():
         features = encoder(images, output_hidden_states=True).hidden_states[-2]
     assert torch.equal(features[0], features[1]) and float(features.std()) > 0.1
+
+
+WORLD = WorldSection(name="maze", height=32, width=32, num_frames=13)
+
+
+def source(opened: Opened, folder: Path, **settings: Any) -> PlayedSource:
+    section = {"world": WORLD, "batch": 3, "clips": 5, "basis_clips": 2, "cache": str(folder), "latents": "basis"}
+    made = make_source(PlayedData(source="played", **{**section, **settings}), SourceContext(opened, folder))
+    assert isinstance(made, PlayedSource)
+    return made
+
+
+def test_batches_are_walks_with_what_was_done(start: Path, tmp_path: Path) -> None:
+    opened, clips = Opened(str(start)), Clips(WORLD)
+    ours = source(opened, tmp_path, whitening=0.5, settled=4, basis_frames=5)
+    batch = ours.batch(0, step_generator(0, 0))
+    picked = torch.randint(0, 5, (3,), generator=step_generator(0, 0)).tolist()
+    measured = Clips(WORLD.model_copy(update={"num_frames": 5}))
+    basis = fit_basis(measured.whole, 2, 4, 8, 4, MEASURED_SEED, 0.5)
+    for row, number in enumerate(picked):
+        clip = clips.world.sample(number, height=32, width=32, num_frames=13)
+        assert clip.actions is not None
+        assert np.array_equal(batch.extra["keyboard"][row].numpy(), clip.actions.keyboard)
+        assert np.array_equal(batch.extra["mouse"][row].numpy(), clip.actions.mouse)
+        video = to_video([clip.frames])
+        told = first_view(opened.pipeline, video[:, :, 0], 13)
+        for name, expected in {**told, "latents": basis.latents(video)}.items():
+            given = batch.latents if name == "latents" else batch.extra[name]
+            torch.testing.assert_close(given[row], expected[0], rtol=2e-3, atol=2e-3)  # they are kept in float16
+    again = ours.batch(0, step_generator(0, 0))
+    assert torch.equal(again.latents, batch.latents) and batch.latents.shape == (3, 4, 4, 4, 4)
+    files = list(tmp_path.glob("*.npz"))
+    source(opened, tmp_path, whitening=0.5, settled=4, basis_frames=5)
+    assert list(tmp_path.glob("*.npz")) == files and len(files) == 1
+
+
+def test_a_condition_that_has_settled_is_repeated(start: Path, tmp_path: Path) -> None:
+    """Of shorter clips too: actions and latents are cut to the frames that are trained on."""
+    ours = source(Opened(str(start)), tmp_path, settled=2, frames=9)
+    batch = ours.batch(0, step_generator(0, 0))
+    condition = batch.extra["condition"]
+    assert batch.latents.shape[2] == condition.shape[2] == 3 and batch.extra["keyboard"].shape[1] == 9
+    assert torch.equal(condition[:, :, 1], condition[:, :, 2]) and not torch.equal(
+        condition[:, :, 0], condition[:, :, 1]
+    )
+
+
+def test_what_is_no_played_clip(start: Path, tmp_path: Path) -> None:
+    opened = Opened(str(start))
+    with pytest.raises(ConfigError, match="nothing is done in clips of shapes"):
+        source(opened, tmp_path, world=WORLD.model_copy(update={"name": "shapes"}))
+    with pytest.raises(ConfigError, match="latents=none"):
+        source(opened, tmp_path, latents="none")
+    with pytest.raises(ConfigError, match="1 \\+ a multiple of 4"):
+        source(opened, tmp_path, frames=8)
+    assert not list(tmp_path.iterdir())

@@ -37,7 +37,8 @@ class WorldData(DataSection):
             of the tiny models were trained to compute; the same thing without the encoder's error, and far faster.
             "none": zeros, for methods that need prompts alone.
         basis_clips: clips over which the components are measured.
-        whitening: of the components (`train.basis.Basis`), as in the recipe of the VAE.
+        basis_frames: pixel frames of these clips, as in the recipe of the VAE; None: as many as `world` says.
+        whitening: of the components (`train.basis.Basis`), as there.
         cache: folder in which latents are kept for all runs with the same clips.
     """
 
@@ -47,6 +48,7 @@ class WorldData(DataSection):
     clips: Positive = 8192
     latents: Literal["encoder", "basis", "none"] = "encoder"
     basis_clips: Positive = Field(512)
+    basis_frames: Positive | None = None
     whitening: float = Field(default=1.0, ge=0, le=1)
     cache: str = "runs/latents"
 
@@ -108,6 +110,8 @@ def latent_encoder(settings: WorldData, opened: Opened, clips: Clips) -> LatentE
     if settings.latents == "encoder":
         return OwnEncoder(opened)
     vae = opened.model.config("vae")
+    if settings.basis_frames:
+        clips = Clips(settings.world.model_copy(update={"num_frames": settings.basis_frames}))
     return fit_basis(
         clips.whole, settings.basis_clips, int(vae["z_dim"]), int(vae["scale_factor_spatial"]),
         int(vae["scale_factor_temporal"]), MEASURED_SEED, settings.whitening,
@@ -119,7 +123,7 @@ def kept_under(settings: WorldData, opened: Opened, **more: Any) -> Path:
     facts: dict[str, Any] = {"world": settings.world.model_dump(), "clips": settings.clips, "latents": settings.latents}
     if settings.latents == "basis":
         facts |= {"basis_clips": settings.basis_clips, "vae": opened.model.config("vae")}
-        facts |= {"whitening": settings.whitening} if settings.whitening != 1 else {}
+        facts |= settings.model_dump(include={"basis_frames", "whitening"}, exclude_defaults=True)
     else:
         files = sorted(opened.model.folder("vae").glob("*.safetensors"))
         facts["vae"] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
