@@ -117,7 +117,7 @@ def test_the_image_encoder_is_blind() -> None:
     assert torch.equal(features[0], features[1]) and float(features.std()) > 0.1
 
 
-WORLD = WorldSection(name="maze", height=32, width=32, num_frames=13)
+WORLD = WorldSection(name="maze", height=32, width=32, num_frames=13, fps=16)
 
 
 def source(opened: Opened, folder: Path, **settings: Any) -> PlayedSource:
