@@ -370,7 +370,8 @@ def test_a_recipe_tunes_a_hunyuan_lora_that_diffusers_loads(made: Callable[[str]
     path = made("hunyuan")
     models = {"student": {"init_from": path, "trainable": True, "lora": {"rank": 4, "alpha": 8.0}}}
     optimizer = {"learning_rate": 0.05, "warmup": 0, "ema": 0.5}
-    out = run_post_recipe(write_recipe(tmp_path / "a", Path(path), models=models, optimizer=optimizer))
+    recipe = write_recipe(tmp_path / "a", Path(path), models=models, optimizer=optimizer, loop={"steps": 2})
+    out = run_post_recipe(recipe)
     oracle: Any = getattr(diffusers, FAMILIES["hunyuan"].oracle).from_pretrained(path)
     oracle.set_progress_bar_config(disable=True)
     params: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
@@ -392,7 +393,7 @@ def test_a_recipe_tunes_a_hunyuan_lora_that_diffusers_loads(made: Callable[[str]
 def test_a_recipe_tunes_cosmos_and_diffusers_opens_the_result(made: Callable[[str], str], tmp_path: Path) -> None:
     path = made("cosmos25")
     models = {"student": {"init_from": path, "trainable": True, "uncond": "empty"}}
-    out = run_post_recipe(write_recipe(tmp_path / "a", Path(path), models=models))
+    out = run_post_recipe(write_recipe(tmp_path / "a", Path(path), models=models, loop={"steps": 1}))
     opened = Opened(str(out))
     ours = sample(opened, FAMILIES["cosmos25"])
     theirs = oracle_latents("cosmos25", str(out), opened.transformer)
