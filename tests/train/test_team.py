@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader
 
 from kinetoscope.cli.main import main
 from kinetoscope.core.config import Launch
@@ -130,8 +131,15 @@ def test_a_causal_models_memory_does_not_go_around(tmp_path: Path) -> None:
             open_roles(recipe, team)
 
 
-def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "step-00000004").mkdir()
     kept = KeptCheckpoints(tmp_path, 2, ALONE, lambda: {"x": torch.zeros(2)})
     with pytest.raises(ConfigError, match=r"step-00000004 cannot be read .*delete it"):
+        kept.load()
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    monkeypatch.setattr(state_dict_loader, "load", lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):  # that is no reason to delete anything
         kept.load()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kinetoscope.core.errors import ConfigError, OutputError
 from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
-from kinetoscope.train.team import Team
+from kinetoscope.train.team import Team, is_of_others
 
 
 def save_shared(path: Path, state: dict[str, Any], team: Team) -> None:
@@ -50,6 +50,8 @@ def load_shared(path: Path, like: dict[str, Any]) -> dict[str, Any]:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read it, too
             state_dict_loader.load(like, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # torch raises many kinds for a damaged file
+        if is_of_others(error):
+            raise
         raise _unreadable(path, error) from error
     return like
 

@@ -119,6 +119,11 @@ class Team:
             raise told[0]
 
 
+def is_of_others(error: BaseException) -> bool:
+    """Whether torch says that another process is gone or does not answer."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def whole(values: Mapping[str, Tensor], *, kept: bool) -> dict[str, Tensor]:
     """Tensors with the parts that other processes have, on the CPU; all of them call it.
 
@@ -169,7 +174,7 @@ def join_team(config: ParallelConfig, device: str, groups: Groups | None = None)
     try:
         yield Team(joined.device, joined, short, long)
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if is_of_others(error):
             raise WorkerError(
                 f"rank {joined.rank}: another process of this training failed, stopped or is gone; its own message "
                 "says why, and the same command continues from the newest checkpoint "
