@@ -11,7 +11,7 @@ import pytest
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.evaluation.drift import draw_drift, drift_json, drift_table
-from kinetoscope.evaluation.playing import TrueGame, Walk, action_following, lasting, play, shuffled_actions
+from kinetoscope.evaluation.playing import TrueGame, Walk, action_following, lasting, parts, play, shuffled_actions
 from kinetoscope.worlds import get_world
 from kinetoscope.worlds.maze.play import Motions, _inside, _moved, _unmoved
 from kinetoscope.worlds.maze.walk import MOUSE, pressed
@@ -79,7 +79,7 @@ def test_a_game_that_does_not_listen_is_chance() -> None:
 def test_a_game_that_fades(truth: list[Walk], tmp_path: Path) -> None:
     """Views and motions part by part: right until frame 32, wrong after it."""
     grey = walked(Fading, 1)
-    drift = lasting(WORLD, [grey], [truth[1]], 10)
+    drift = lasting(WORLD, [grey], [truth[1]], parts(WORLD, FRAMES, 10))
     assert drift.spans == [(0, 10), (10, 20), (20, 30), (30, 40), (40, 50), (50, 61)]
     assert [s.correct for s in drift.model["view"]] == [10, 10, 10, 3, 0, 0]
     assert drift.model["turn"][0].value == 1 and min(s.value for s in drift.truth["view"]) == 1
@@ -89,8 +89,9 @@ def test_a_game_that_fades(truth: list[Walk], tmp_path: Path) -> None:
     assert "| view | 1.000 | 0.000 | 0.000 | 1.000 |" in drift_table(drift)
     draw_drift(drift, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="no two parts of 40"):
-        lasting(WORLD, [grey], [truth[1]], 40)
+    for frames, size in ((61, 40), (61, 7)):
+        with pytest.raises(InputError, match=f"no two parts of {size}"):
+            parts(WORLD, frames, size)
 
 
 def test_what_actions_tell() -> None:

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         if path:
             check_output(path, (suffix,))
 
-    from kinetoscope.cli.progress import RunProgress, leads
+    from kinetoscope.cli.progress import RunProgress
     from kinetoscope.runtime.generator import VideoGenerator
     from kinetoscope.worlds import get_world
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     with RunProgress() as progress:
         result = (_play if played else _generate)(generator, world, args, progress)
     generator.close()
-    if not leads() or result is None:
+    if result is None:
         return 0
     if result.drift is not None and args.drift:
         from kinetoscope.evaluation.drift import draw_drift
@@ -148,7 +148,7 @@ def _is_played(generator: Any, world: Any) -> bool:
 
 
 def _generate(generator: Any, world: Any, args: argparse.Namespace, progress: Any) -> Result | None:
-    """Videos of captions, and what the judge sees of them."""
+    """Videos of captions, and what the judge sees of them; None in all processes but the first."""
     from kinetoscope.cli.progress import leads
     from kinetoscope.evaluation import as_json, as_table, baselines, flicker, heldout_specs, prompt_following
 
@@ -183,11 +183,17 @@ def _generate(generator: Any, world: Any, args: argparse.Namespace, progress: An
 
 
 def _play(generator: Any, world: Any, args: argparse.Namespace, progress: Any) -> Result | None:
-    """Games from true first views, and what the judge sees of what was done in them."""
+    """Games from true first views, and what the judge sees of what was done in them; None in all processes but the
+    first.
+
+    Raises:
+        InputError: see `parts`.
+    """
     from kinetoscope.cli.progress import leads
     from kinetoscope.evaluation import as_json, as_table
-    from kinetoscope.evaluation.playing import TrueGame, Walk, action_following, lasting, play, shuffled_actions
+    from kinetoscope.evaluation.playing import TrueGame, Walk, action_following, lasting, parts, play, shuffled_actions
 
+    spans = parts(world, args.frames, args.drift_frames)
     fields = {k: v for k, v in video_fields(args).items() if v is not None and k != "num_frames"}
     defaults = generator.pipeline.defaults()
     height, width = fields.get("height", defaults.height), fields.get("width", defaults.width)
@@ -216,7 +222,7 @@ def _play(generator: Any, world: Any, args: argparse.Namespace, progress: Any) -
     facts: dict[str, Any] = {"frames": args.frames, **{k: as_json(v) for k, v in reports.items()}}
     labels = [f"game {args.seed + number}" for number in range(args.n)]
     result = Result(title, as_table(reports), facts, [w.frames for w in walks], labels)
-    result.over_time(lasting(world, walks, truth, args.drift_frames), args.drift_frames)
+    result.over_time(lasting(world, walks, truth, spans), args.drift_frames)
     return result
 
 

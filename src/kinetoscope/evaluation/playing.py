@@ -124,21 +124,24 @@ def shuffled_actions(world: Any, walks: Sequence[Walk], seed: int = 0) -> Report
     return action_following(world, walks, np.split(mixed, np.cumsum([len(w.told) for w in walks])[:-1]))
 
 
-def lasting(world: Any, walks: Sequence[Walk], truth: Sequence[Walk], size: int) -> Drift:
-    """Over parts of `size` frames: share of views that are of the world, and of motions that are as told.
+def parts(world: Any, frames: int, size: int) -> list[Span]:
+    """Walks of `frames` frames in parts of `size`, of which the last one has what is left over.
 
     Raises:
-        InputError: walks of no two parts.
+        InputError: no two parts, or parts too short for a few motions.
     """
-    frames = len(walks[0].frames)
     if size < 2 * world.gap or frames < 2 * size:
         raise InputError(
-            f"{frames} frames are no two parts of {size} with a few actions each; parts need {2 * world.gap} frames "
-            "or more (--drift-frames)"
+            f"{frames} frames (--frames) are no two parts of {size} frames (--drift-frames) with a few actions each; "
+            f"parts need {2 * world.gap} frames or more"
         )
-    spans = [(start, min(start + size, frames)) for start in range(0, frames - size + 1, size)]
-    spans[-1] = (spans[-1][0], frames)
-    return Drift(spans, _over_time(world, walks, spans), _over_time(world, truth, spans))
+    spans = [(start, start + size) for start in range(0, frames - size + 1, size)]
+    return [*spans[:-1], (spans[-1][0], frames)]
+
+
+def lasting(world: Any, walks: Sequence[Walk], truth: Sequence[Walk], spans: Sequence[Span]) -> Drift:
+    """In each of the `parts`: share of views that are of the world, and of motions that are as told."""
+    return Drift(list(spans), _over_time(world, walks, spans), _over_time(world, truth, spans))
 
 
 def _hits(world: Any, walks: Sequence[Walk], told: Sequence[Array] | None = None) -> list[dict[str, Array]]:
