@@ -115,9 +115,8 @@ class VideoGenerator(HasExecutor):
             modules: components to share instead of loading (`other.pipeline.loaded_modules()`).
             lora: LoRA files, each a path, text "FILE:WEIGHT", or an object with the arguments of `load_lora`. A file
                 that says how the model is sampled with it (few steps) decides that, as a directory's own defaults do.
-            parallel: a layout of several devices: {"ulysses": 2, "cfg": 2}, or "ulysses=2,cfg=2" (docs/parallel.md);
-                "auto", or "auto:size=480x832,frames=81", chooses for this model, video and machine and logs why
-                (`generator.options["parallel"]` is the layout).
+            parallel: a layout of devices: {"ulysses": 2, "cfg": 2}, or "ulysses=2,cfg=2" (docs/parallel.md); "auto", or
+                "auto:size=480x832,frames=81", chooses it (`generator.options["parallel"]`) and logs why.
             executor: what carries out the requests: "in-process", "processes" (one a device, on this machine),
                 "torchrun" (this script runs once a device) or "ray" (a cluster); None: in-process for one device,
                 else torchrun where it started this process, else processes.
@@ -179,9 +178,8 @@ class VideoGenerator(HasExecutor):
     ) -> Lora:
         """Add a LoRA to the model and to those loaded before; runs that start from now on have it.
 
-        The key styles of diffusers, PEFT, kohya and ComfyUI are read, with alphas and with deltas of weights, biases,
-        norms and modulation. A run in progress goes on with what it began with. The model is sampled as before: how a
-        file says that it should be is for `from_pretrained(lora=...)`.
+        The key styles of diffusers, PEFT, kohya and ComfyUI are read, with alphas and deltas of weights, biases, norms
+        and modulation. A run in progress goes on as it began, and the model is sampled as before, whatever a file says.
 
         Args:
             path: a .safetensors file, or a folder in which PEFT or diffusers saved one.
@@ -345,8 +343,7 @@ class VideoGenerator(HasExecutor):
         Args:
             prompt: None for models that read none.
             on_event: called with every stage and step event.
-            blocks: how many there will be, if that is known: a model or a script that does not last so long is
-                refused now.
+            blocks: how many there will be, if known: a model or a script that does not last so long is refused now.
             fields: of `generate_video`, but those of whole videos (`num_frames`, `output_path`, `latents`,
                 `batch_size`, `trace`, `preview`); `seed` is one number. An image that becomes the first frame is the
                 first block.
