@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from kinetoscope.core.errors import InputError, KinetoscopeError, RunCancelled
 from kinetoscope.parallel import Groups
+from kinetoscope.parallel.groups import leave
 from kinetoscope.train.data.worlds import WorldSource
 from kinetoscope.train.post import load_post_recipe
 from kinetoscope.train.post_run import run_post_recipe
@@ -134,4 +135,6 @@ def broken(groups: Groups, recipe: Path) -> str:
         return whole(self, step, generator)
 
     WorldSource.batch = batch
-    return run(groups, recipe)[1]
+    said = run(groups, recipe)[1]
+    leave()  # as a command does at its end
+    return said
