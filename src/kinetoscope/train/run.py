@@ -81,49 +81,76 @@ def run_recipe(
     folders = Folders(Path(recipe.output))
     claim(folders.root, recipe, fresh, {"output", "threads", "checkpoint_minutes"})
     torch.set_num_threads(recipe.threads)
-    clips = Clips(recipe.world)
-    config = recipe.vae.config
-    basis = fit_basis(
-        clips.whole, recipe.vae.basis_clips, config["z_dim"], config["scale_factor_spatial"],
-        config["scale_factor_temporal"], MEASURED_SEED, recipe.vae.whitening,
-    )  # fmt: skip
-    vae = build_vae(config, recipe.seed)
-    facts: dict[str, Any] = {}
-
-    def fit(task: Task, section: OptimizerSection) -> None:
-        if task.name in wanted:
-            facts[task.name] = train(
-                task, section, folders.checkpoints,
-                seed=recipe.seed, precision=recipe.precision, checkpoint_minutes=recipe.checkpoint_minutes,
-                on_progress=on_progress,
-            )  # fmt: skip
-
-    text = TextTask(recipe.text, recipe.world.name, recipe.seed) if isinstance(recipe, VideoRecipe) else None
-    if text:
-        fit(text, text.section.optimizer)
-    fit(EncoderTask(recipe.vae.encoder, vae, basis, clips), recipe.vae.encoder.optimizer)
-    fit(DecoderTask(recipe.vae.decoder, vae, basis, clips), recipe.vae.decoder.optimizer)
-    flow: FlowTask | None = None
-    if text and isinstance(recipe, VideoRecipe) and "transformer" in wanted:
-        file = folders.root / "latents.npy"
-        latents = prepare_latents(basis, clips, recipe.transformer.clips, file, _report(on_progress))
-        flow = FlowTask(
-            recipe.transformer, recipe.world, latents, basis.scale, text.tokenizer, text.module.encoder, recipe.seed
-        )
-        fit(flow, recipe.transformer.optimizer)
+    run = _Run(recipe, folders, wanted, on_progress)
+    export = run.video(recipe) if isinstance(recipe, VideoRecipe) else run.played(recipe)
     if parts:
         return folders.root
-    facts["decoder"]["psnr_db"] = psnr(vae, clips, range(MEASURED_SEED, MEASURED_SEED + 16))
-    if isinstance(recipe, PlayedRecipe):
-        image_encoder = draw_image_encoder(recipe.image_encoder.config, recipe.seed)
-        export_played(
-            folders.model, recipe, image_encoder, vae, draw_transformer(recipe.transformer.config, recipe.seed)
-        )
-    elif text and flow:
-        export_video(folders.model, recipe, text.tokenizer, text.module.encoder, vae, flow.module)
+    run.facts["decoder"]["psnr_db"] = psnr(run.vae, run.clips, range(MEASURED_SEED, MEASURED_SEED + 16))
+    export()
     draw_curves(folders.checkpoints, folders.model / "loss.png")
-    write_card(folders.model, recipe, str(path), list(overrides), facts)
+    write_card(folders.model, recipe, str(path), list(overrides), run.facts)
     return folders.model
+
+
+class _Run:
+    """A recipe in progress.
+
+    Attributes:
+        facts: of the trainings, by part.
+    """
+
+    def __init__(
+        self,
+        recipe: VideoRecipe | PlayedRecipe,
+        folders: Folders,
+        wanted: Sequence[str],
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.recipe, self.folders, self.wanted, self.on_progress = recipe, folders, wanted, on_progress
+        config = recipe.vae.config
+        self.clips = Clips(recipe.world)
+        self.basis = fit_basis(
+            self.clips.whole, recipe.vae.basis_clips, config["z_dim"], config["scale_factor_spatial"],
+            config["scale_factor_temporal"], MEASURED_SEED, recipe.vae.whitening,
+        )  # fmt: skip
+        self.vae = build_vae(config, recipe.seed)
+        self.facts: dict[str, Any] = {}
+
+    def video(self, recipe: VideoRecipe) -> Callable[[], None]:
+        """Train the parts of a model of captioned clips; what is returned writes the model, if all were trained."""
+        text = TextTask(recipe.text, recipe.world.name, recipe.seed)
+        self._fit(text, recipe.text.optimizer)
+        self._fit_vae()
+        if "transformer" not in self.wanted:
+            return lambda: None
+        file = self.folders.root / "latents.npy"
+        latents = prepare_latents(self.basis, self.clips, recipe.transformer.clips, file, _report(self.on_progress))
+        encoder = text.module.encoder
+        flow = FlowTask(
+            recipe.transformer, recipe.world, latents, self.basis.scale, text.tokenizer, encoder, recipe.seed
+        )
+        self._fit(flow, recipe.transformer.optimizer)
+        return lambda: export_video(self.folders.model, recipe, text.tokenizer, encoder, self.vae, flow.module)
+
+    def played(self, recipe: PlayedRecipe) -> Callable[[], None]:
+        """As `video`, of the start of a world that is played."""
+        self._fit_vae()
+        image_encoder = draw_image_encoder(recipe.image_encoder.config, recipe.seed)
+        transformer = draw_transformer(recipe.transformer.config, recipe.seed)
+        return lambda: export_played(self.folders.model, recipe, image_encoder, self.vae, transformer)
+
+    def _fit_vae(self) -> None:
+        section = self.recipe.vae
+        self._fit(EncoderTask(section.encoder, self.vae, self.basis, self.clips), section.encoder.optimizer)
+        self._fit(DecoderTask(section.decoder, self.vae, self.basis, self.clips), section.decoder.optimizer)
+
+    def _fit(self, task: Task, section: OptimizerSection) -> None:
+        if task.name in self.wanted:
+            self.facts[task.name] = train(
+                task, section, self.folders.checkpoints,
+                seed=self.recipe.seed, precision=self.recipe.precision,
+                checkpoint_minutes=self.recipe.checkpoint_minutes, on_progress=self.on_progress,
+            )  # fmt: skip
 
 
 def claim(root: Path, recipe: Section, fresh: bool, changeable: Set[str]) -> None:
