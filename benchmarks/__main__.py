@@ -16,6 +16,7 @@ SCRIPTS = (
     "parallel_memory",
     "caches",
     "settings",
+    "few_step",
 )  # each in its own process, so that none warms up another
 
 

@@ -80,6 +80,33 @@ def speed() -> str:
     return "\n".join(lines).strip()
 
 
+def few_step() -> str:
+    """The few-step student beside its teacher."""
+    scored = [_result(name) for name in ("eval_tiny-t2v", "eval_tiny-t2v-4step", "eval_tiny-t2v_4_steps")]
+    reports = [found["model"] for found in scored if found is not None]
+    times = _result("few_step")
+    if times is None or len(reports) < len(scored):
+        return ""
+    count, sooner = reports[0]["shape"]["n"], [times[part]["ratio"] for part in ("denoising", "prompt to frames")]
+    lines = [
+        f"`kinetoscope eval --n {count} --dtype float32`, captions that were never trained on, with 95 % intervals:",
+        "",
+        "| | teacher, 30 steps with guidance | `tiny-t2v-4step` | teacher, 4 steps without |",
+        "|---|---|---|---|",
+    ]
+    for attribute in reports[0]:
+        cells = [
+            f"{r[attribute]['value']:.3f} [{r[attribute]['low']:.3f}, {r[attribute]['high']:.3f}]" for r in reports
+        ]
+        lines.append(f"| {attribute} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"The student denoises in 1/{sooner[0]:.1f} of the time, and has made a video in 1/{sooner[1]:.1f} of it "
+        f"(`python -m benchmarks.few_step`, {times['device']}, {_threads(times)}).",
+    ]
+    return "\n".join(lines)
+
+
 def caches() -> str:
     """Every step cache at its documented setting."""
     result = _result("caches")
@@ -128,6 +155,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "picture": picture,
     "scores": scores,
     "speed": speed,
+    "few_step": few_step,
     "caches": caches,
     **{name: partial(settings, name) for name in ("exact", "text", "guidance", "quantize", "sparse", "bfloat16")},
 }

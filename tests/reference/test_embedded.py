@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kinetoscope import VideoGenerator
+from kinetoscope.engine.protocols import Event
 from kinetoscope.evaluation import flicker, heldout_specs, prompt_following
 from kinetoscope.loading import resolve_model
 from kinetoscope.reference import embedded_models
@@ -53,10 +54,25 @@ def test_diffusers_loads_it_and_makes_the_same_video() -> None:
     assert np.abs(result.frames - video * 255.0).max() <= 1.0
 
 
-def test_it_shows_what_it_is_told() -> None:
-    """Colour, motion and background; shapes do not follow reliably yet (model card)."""
+def test_students_share_what_is_not_theirs() -> None:
+    teacher, student = resolve_model("tiny-t2v"), resolve_model("tiny-t2v-4step")
+    for component in ("vae", "text_encoder", "tokenizer"):
+        assert student.folder(component) == teacher.folder(component)
+    assert student.folder("transformer").parent == student.path
+
+
+def test_the_student_takes_four_steps_without_guidance() -> None:
+    student = VideoGenerator.from_pretrained("tiny-t2v-4step", device="cpu")
+    steps = [e for e in student.iterate(PROMPTS[0], seed=1) if isinstance(e, Event) and e.kind == "step"]
+    assert len(steps) == 4
+    assert student.defaults().guidance_scale == 1.0
+
+
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-t2v-4step"])
+def test_they_show_what_they_are_told(name: str) -> None:
+    """Colour, motion and background; shapes do not follow reliably yet (model cards)."""
     world = get_world("shapes")
-    results = VideoGenerator.from_pretrained("tiny-t2v", device="cpu").generate_video(PROMPTS, seed=1)
+    results = VideoGenerator.from_pretrained(name, device="cpu").generate_video(PROMPTS, seed=1)
     seen = [world.judge(r.frames) for r in results]
     assert [s["colour"] for s in seen] == ["red", "blue"]
     assert [s["background"] for s in seen] == ["black", "white"]
@@ -65,14 +81,15 @@ def test_it_shows_what_it_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_the_scores_of_the_card_hold() -> None:
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-t2v-4step"])
+def test_the_scores_of_the_card_hold(name: str) -> None:
     """A smaller sample than the card's: its score must lie within the card's interval, widened by its own."""
-    path = Path(__file__).parents[2] / "benchmarks" / "results" / "eval_tiny-t2v.json"
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / f"eval_{name}.json"
     card = json.loads(path.read_text(encoding="utf-8"))["model"]
     world, count = get_world("shapes"), 64
     specs = heldout_specs(world, count, seed=77)
-    generator = VideoGenerator.from_pretrained("tiny-t2v", device="cpu")
+    generator = VideoGenerator.from_pretrained(name, device="cpu")
     results = generator.generate_video([s.caption() for s in specs], seed=list(range(count)), batch_size=8)
     report = prompt_following(world, zip(specs, (r.frames for r in results), strict=True))
-    for name, score in report.items():
-        assert score.interval[0] <= card[name]["high"] and score.interval[1] >= card[name]["low"], name
+    for attribute, score in report.items():
+        assert score.interval[0] <= card[attribute]["high"] and score.interval[1] >= card[attribute]["low"], attribute
