@@ -91,7 +91,7 @@ def few_step() -> str:
     lines = [
         f"`kinetoscope eval --n {count} --dtype float32`, captions that were never trained on, with 95 % intervals:",
         "",
-        "| | teacher, 30 steps with guidance | `tiny-t2v-4step` | teacher, 4 steps without |",
+        "| | `tiny-t2v`, its teacher | `tiny-t2v-4step` | teacher with `--steps 4 --guidance-scale 1` |",
         "|---|---|---|---|",
     ]
     for attribute in reports[0]:

@@ -23,19 +23,7 @@ from kinetoscope.train.data.preprocess import preprocess
 from kinetoscope.train.data.sources import Item, Place
 from kinetoscope.train.data.table import DATASET
 from kinetoscope.worlds import get_world
-from tiny import make_tiny_wan
-from train.data_sets import CAPTIONS, SETTINGS, SHAPES, as_csv, as_jsonl, as_tars, film, make_clips, rows_of, same_rows
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clips(tmp_path_factory.mktemp("clips"))
-
+from train.data_sets import CAPTIONS, SETTINGS, SHAPES, as_csv, as_jsonl, as_tars, film, rows_of, same_rows
 
 # -- what a row is ----------------------------------------------------------------------------------------------------
 

@@ -24,21 +24,10 @@ from kinetoscope.train.data import preprocess as job
 from kinetoscope.train.data.preprocess import Summary, claimed, preprocess
 from kinetoscope.train.data.sources import open_source
 from kinetoscope.train.data.table import DATASET, INDEX, DataSet, Manifest, shard_path
-from tiny import make_tiny_wan
-from train.data_sets import SETTINGS, as_csv, as_jsonl, as_tars, film, make_clips, rows_of, same_files, same_rows
+from train.data_sets import SETTINGS, as_csv, as_jsonl, as_tars, film, rows_of, same_files, same_rows
 
 GIVEN = "--size=32x32 --size=32x64 --frames=5 --frames=9 --fps=12 --shard=2 --device=cpu".split()  # noqa: SIM905
 """`SETTINGS` on the command line."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="module")

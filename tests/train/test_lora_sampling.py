@@ -24,7 +24,6 @@ from kinetoscope.train.post import STUDENT, load_post_recipe
 from kinetoscope.train.post_export import export_sampling
 from kinetoscope.train.post_run import run_post_recipe
 from kinetoscope.train.trainer import Trainer
-from tiny import make_tiny_wan
 from train.post_runs import write_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lora_4step.yaml"
@@ -35,11 +34,6 @@ EXPORT: dict[str, Any] = {
     "defaults": {"num_inference_steps": 4, "guidance_scale": 1.0, "flow_shift": 5.0, "extra": STEPS},
 }
 ASKED: dict[str, Any] = {"height": 16, "width": 32, "num_frames": 5, "seed": 7}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_wan(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -119,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
         draw_drift(result.drift, Path(args.drift))
     print(f"{result.title}\n\n{result.table}")
     if args.json:
-        facts = {"model": model.name, "model_hash": model.fingerprint(), "n": args.n, "seed": args.seed}
-        write_text(Path(args.json), json.dumps(facts | result.facts, indent=2) + "\n")
+        what = {"command": _command(args), "model_hash": model.fingerprint(), "n": args.n, "seed": args.seed}
+        write_text(Path(args.json), json.dumps(what | result.facts, indent=2) + "\n")
     if args.sheet:
         contact_sheet(result.videos[:SHEET_ROWS], args.sheet, labels=result.labels[:SHEET_ROWS], columns=9)
     if args.card:
