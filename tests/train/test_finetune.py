@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.denoiser import Denoiser
-from kinetoscope.diffusion.noise import randn
+from kinetoscope.diffusion.few_step import FewStepRun, FewStepSchedule
+from kinetoscope.diffusion.noise import NoiseSource, randn
 from kinetoscope.train.checkpoint import load_checkpoint
 from kinetoscope.train.loop import step_generator
 from kinetoscope.train.lora import COMFYUI_FILE, DIFFUSERS_FILE, LoraLayers, authors_name
@@ -110,6 +111,15 @@ def test_levels_have_their_distributions(settings: dict[str, Any], shift: float)
     assert draws.min() >= 0 and draws.max() <= 1
 
 
+def test_levels_of_few_steps_are_those_of_sampling() -> None:
+    """What the network is asked at in training is what it is asked at by the sampler of the same list."""
+    draws = method(Line(), 5.0, sampling="steps", steps=[1000, 300, 60]).levels(9000, step_generator(0, 1))
+    run = FewStepRun(FewStepSchedule.make([1000, 300, 60], 5.0, warp=True), NoiseSource([0]))
+    levels, counts = draws.unique(return_counts=True)
+    assert levels.tolist() == run.sigmas[2::-1] and (levels * 1000).tolist() == pytest.approx(run.times[::-1])
+    assert (counts / 9000 - 1 / 3).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_min_snr_is_the_same_for_every_prediction(prediction: Any) -> None:
     """In terms of the clean sample each squared error weighs min(snr, gamma)."""
@@ -128,6 +138,12 @@ def test_min_snr_is_the_same_for_every_prediction(prediction: Any) -> None:
 def test_settings_that_do_not_apply() -> None:
     with pytest.raises(ConfigError, match="predicts a flow"):
         method(Line(), min_snr=5.0)
+    for settings in ({"sampling": "steps"}, {"steps": [1000]}):
+        with pytest.raises(ValueError, match="steps are of sampling"):
+            FinetuneSettings(name="finetune", **settings)
+    other = SimpleNamespace(convention=Convention(prediction="epsilon", interpolant="cosine"))
+    with pytest.raises(ConfigError, match="is for flow models; this one predicts 'epsilon'"):
+        Finetune({"student": other}, FinetuneSettings(name="finetune", sampling="steps", steps=(1000,)))  # type: ignore[dict-item]
 
 
 def test_lora_layers_are_a_change_of_weights() -> None:

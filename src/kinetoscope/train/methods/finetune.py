@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.convention import Convention, shift_sigma
+from kinetoscope.diffusion.few_step import FewStepSchedule
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.train.methods.base import MethodSettings
 from kinetoscope.train.roles import ModelBase, TrainBatch
@@ -22,21 +23,32 @@ class FinetuneSettings(MethodSettings):
 
     Attributes:
         sampling: how noise levels are drawn, before the role's shift: "logit_normal" and "mode" (arXiv 2403.03206,
-            section 3.1), or "uniform"; for EDM, their places (`Convention.level`).
+            section 3.1), or "uniform"; for EDM, their places (`Convention.level`). "steps": those of a few-step
+            schedule alone, each as often as another, for a flow that will be sampled in them.
         logit_mean, logit_std: of logit_normal.
         mode_scale: of mode: above 0 the middle is drawn more often, below 0 the ends.
+        steps, warp: of "steps": its timesteps, and whether they count along the schedule shifted by the role's shift
+            (`dmd_denoising_steps` and `warp_denoising_step` of sampling).
         caption_dropout: share of samples that read what the unconditional branch does, for guidance.
         min_snr: squared errors of the noise weigh at most this over the signal-to-noise ratio, in terms of the clean
             sample min(snr, gamma) (arXiv 2303.09556); for predictions of noise, of v or of the sample. A flow and EDM
             have a sampling of levels in place of it.
     """
 
-    sampling: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    sampling: Literal["logit_normal", "uniform", "mode", "steps"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = Field(default=1.0, gt=0)
     mode_scale: float = Field(default=1.29, ge=-1, le=1.75)
+    steps: tuple[int, ...] = ()
+    warp: bool = True
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     min_snr: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _steps(self) -> FinetuneSettings:
+        if (self.sampling == "steps") != bool(self.steps):
+            raise ValueError("steps are of sampling: steps, which needs them")
+        return self
 
 
 class Finetune:
@@ -46,7 +58,9 @@ class Finetune:
     sparse attention.
 
     Raises:
-        ConfigError: min-SNR for a flow, or for a network inside the scalings of EDM.
+        ConfigError: min-SNR for a flow, or for a network inside the scalings of EDM; a few-step schedule for another
+            model than a flow.
+        InputError: see `FewStepSchedule.make`.
     """
 
     settings_class: ClassVar[type[MethodSettings]] = FinetuneSettings
@@ -61,6 +75,11 @@ class Finetune:
                 f"method.min_snr is for predictions of noise, of v or of the sample; this model predicts {how}, where "
                 "sampling of levels does its work: leave min_snr out"
             )
+        self.few: tuple[float, ...] = ()
+        if settings.steps:
+            if (predicts := self.student.convention.prediction) != "flow":
+                raise ConfigError(f"method.sampling=steps is for flow models; this one predicts {predicts!r}")
+            self.few = FewStepSchedule.make(settings.steps, self.student.shift, warp=settings.warp).sigmas
 
     def updates(self, step: int) -> Sequence[str]:
         """The student, always."""
@@ -81,6 +100,8 @@ class Finetune:
     def levels(self, rows: int, generator: torch.Generator) -> Tensor:
         """Noise levels [rows], as the student's convention has them."""
         settings = self.settings
+        if self.few:
+            return torch.tensor(self.few)[torch.randint(len(self.few), (rows,), generator=generator)]
         if settings.sampling == "logit_normal":
             u = torch.sigmoid(settings.logit_mean + settings.logit_std * randn((rows,), generator))
         else:
