@@ -20,7 +20,7 @@ from kinetoscope.models.wan.transformer import WanTransformer3DModel
 from kinetoscope.train.methods import make_method
 from kinetoscope.train.methods.diffusion_forcing import DiffusionForcing, DiffusionForcingSettings, bell
 from kinetoscope.train.methods.self_forcing import Exits, SelfForcing, SelfForcingSettings, roll_out
-from kinetoscope.train.methods.teacher_forcing import TeacherForcingSettings
+from kinetoscope.train.methods.teacher_forcing import TeacherForcing, TeacherForcingSettings
 from kinetoscope.train.plugins.causal_wan import CausalWanModel
 from kinetoscope.train.plugins.wan import WanModel
 from kinetoscope.train.roles import Text, TrainBatch
@@ -121,6 +121,34 @@ def test_a_past_that_is_not_exact() -> None:
     assert torch.equal(seen[0.0], batch.latents) and torch.equal(seen[10.0], seen[10.5])
     deviations = (seen[0.5] - batch.latents).flatten(1).std(1)
     assert 0 < float(deviations.min()) < 0.6 * float(deviations.max()) < 0.6 * 0.52
+
+
+def test_a_past_that_the_student_makes() -> None:
+    """Block after block under the explicit mask, each from the data noised to the sample's level, with no gradient;
+    what comes next is the data's, and nothing else of the loss changes its terms."""
+    student, batch = causal(), batch_of()
+    method = make_method(TeacherForcingSettings(caption_dropout=0.0, resample=0.8), {"student": student})
+    assert isinstance(method, TeacherForcing)
+    made = method.past(batch, seeded())["clean"]
+    again = seeded()
+    level = 0.8 * torch.rand(2, 1, generator=again)
+    noisy = student.add_noise(batch.latents, randn(batch.latents.shape, again), level.expand(-1, FRAMES))
+    expected = torch.empty_like(made)
+    for start in (0, 2, 4):
+        now = slice(start, start + 2)
+        joined = torch.cat([expected[:, :, :start], noisy[:, :, now]], 2)
+        times = torch.cat([torch.zeros(2, start), level.expand(-1, 2)], 1)
+        mask = frame_mask(BLOCKS[: start // 2 + 1], -1)
+        with torch.no_grad():
+            v = masked_forward(student.transformer, mask, joined, 1000 * times, batch.text.states)[:, :, start:]
+        expected[:, :, now] = noisy[:, :, now] - level.view(2, 1, 1, 1, 1) * v
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    assert not made.requires_grad and (made - batch.latents).abs().max() > 0.1
+    plain = make_method(TeacherForcingSettings(caption_dropout=0.0), {"student": student})
+    seen: list[Tensor] = []
+    student.predict = lambda x, s, batch, *, clean: seen.append(clean) or x  # pyright: ignore[reportAttributeAccessIssue]
+    losses = [m.losses("student", batch, 0, seeded())["total"] for m in (method, plain)]
+    assert torch.equal(*losses) and not torch.equal(*seen)
 
 
 @pytest.mark.parametrize("window", [-1, 4])

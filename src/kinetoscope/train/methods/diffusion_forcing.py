@@ -61,7 +61,7 @@ class DiffusionForcing(Finetune):
         s = torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1).to(x0.device)  # [B, T]
         noise = randn(x0.shape, generator).to(x0.device)
         batch = self.drop_captions(batch, generator)
-        predicted = student.predict(student.add_noise(x0, noise, s), s, batch, **self.past(x0, generator))
+        predicted = student.predict(student.add_noise(x0, noise, s), s, batch, **self.past(batch, generator))
         error = (predicted - student.denoiser.target(x0, noise, s)).square().mean((1, 3, 4))  # [B, T]
         return {"total": (error * self.weight(s)).mean()}
 
@@ -81,7 +81,7 @@ class DiffusionForcing(Finetune):
             weight = weight * snr_weight(self.student.convention, s, self.forcing.min_snr)
         return weight
 
-    def past(self, x0: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    def past(self, batch: TrainBatch, generator: torch.Generator) -> dict[str, Any]:
         """Further arguments of the prediction: nothing, the past is what the student is shown."""
         return {}
 
