@@ -26,7 +26,7 @@ from kinetoscope import VideoGenerator
 from kinetoscope.loading.resolve import resolve_model
 from kinetoscope.worlds.maze import MazeGame
 
-MODEL = "runs/tiny-world/play/model"
+MODEL = "runs/tiny-world/few/model"
 """As the recipes make it."""
 WARM = 4  # first blocks, which are not counted
 CAMERA = ([0, 0.1], [0, -0.1], [0, 0])

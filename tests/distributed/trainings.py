@@ -37,7 +37,7 @@ ROLES["teacher_forcing"] = {"student": {"trainable": True, "causal": {"num_frame
 ROLES["self_forcing"] = {**ROLES["dmd2"], **ROLES["teacher_forcing"]}
 METHODS: dict[str, dict[str, Any]] = {
     "dmd2": {"name": "dmd2", "student_every": 2, "guidance": 2.0},
-    "teacher_forcing": {"name": "teacher_forcing"},
+    "teacher_forcing": {"name": "teacher_forcing", "resample": 0.5},
     "self_forcing": {"name": "self_forcing", "student_every": 2, "guidance": 2.0},
 }
 

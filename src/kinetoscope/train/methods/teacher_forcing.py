@@ -25,7 +25,6 @@ RESAMPLED = "resampled"
 """Tag of the memory of a past that the student makes."""
 
 
-
 class TeacherForcingSettings(DiffusionForcingSettings):
     """Settings of `TeacherForcing`; those of `DiffusionForcingSettings`, and:
 
