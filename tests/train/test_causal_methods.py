@@ -123,10 +123,11 @@ def test_a_past_that_is_not_exact() -> None:
     assert 0 < float(deviations.min()) < 0.6 * float(deviations.max()) < 0.6 * 0.52
 
 
-def test_a_past_that_the_student_makes() -> None:
+@pytest.mark.parametrize("window", [-1, 4])
+def test_a_past_that_the_student_makes(window: int) -> None:
     """Block after block under the explicit mask, each from the data noised to the sample's level, with no gradient;
     what comes next is the data's, and nothing else of the loss changes its terms."""
-    student, batch = causal(), batch_of()
+    student, batch = causal(local_attn_size=window), batch_of()
     method = make_method(TeacherForcingSettings(caption_dropout=0.0, resample=0.8), {"student": student})
     assert isinstance(method, TeacherForcing)
     made = method.past(batch, seeded())["clean"]
@@ -138,7 +139,7 @@ def test_a_past_that_the_student_makes() -> None:
         now = slice(start, start + 2)
         joined = torch.cat([expected[:, :, :start], noisy[:, :, now]], 2)
         times = torch.cat([torch.zeros(2, start), level.expand(-1, 2)], 1)
-        mask = frame_mask(BLOCKS[: start // 2 + 1], -1)
+        mask = frame_mask(BLOCKS[: start // 2 + 1], window)
         with torch.no_grad():
             v = masked_forward(student.transformer, mask, joined, 1000 * times, batch.text.states)[:, :, start:]
         expected[:, :, now] = noisy[:, :, now] - level.view(2, 1, 1, 1, 1) * v
@@ -146,7 +147,12 @@ def test_a_past_that_the_student_makes() -> None:
     assert not made.requires_grad and (made - batch.latents).abs().max() > 0.1
     plain = make_method(TeacherForcingSettings(caption_dropout=0.0), {"student": student})
     seen: list[Tensor] = []
-    student.predict = lambda x, s, batch, *, clean: seen.append(clean) or x  # pyright: ignore[reportAttributeAccessIssue]
+
+    def predict(x: Tensor, s: Tensor, batch: TrainBatch, *, clean: Tensor) -> Tensor:
+        seen.append(clean)
+        return x
+
+    student.predict = predict  # pyright: ignore[reportAttributeAccessIssue]
     losses = [m.losses("student", batch, 0, seeded())["total"] for m in (method, plain)]
     assert torch.equal(*losses) and not torch.equal(*seen)
 
