@@ -17,6 +17,8 @@ from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.runtime.memory import PeakMemory
 
 TEXT, DENOISING, DECODING = "text and image encoding", "denoising", "decoding"
+CANNOT_DECODE = (RuntimeError, TypeError, ValueError)
+"""What the decode of an `empty_vae` raises that looks at values, or wants more than latents."""
 STREAM_FRAMES = 3
 """Latent frames after which a decoder that works frame by frame needs no more memory for the next."""
 
@@ -124,6 +126,15 @@ def _sizes(transformer: nn.Module, dtype: torch.dtype, quantize: str | None) -> 
     }
 
 
+def empty_vae(class_name: str | None, config: Mapping[str, Any]) -> Any | None:
+    """A VAE of diffusers without values, to be decoded with on the meta device; None: there is no such class."""
+    kind: Any = getattr(diffusers, class_name or "", None)
+    if kind is None:
+        return None
+    with torch.device("meta"):
+        return kind(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+
+
 def decode_peak(
     class_name: str | None, config: Mapping[str, Any], latent_size: tuple[int, int, int], mode: str
 ) -> int | None:
@@ -138,12 +149,10 @@ def decode_peak(
         latent_size: [T, H, W].
         mode: of `pipelines.stages.decoding.VAE_MODES`.
     """
-    kind: Any = getattr(diffusers, class_name or "", None)
+    vae = empty_vae(class_name, config)
     by_frame = class_name == "AutoencoderKLWan"
-    if kind is None or (mode == "tiled" and not by_frame):
+    if vae is None or (mode == "tiled" and not by_frame):
         return None
-    with torch.device("meta"):
-        vae = kind(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
     channels = config.get("z_dim", config.get("latent_channels"))
     frames, height, width = latent_size
     scale = int(config.get("scale_factor_spatial", 8))
@@ -153,7 +162,7 @@ def decode_peak(
     try:
         with torch.no_grad(), PeakMemory([*vae.parameters(), *vae.buffers(), latents]) as memory:
             video: Tensor = vae.decode(latents, return_dict=False)[0]
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+    except CANNOT_DECODE:
         return None
     if not by_frame:
         return memory.peak

@@ -21,7 +21,7 @@ from kinetoscope.parallel.tensor.plan import shared_parameters
 from kinetoscope.parallel.vae import check_shared
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.validation import check_params
-from kinetoscope.runtime.footprint import STREAM_FRAMES, decode_peak
+from kinetoscope.runtime.footprint import CANNOT_DECODE, STREAM_FRAMES, decode_peak, empty_vae
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,11 +244,9 @@ def _encoder(kind: Any, config: Mapping[str, Any]) -> nn.Module:
 
 def decode_flops(class_name: str, config: Mapping[str, Any], latent_size: tuple[int, int, int]) -> float:
     """Operations of decoding, counted on a decode without values; 0 where that cannot be done."""
-    kind: Any = getattr(diffusers, class_name, None)
-    if kind is None:
+    vae = empty_vae(class_name, config)
+    if vae is None:
         return 0.0
-    with torch.device("meta"):
-        vae = kind(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
     frames, height, width = latent_size
     by_frame = class_name == "AutoencoderKLWan"
     channels = config.get("z_dim", config.get("latent_channels"))
@@ -263,7 +261,7 @@ def decode_flops(class_name: str, config: Mapping[str, Any], latent_size: tuple[
             start = count(STREAM_FRAMES)
             return start + (start - count(STREAM_FRAMES - 1)) * (frames - STREAM_FRAMES)
         return float(count(frames))
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+    except CANNOT_DECODE:
         return 0.0
 
 
