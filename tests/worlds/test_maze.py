@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from kinetoscope.core.errors import InputError
 from kinetoscope.worlds import get_world
 from kinetoscope.worlds.maze import MazeGame, find_motion, is_maze, maze_share, read_views
-from kinetoscope.worlds.maze.layout import SIDE, build_maze
+from kinetoscope.worlds.maze.layout import COLOURS, PERIOD, ROOMS, SIDE, WIDTH, build_maze
 from kinetoscope.worlds.maze.render import HALF_WALL, cast_rays, focal, render_views
 from kinetoscope.worlds.maze.walk import RADIUS, STEP, restless, seen_motion, start, walk
 
@@ -39,6 +39,20 @@ def test_every_place_of_a_maze_is_reached(number: int) -> None:
             todo += [(r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)]
     assert found == places and len(places) > SIDE * SIDE / 3
     assert not np.array_equal(maze.walls, build_maze(number + 1).walls)
+
+
+def test_each_side_of_a_room_has_one_colour() -> None:
+    maze, colours = build_maze(5), set[int]()
+    for room in np.ndindex(ROOMS, ROOMS):
+        top, left = (PERIOD * r + 1 for r in room)
+        left_wall = maze.faces[top : top + WIDTH, left - 1, 1]
+        right_wall = maze.faces[top : top + WIDTH, left + WIDTH, 0]
+        upper_wall = maze.faces[top - 1, left : left + WIDTH, 3]
+        lower_wall = maze.faces[top + WIDTH, left : left + WIDTH, 2]
+        for wall in (left_wall, right_wall, upper_wall, lower_wall):
+            assert len(set(wall.tolist())) == 1
+            colours.add(int(wall[0]))
+    assert len(colours) == COLOURS
 
 
 def test_rays_are_as_long_as_a_slow_march_says() -> None:

@@ -15,6 +15,9 @@ PERIOD = WIDTH + 1
 SIDE = PERIOD * ROOMS + 1
 """Cells along each side: rooms, with one cell of wall or passage between two of them."""
 COLOURS = 6
+_DOWN, _RIGHT = np.array(
+    ((0, 0, -1, 1), (-1, 1, 0, 0))
+)  # from a wall cell to the one that each of its faces looks into
 _LOOPS = 0.2  # of the walls between rooms that the search left are opened, so that there is more than one way
 
 
@@ -25,7 +28,7 @@ class Maze:
     Attributes:
         walls: bool [SIDE, SIDE]; the rim is all wall.
         faces: uint8 [SIDE, SIDE, 4], colour of each wall cell's faces toward (smaller x, larger x, smaller y,
-            larger y).
+            larger y); faces on one side of a room are of one colour.
     """
 
     walls: np.ndarray
@@ -75,7 +78,9 @@ def build_maze(number: int) -> Maze:
         for a, b in ((1, 0), (0, 1)):
             if row + a < ROOMS and column + b < ROOMS and rng.random() < _LOOPS:
                 open_way(row, column, a, b)
-    faces = rng.integers(COLOURS, size=(SIDE, SIDE, 4), dtype=np.uint8)
+    colours = rng.integers(COLOURS, size=(ROOMS + 2, ROOMS + 2, 4), dtype=np.uint8)  # the last are outside of the rim
+    row, column, side = np.ogrid[:SIDE, :SIDE, :4]
+    faces = colours[(row + _DOWN[side]) // PERIOD, (column + _RIGHT[side]) // PERIOD, side]
     walls.setflags(write=False)
     faces.setflags(write=False)
     return Maze(walls, faces)
