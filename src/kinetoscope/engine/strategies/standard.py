@@ -116,7 +116,9 @@ class StandardStrategy:
         branches = state.guidance.branches
         batch = state.latents.shape[0]
         latents = self.model_latents(state).to(state.args.dtype)
-        if len(branches) > 1:
+        if batch == 1:
+            latents = latents.expand(len(branches), *latents.shape[1:])  # nothing to copy, and nobody writes into it
+        elif len(branches) > 1:
             latents = torch.cat([latents] * len(branches))  # a fifth of the time of `repeat`
         timestep = state.scheduler.timesteps[step_idx].expand(len(branches) * batch)
         step = take_rows(state.tables["steps"], slice(step_idx, step_idx + 1))
