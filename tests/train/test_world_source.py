@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def test_batches(opened: Opened, tmp_path: Path) -> None:
     none = source(opened, tmp_path, latents="none").batch(0, step_generator(0, 0))
     assert none.latents.shape == (3, 12, 3, 4, 4) and not none.latents.any()
     assert none.captions == made.batch(0, step_generator(0, 0)).captions
+
+
+def test_a_world_that_looks_otherwise_has_other_latents(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = source(opened, tmp_path, latents="basis")
+    drawn = Clips.sample
+    monkeypatch.setattr(
+        Clips, "sample", lambda self, seed: replace(clip := drawn(self, seed), frames=255 - clip.frames)
+    )
+    after = source(opened, tmp_path, latents="basis")
+    assert len(list(tmp_path.glob("*.npy"))) == 2 and not np.array_equal(before.latents, after.latents)
 
 
 def test_mistakes(opened: Opened, tmp_path: Path) -> None:

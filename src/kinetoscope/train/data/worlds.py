@@ -120,7 +120,9 @@ def latent_encoder(settings: WorldData, opened: Opened, clips: Clips) -> LatentE
 
 def kept_under(settings: WorldData, opened: Opened, **more: Any) -> Path:
     """Path in the cache, without a suffix; it names what the latents depend on, and `more`."""
-    facts: dict[str, Any] = {"world": settings.world.model_dump(), "clips": settings.clips, "latents": settings.latents}
+    drawn = hashlib.sha256(Clips(settings.world).sample(0).frames.tobytes()).hexdigest()  # a world may change its looks
+    facts: dict[str, Any] = {"world": settings.world.model_dump(), "drawn": drawn}
+    facts |= {"clips": settings.clips, "latents": settings.latents}
     if settings.latents == "basis":
         facts |= {"basis_clips": settings.basis_clips, "vae": opened.model.config("vae")}
         facts |= settings.model_dump(include={"basis_frames", "whitening"}, exclude_defaults=True)

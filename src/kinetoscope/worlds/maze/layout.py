@@ -15,9 +15,7 @@ PERIOD = WIDTH + 1
 SIDE = PERIOD * ROOMS + 1
 """Cells along each side: rooms, with one cell of wall or passage between two of them."""
 COLOURS = 6
-_DOWN, _RIGHT = np.array(
-    ((0, 0, -1, 1), (-1, 1, 0, 0))
-)  # from a wall cell to the one that each of its faces looks into
+_DOWN, _RIGHT = np.array(((0, 0, -1, 1), (-1, 1, 0, 0)))  # from a wall cell to where each of its faces looks
 _LOOPS = 0.2  # of the walls between rooms that the search left are opened, so that there is more than one way
 
 
@@ -78,7 +76,9 @@ def build_maze(number: int) -> Maze:
         for a, b in ((1, 0), (0, 1)):
             if row + a < ROOMS and column + b < ROOMS and rng.random() < _LOOPS:
                 open_way(row, column, a, b)
-    colours = rng.integers(COLOURS, size=(ROOMS + 2, ROOMS + 2, 4), dtype=np.uint8)  # the last are outside of the rim
+    # A face has the colour of that side of the room it looks into. Faces of the rim that look out of the maze, to rooms
+    # -1 and ROOMS, take the last two, which no room has.
+    colours = rng.integers(COLOURS, size=(ROOMS + 2, ROOMS + 2, 4), dtype=np.uint8)
     row, column, side = np.ogrid[:SIDE, :SIDE, :4]
     faces = colours[(row + _DOWN[side]) // PERIOD, (column + _RIGHT[side]) // PERIOD, side]
     walls.setflags(write=False)
