@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.hooks import PerfLoggingHook, ProgressHook, StepTraceHook
 from kinetoscope.engine.hooks.base import Hook
-from kinetoscope.engine.protocols import BlockDenoisingStrategy, DenoisingStrategy
+from kinetoscope.engine.protocols import BlockDenoisingStrategy, DenoisingStrategy, split_rows, take_rows
 
 ARGS = ExecutionArgs()
 
@@ -267,3 +267,19 @@ def test_the_trace_records_what_was_run() -> None:
     assert trace[0]["rows"] == [["uncond"], ["cond"]]
     assert trace[0]["uncond_norm"] == pytest.approx(start.norm(dim=1).tolist())
     assert trace[0]["cosine"] == pytest.approx(torch.cosine_similarity(start, start + 1).tolist(), abs=1e-6)
+
+
+def test_rows_of_a_tree_are_split_as_they_are_taken() -> None:
+    class Pair(NamedTuple):
+        one: torch.Tensor
+        other: torch.Tensor | None
+
+    tree = {"pair": Pair(torch.arange(6.0).view(3, 2), None), "list": [torch.arange(3)], "tuple": (torch.ones(3, 1), 7)}
+    rows = split_rows(tree, 3)
+    for index, row in enumerate(rows):
+        expected = take_rows(tree, slice(index, index + 1))
+        assert torch.equal(row["pair"].one, expected["pair"].one) and row["pair"].other is None
+        assert torch.equal(row["list"][0], expected["list"][0]) and type(row["list"]) is list
+        assert torch.equal(row["tuple"][0], expected["tuple"][0]) and row["tuple"][1] == 7
+        assert row["pair"].one.data_ptr() == expected["pair"].one.data_ptr()
+    assert len(rows) == 3 and split_rows({}, 2) == [{}, {}]

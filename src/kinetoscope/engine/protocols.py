@@ -29,17 +29,32 @@ def map_tree(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     if isinstance(tree, Mapping):
         return {k: map_tree(change, v) for k, v in cast(Mapping[str, Tree], tree).items()}
     if isinstance(tree, (tuple, list)):
-        parts = [map_tree(change, v) for v in cast(Sequence[Tree], tree)]
-        if isinstance(tree, list):
-            return parts
-        kind = cast(Any, type(cast(object, tree)))
-        return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
+        return _like(tree, [map_tree(change, v) for v in cast(Sequence[Tree], tree)])
     return tree
+
+
+def _like(tree: Tree, parts: list[Tree]) -> Tree:
+    """`parts` as a sequence of the kind of `tree`."""
+    kind = cast(Any, type(tree))
+    return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
 
 
 def take_rows(tree: Tree, rows: slice) -> Tree:
     """`tree` with every tensor cut to `rows` along its first axis (views, no copies)."""
     return map_tree(lambda x: x[rows], tree)
+
+
+def split_rows(tree: Tree, count: int) -> list[Tree]:
+    """What `take_rows` makes of each of the `count` rows of `tree` (views), in less time than one after another."""
+    if isinstance(tree, Tensor):
+        return list(tree.unsqueeze(1).unbind())
+    if isinstance(tree, Mapping):
+        parts = {k: split_rows(v, count) for k, v in cast(Mapping[str, Tree], tree).items()}
+        return [{k: rows[i] for k, rows in parts.items()} for i in range(count)]
+    if isinstance(tree, (tuple, list)):
+        columns = [split_rows(v, count) for v in cast(Sequence[Tree], tree)]
+        return [_like(tree, [rows[i] for rows in columns]) for i in range(count)]
+    return [tree] * count
 
 
 def join_rows(trees: Sequence[Tree]) -> Tree:
@@ -52,9 +67,7 @@ def join_rows(trees: Sequence[Tree]) -> Tree:
     if isinstance(first, Mapping):
         return {k: join_rows([t[k] for t in trees]) for k in cast(Mapping[str, Tree], first)}
     if isinstance(first, (tuple, list)):
-        parts = [join_rows(group) for group in zip(*trees, strict=True)]
-        kind = cast(Any, type(cast(object, first)))
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+        return _like(first, [join_rows(group) for group in zip(*trees, strict=True)])
     return first
 
 

@@ -14,10 +14,10 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.few_step import FewStepRun
 from kinetoscope.diffusion.guidance import Guidance
 from kinetoscope.diffusion.noise import NoiseSource
-from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree, take_rows
+from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree
 from kinetoscope.engine.rows import plan_rows
 from kinetoscope.engine.strategies.dmd import few_step_schedule
-from kinetoscope.engine.strategies.standard import VideoTransformer, combine, conditioning_of, split_branches
+from kinetoscope.engine.strategies.standard import VideoTransformer, combine, conditioning_of, split_branches, steps_of
 
 CONTEXT_NOISE, WINDOW, SINK = "context_noise", "local_attn_size", "sink_size"
 """Names under which requests set the rollout (`SamplingParams.extra`)."""
@@ -80,7 +80,7 @@ class Expert:
     network: CausalTransformer
     guidance: Guidance
     conditioning: dict[str, Tree]
-    steps: dict[str, Tree]
+    steps: list[dict[str, Tree]]
     shared: dict[str, Tree] = field(default_factory=dict[str, Tree])
 
 
@@ -169,7 +169,7 @@ class CausalStrategy:
                     **conditioning_of(network, batch, args, branches),
                     "cache": network.new_cache(rows, (size.height, size.width), size.frames, **options),
                 },
-                network.prepare_timesteps(torch.tensor(times, device=args.device)),
+                steps_of(network, torch.tensor(times, device=args.device)),
             )
             for network, own in zip(networks, guidance, strict=True)
         ]
@@ -292,7 +292,7 @@ class CausalStrategy:
         own, branches = rollout.experts[expert], rollout.branches
         latents = state.latents.to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
         timestep = torch.full((len(latents),), rollout.times[index], device=latents.device)
-        shared, step = {"expert": expert, **own.shared}, take_rows(own.steps, slice(index, index + 1))
+        shared, step = {"expert": expert, **own.shared}, own.steps[index]
         return ModelInputs(latents, timestep, branches, batch, own.conditioning, shared, step)
 
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:

@@ -15,7 +15,7 @@ from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
 from kinetoscope.diffusion.scheduler import ScheduleRun
-from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
+from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree, split_rows
 from kinetoscope.engine.strategies.standard import (
     DenoisingParts,
     StandardStrategy,
@@ -118,8 +118,8 @@ class CosmosStrategy(StandardStrategy):
             conditioning["condition_mask"] = mask.flatten(0, 1)
         return conditioning
 
-    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> dict[str, Tree]:
-        """Timesteps as the network takes them: [S], or [S, T] where given frames have one of their own.
+    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> list[dict[str, Tree]]:
+        """Timesteps as the network takes them: [1] a step, or [1, T] where given frames have one of their own.
 
         What the network makes of them is left to each step: it is large where frames differ.
         """
@@ -129,7 +129,7 @@ class CosmosStrategy(StandardStrategy):
             assert batch.latents is not None
             timestep = timestep.unsqueeze(1).repeat(1, batch.latents.shape[2])
             timestep[:, : inputs.frames] = self.convention.timestep(_levels([inputs.level], timestep.device))
-        return {"timestep": timestep}
+        return split_rows({"timestep": timestep}, len(timestep))
 
     def prepare_shared(self, batch: ForwardBatch, latents: Tensor) -> dict[str, Tree]:
         """Positions, in time by the frame rate where the model reads it."""
@@ -140,7 +140,7 @@ class CosmosStrategy(StandardStrategy):
         branches = state.guidance.branches
         rows = self._rows(state, step_idx, branches)
         latents = torch.cat(rows).to(state.args.dtype)
-        timestep = state.tables["steps"]["timestep"][step_idx : step_idx + 1]
+        timestep = state.tables["steps"][step_idx]["timestep"]
         step = self.parts.transformer.prepare_timesteps(timestep)
         timestep = timestep.expand(len(latents), *timestep.shape[1:])
         return ModelInputs(latents, timestep, branches, len(rows[0]), state.conditioning, state.tables["shared"], step)

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.guidance import Guidance
-from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree, join_rows
-from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrategy, VideoTransformer, conditioning_of
+from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
+from kinetoscope.engine.strategies.standard import (
+    DenoisingParts,
+    StandardStrategy,
+    VideoTransformer,
+    conditioning_of,
+    steps_of,
+)
 
 
 class ExpertParts(DenoisingParts, Protocol):
@@ -72,7 +78,7 @@ class ExpertStrategy(StandardStrategy):
             conditioning=experts[0].conditioning,
             tables={
                 "experts": [experts[0 if i < high else -1] for i in range(len(scheduler))],
-                "steps": join_rows([transformer.prepare_timesteps(times) for transformer, _, times in sides]),
+                "steps": [step for network, _, times in sides for step in steps_of(network, times)],
                 "shared": sides[0][0].prepare_shared(latents.shape),
             },
         )

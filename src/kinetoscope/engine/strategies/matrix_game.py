@@ -16,8 +16,9 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.few_step import FewStepRun
 from kinetoscope.diffusion.guidance import COND, Guidance
 from kinetoscope.diffusion.noise import NoiseSource
-from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree, take_rows
+from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, Tree
 from kinetoscope.engine.strategies.dmd import few_step_schedule
+from kinetoscope.engine.strategies.standard import steps_of
 from kinetoscope.nn.action import ActionConfig, action_windows, pad_actions
 
 CONTEXT_NOISE = "context_noise"
@@ -171,7 +172,7 @@ class MatrixGameStrategy:
             times=schedule.times,
             scheduler=FewStepRun(schedule, noise, args.device),
             conditioning={**image, "memory": memory},
-            tables={"play": Play(), "steps": transformer.prepare_timesteps(times)},
+            tables={"play": Play(), "steps": steps_of(transformer, times)},
         )
 
     def postprocess(self, state: StrategyState) -> ForwardBatch:
@@ -305,7 +306,7 @@ class MatrixGameStrategy:
     def _rows(self, state: StrategyState, t: float, index: int) -> ModelInputs:
         play, latents = _play(state), state.latents.to(state.args.dtype)
         timestep = torch.full((latents.shape[0],), t, device=latents.device)
-        step = take_rows(state.tables["steps"], slice(index, index + 1))
+        step = state.tables["steps"][index]
         return ModelInputs(latents, timestep, (COND,), latents.shape[0], play.conditioning, play.shared, step)
 
     def forward(self, state: StrategyState, model_inputs: ModelInputs) -> Tensor:

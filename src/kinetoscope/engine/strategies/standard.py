@@ -12,7 +12,7 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
-from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree, take_rows
+from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree, split_rows
 
 
 class VideoTransformer(Protocol):
@@ -36,6 +36,12 @@ class VideoTransformer(Protocol):
     def prepare_shared(self, latent_shape: Sequence[int]) -> dict[str, Tree]:
         """Trees that depend on the latents' shape [R, C, T, H, W] alone (not on R)."""
         ...
+
+
+class TimestepTables(Protocol):
+    """What computes ahead of the timesteps of a run, as `VideoTransformer` does."""
+
+    def prepare_timesteps(self, timesteps: Tensor) -> Mapping[str, Tree]: ...
 
 
 class DenoisingParts(Protocol):
@@ -102,9 +108,9 @@ class StandardStrategy:
         """What the rows are conditioned on, branch-major."""
         return conditioning_of(self.parts.transformer, batch, args, branches)
 
-    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> dict[str, Tree]:
-        """Trees with a leading axis S for the S steps of the run."""
-        return self.parts.transformer.prepare_timesteps(scheduler.timesteps)
+    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> list[dict[str, Tree]]:
+        """Trees of each step, whose tensors have a first axis of 1."""
+        return steps_of(self.parts.transformer, scheduler.timesteps)
 
     def prepare_shared(self, batch: ForwardBatch, latents: Tensor) -> dict[str, Tree]:
         """Trees that all rows of all steps share."""
@@ -121,7 +127,7 @@ class StandardStrategy:
         elif len(branches) > 1:
             latents = torch.cat([latents] * len(branches))  # a fifth of the time of `repeat`
         timestep = state.scheduler.timesteps[step_idx].expand(len(branches) * batch)
-        step = take_rows(state.tables["steps"], slice(step_idx, step_idx + 1))
+        step = state.tables["steps"][step_idx]
         return ModelInputs(latents, timestep, branches, batch, state.conditioning, state.tables["shared"], step)
 
     def model_latents(self, state: StrategyState) -> Tensor:
@@ -174,6 +180,11 @@ def conditioning_of(
     return transformer.prepare_conditioning(
         encoder_hidden_states=embeds.to(args.device, args.dtype), text_lengths=lengths, **more
     )
+
+
+def steps_of(transformer: TimestepTables, timesteps: Tensor) -> list[dict[str, Tree]]:
+    """What a transformer computes ahead of each of `timesteps` [S] or [S, T]; tensors have a first axis of 1."""
+    return split_rows(transformer.prepare_timesteps(timesteps), len(timesteps))
 
 
 def first_step(params: SamplingParams) -> int:

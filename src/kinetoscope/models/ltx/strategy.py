@@ -13,7 +13,7 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
-from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrategy
+from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrategy, steps_of
 
 
 def log_shift(scheduler: SchedulerAdapter, tokens: int) -> float:
@@ -74,9 +74,9 @@ class LTXStrategy(StandardStrategy):
         assert batch.latents is not None
         return start_schedule(self.parts.scheduler, batch.params, batch.latents.shape, args.device)
 
-    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> dict[str, Tree]:
+    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> list[dict[str, Tree]]:
         """Modulation of each step; one a latent frame where some are clean."""
-        return self.parts.transformer.prepare_timesteps(_timesteps(batch, scheduler))
+        return steps_of(self.parts.transformer, _timesteps(batch, scheduler))
 
     def prepare_shared(self, batch: ForwardBatch, latents: Tensor) -> dict[str, Tree]:
         """Rotary table in seconds and pixels."""

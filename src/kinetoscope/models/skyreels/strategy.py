@@ -12,7 +12,7 @@ from torch import Tensor
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import ScheduleRun
-from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, take_rows
+from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, split_rows
 from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.models.skyreels.forcing import (
     ForcingPlan,
@@ -49,7 +49,7 @@ class Window:
         moving: whether each frame takes a step in each iteration.
         runs: neighbouring frames that move together, and their private scheduler.
         kept: frames at the start that came clean.
-        modulation: row-first trees of all iterations.
+        modulation: of each iteration.
     """
 
     timesteps: Tensor
@@ -57,7 +57,7 @@ class Window:
     moving: list[list[bool]]
     runs: list[tuple[Sequence[int], ScheduleRun]]
     kept: int
-    modulation: dict[str, Any]
+    modulation: list[dict[str, Any]]
 
 
 class ForcingStrategy(StandardStrategy):
@@ -150,7 +150,7 @@ class ForcingStrategy(StandardStrategy):
             latents = torch.cat([clean * (1 - share) + noise * share, latents[:, :, window.kept :]], dim=2)
         latents = latents.to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
         timestep = window.timesteps[step_idx].expand(len(latents), -1)
-        step = take_rows(window.modulation, slice(step_idx, step_idx + 1))
+        step = window.modulation[step_idx]
         batch, shared = state.latents.shape[0], state.tables["shared"]
         return ModelInputs(latents, timestep, branches, batch, state.conditioning, shared, step)
 
@@ -184,7 +184,7 @@ class ForcingStrategy(StandardStrategy):
         runs = [(frames, self.start_schedule(batch, state.args)) for frames in groups_that_move_together(matrix)]
         timesteps = timesteps.to(device)
         fps: Any = {"fps": batch.params.fps}
-        modulation = self.parts.transformer.prepare_timesteps(timesteps, **fps)
+        modulation = split_rows(self.parts.transformer.prepare_timesteps(timesteps, **fps), len(timesteps))
         return Window(timesteps, matrix.tolist(), moving.tolist(), runs, kept, modulation)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.scheduler import ScheduleRun
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
-from kinetoscope.engine.strategies.standard import StandardStrategy, conditioning_of
+from kinetoscope.engine.strategies.standard import StandardStrategy, conditioning_of, steps_of
 from kinetoscope.models.wan.transformer import Modulation
 
 
@@ -20,12 +20,12 @@ class FirstFrameStrategy(StandardStrategy):
     Without `batch.condition` the standard strategy, bit for bit.
     """
 
-    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> dict[str, Tree]:
+    def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> list[dict[str, Tree]]:
         """Modulation of every step; with a given frame, after them that of timestep 0."""
         times = scheduler.timesteps
         if batch.condition is not None:
             times = torch.cat([times, times.new_zeros(1)])
-        return self.parts.transformer.prepare_timesteps(times)
+        return steps_of(self.parts.transformer, times)
 
     def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
         """Rows whose first latent frame has timestep 0."""
@@ -35,9 +35,9 @@ class FirstFrameStrategy(StandardStrategy):
         rows, frames = inputs.latents.shape[0], inputs.latents.shape[2]
         timestep = inputs.timestep.view(-1, 1).repeat(1, frames)
         timestep[:, 0] = 0
-        clean: Modulation = state.tables["steps"]["modulation"]
+        clean: Modulation = state.tables["steps"][-1]["modulation"]
         noisy: Modulation = inputs.step["modulation"]
-        frame_wise = Modulation(*(torch.cat([c[-1:], n.expand(-1, frames - 1, *n.shape[2:])], 1)
+        frame_wise = Modulation(*(torch.cat([c, n.expand(-1, frames - 1, *n.shape[2:])], 1)
                                   for c, n in zip(clean, noisy, strict=True)))  # fmt: skip
         return replace(inputs, timestep=timestep.expand(rows, -1), step={"modulation": frame_wise})
 
