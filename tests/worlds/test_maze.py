@@ -115,6 +115,21 @@ def test_nobody_walks_through_walls_and_ways_are_as_the_keys_say() -> None:
     assert free > 0.7 * 30 * 64
 
 
+def test_a_restless_agent_does_all_that_can_be_done() -> None:
+    done: list[Any] = []
+    hindered: list[bool] = []
+    for number in range(120):
+        _, poses, actions = stroll(number)
+        ahead, aside = actions.keyboard[:, 0] - actions.keyboard[:, 1], actions.keyboard[:, 3] - actions.keyboard[:, 2]
+        done += zip(ahead[1:-1:4], aside[1:-1:4], np.sign(actions.mouse[1:-1:4, 1]), strict=True)
+        way = np.hypot(*np.diff(poses[:, :2], axis=0).T)
+        hindered += list(way < 0.6 * STEP * np.hypot(ahead, aside)[:-1])
+    shares = [(np.array(done)[:, :2] == way).all(1).mean() for way in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))]
+    assert min(shares) > 0.05, "what a player may do is not seen in training"
+    assert all((np.array(done)[:, 2] == turn).mean() > 0.1 for turn in (-1, 0, 1))
+    assert np.mean(hindered) < 0.15
+
+
 def test_clips_repeat_by_seed_and_tell_their_actions() -> None:
     a, b, c = (WORLD.sample(s, num_frames=9) for s in (3, 3, 4))
     assert a.frames.shape == (9, 64, 64, 3) and a.frames.dtype == np.uint8 and "maze" in a.caption

@@ -25,7 +25,7 @@ _HOLD = (4, 8, 12, 16)  # frames that an action lasts, so that it changes with t
 MOVES = {"forward": 6, "back": 2, "left": 2, "right": 2, "forward left": 1, "forward right": 1, "": 2,
          "back left": 0.5, "back right": 0.5}  # fmt: skip
 """Keys that are pressed together, and how often a restless agent does."""
-_TRIES = 3  # actions that a restless agent thinks of, to take the one that leads farthest
+_TRIES = 3  # actions that a restless agent thinks of, to take the one that walls least hinder
 
 
 def pressed(keys: str) -> Array:
@@ -88,8 +88,8 @@ def walk(maze: Maze, pose: tuple[float, float, float], actions: Actions) -> Arra
 
 
 def restless(maze: Maze, pose: tuple[float, float, float], frames: int, rng: np.random.Generator) -> Actions:
-    """Actions of an agent that keeps going: turns and keys are held for 4 to 16 frames, and of a few random choices it
-    takes the one that leads farthest, so that it runs into walls now and then but does not stay there."""
+    """Actions of an agent that keeps doing something else: turns and keys are held for 4 to 16 frames, and of a few
+    random choices it takes the one that walls least hinder, so that it runs into them now and then but does not stay."""
     keyboard, mouse = np.zeros((frames, 4), np.float32), np.zeros((frames, 2), np.float32)
     weights, moves = np.array(list(MOVES.values())), [pressed(keys) for keys in MOVES]
     at = 0
@@ -105,7 +105,8 @@ def restless(maze: Maze, pose: tuple[float, float, float], frames: int, rng: np.
                 x, y, _ = then
                 then = step(maze, then, keys, turn)
                 way += float(np.hypot(then[0] - x, then[1] - y))
-            gain = way / (STEP * hold) + (0.5 if turn[1] else 0.0) + float(rng.uniform(0, 0.7))
+            asked = float(np.hypot(keys[0] - keys[1], keys[3] - keys[2])) * STEP * hold
+            gain = (way / asked if asked else 1.0) + (0.3 if turn[1] else 0.0) + float(rng.uniform(0, 0.7))
             if best is None or gain > best[0]:
                 best = gain, keys, turn, then
         assert best is not None
