@@ -18,6 +18,7 @@ from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.noise import NoiseSource, randn
+from kinetoscope.train.data.ode_pairs import OdePairsData
 from kinetoscope.train.methods.dmd2 import DMD2, DMD2Settings, dmd_gradient
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.post import load_post_recipe
@@ -164,6 +165,18 @@ def test_the_recipe_samples_as_it_trains() -> None:
     assert defaults["flow_shift"] == recipe.models["student"].shift
     assert defaults["num_inference_steps"] == len(method.steps) and defaults["guidance_scale"] == 1
     assert recipe.optimizer_of("critic").learning_rate > recipe.optimizer_of("student").learning_rate
+
+
+def test_the_recipe_goes_on_from_its_first_part() -> None:
+    first, second = load_post_recipe(RECIPES / "tiny_t2v_4step_start.yaml"), load_post_recipe(RECIPE)
+    pairs, matching = first.data, second.method
+    assert isinstance(pairs, OdePairsData) and isinstance(matching, DMD2Settings)
+    assert pairs.steps == matching.steps and pairs.warp == matching.warp
+    assert pairs.shift == first.models["student"].shift == second.models["student"].shift
+    assert second.models["student"].init_from == f"{first.output}/model"
+    assert pairs.teacher == second.models["teacher"].init_from and first.export == second.export
+    causal = load_post_recipe(RECIPES / "tiny_causal_ode.yaml").data
+    assert isinstance(causal, OdePairsData) and causal.model_dump() == pairs.model_dump(), "they share trajectories"
 
 
 def test_settings_and_roles_that_cannot_work() -> None:
