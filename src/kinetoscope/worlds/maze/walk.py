@@ -89,7 +89,7 @@ def walk(maze: Maze, pose: tuple[float, float, float], actions: Actions) -> Arra
 
 def restless(maze: Maze, pose: tuple[float, float, float], frames: int, rng: np.random.Generator) -> Actions:
     """Actions of an agent that keeps doing something else: turns and keys are held for 4 to 16 frames, and of a few
-    random choices it takes the one that walls least hinder, so that it runs into them now and then but does not stay."""
+    random choices it takes the one that walls least hinder, so that it runs into them now and then."""
     keyboard, mouse = np.zeros((frames, 4), np.float32), np.zeros((frames, 2), np.float32)
     weights, moves = np.array(list(MOVES.values())), [pressed(keys) for keys in MOVES]
     at = 0
