@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinetoscope.attention import BACKENDS, Role, attention, capabilities, register_backend, resolve_attention
+from kinetoscope.attention import BACKENDS, Role, attention, capabilities, dispatch, register_backend, resolve_attention
 from kinetoscope.attention.backends import CHUNK, math_attention
 from kinetoscope.attention.flex import flex_dense_attention
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.nn.block_causal import teacher_forcing_rows
 
 CPU = capabilities("cpu", torch.float32)
 FAST = [name for name in BACKENDS if name != "math" and name not in CPU.refused]
@@ -58,6 +59,30 @@ def test_backend_gradients(name: str, n: int) -> None:
     got = torch.autograd.grad(BACKENDS[name].function(*inputs, key_bias=bias(2, 6)).square().sum(), inputs)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_rows_of_short_and_of_long_sequences(monkeypatch: pytest.MonkeyPatch, with_bias: bool) -> None:
+    """One masked product and a product a row are the formula, query by query, and have its gradients."""
+    rows = teacher_forcing_rows((2, 1, 3), window=3, sink=1)
+    inputs, key_bias = [x.requires_grad_() for x in qkv(2, 12, 12)], bias(2, 12) if with_bias else None
+    expected = torch.cat(
+        [math_attention(inputs[0][:, slice(*own)], *(torch.cat([x[:, slice(*s)] for s in seen], 1) for x in inputs[1:]),
+                        key_bias=None if key_bias is None else torch.cat([key_bias[:, slice(*s)] for s in seen], 1))
+         for own, seen in rows], dim=1)  # fmt: skip
+    gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    found: list[Tensor] = []
+    for short in (12 * 12, 12 * 12 - 1):
+        monkeypatch.setattr(dispatch, "SHORT", short)
+        found.append(attention(*inputs, role="self", rows=rows, key_bias=key_bias))
+        torch.testing.assert_close(found[-1], expected, rtol=0, atol=2e-6)
+        for a, b in zip(torch.autograd.grad(found[-1].square().sum(), inputs), gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(*found), "both ways were one"
+    with forward_context(ForwardContext(attention={"self": math_attention})):
+        assert torch.equal(attention(*inputs, role="self", rows=rows, key_bias=key_bias), expected), (
+            "named, so not masked"
+        )
 
 
 def test_formula_by_hand() -> None:

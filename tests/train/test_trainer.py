@@ -284,6 +284,7 @@ class Writer:
         ("models.student.trainable=false", "student that is trainable"),
         ("models.student.lora={rank: 0}", "rank"),
         ("loop.step=3", "unknown key loop.step; did you mean steps"),
+        ("precision=bfloat16", "unknown key precision; did you mean loop.precision"),
         ("models.other={init_from: x, lora: {}}", "models.other has a lora but is not trainable"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kinetoscope.core.context import Rows
 from kinetoscope.core.onednn import onednn_linear, onednn_serves
 
 CHUNK = 256  # query rows of a batched matmul
@@ -116,3 +117,19 @@ def _headwise(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tenso
                 weights = onednn_linear(queries[row, head, part], keys[row, head], bias).softmax(-1)
                 out[row, part, head] = onednn_linear(weights, values[row, head], None)
     return out
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, *, key_bias: Tensor | None = None) -> Tensor:
+    """All scores at once, those outside `rows` masked: for sequences so short that a product for each row costs more in
+    calls and in gradients (each as large as the whole) than all that is masked does in arithmetic.
+
+    Args:
+        rows: which queries attend to which keys; every query to some.
+    """
+    mask = q.new_full((q.shape[1], k.shape[1]), -torch.inf)
+    for own, seen in rows:
+        for span in seen:
+            mask[slice(*own), slice(*span)] = 0
+    bias = mask if key_bias is None else mask + key_bias.to(q.dtype)[:, None, None]
+    logits = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1) + bias  # [R, H, N, M]
+    return (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)

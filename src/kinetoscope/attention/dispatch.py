@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kinetoscope.attention.backends import masked_attention
 from kinetoscope.attention.default import default_attention
 from kinetoscope.attention.sparse.base import SparseAttention, Trained
 from kinetoscope.core.context import AttentionFn, Rows, SharedAttention, Span, current_context
@@ -15,6 +16,9 @@ from kinetoscope.core.context import AttentionFn, Rows, SharedAttention, Span, c
 MIXING = ("self", "joint")
 """Roles whose queries and keys are the tokens of the video: where those are shared out among processes, the attention
 is done by all of them together. In other roles queries attend to what every process has."""
+
+SHORT = 2**18
+"""Scores of a head up to which a mask, and no product for each row of `rows`, says who attends to whom."""
 
 Grid = tuple[int, int, int]
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -88,6 +92,8 @@ def _attend(
     backend: AttentionFn,
 ) -> Tensor:
     """Attention of tensors that are all here."""
+    if rows is not None and backend is default_attention and q.shape[1] * k.shape[1] <= SHORT:
+        return masked_attention(q, k, v, rows, key_bias=key_bias)
     if rows is not None:
         parts = [
             backend(q[:, slice(*own)], spans_of(k, seen, 1), spans_of(v, seen, 1),

@@ -303,8 +303,11 @@ def _explain(error: Any, kind: type[Section], place: str) -> str:
     where = place + ".".join(str(p) for p in error["loc"])
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}"
-    keys = {name for section in (kind, *_sections(Section)) for name in section.model_fields}
-    near = difflib.get_close_matches(str(error["loc"][-1]), sorted(keys), n=1)
+    key = str(error["loc"][-1])
+    keys = {name for section in (kind, *_sections(Section)) for name in section.model_fields} - {key}
+    parts = [(n, f.annotation) for n, f in kind.model_fields.items()]
+    homes = [f"{n}.{key}" for n, a in parts if isinstance(a, type) and issubclass(a, Section) and key in a.model_fields]
+    near = homes or difflib.get_close_matches(key, sorted(keys), n=1)
     return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
 
 
