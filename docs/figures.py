@@ -94,15 +94,55 @@ def few_step() -> str:
         "| | `tiny-t2v`, its teacher | `tiny-t2v-4step` | teacher with `--steps 4 --guidance-scale 1` |",
         "|---|---|---|---|",
     ]
-    for attribute in reports[0]:
-        cells = [
-            f"{r[attribute]['value']:.3f} [{r[attribute]['low']:.3f}, {r[attribute]['high']:.3f}]" for r in reports
-        ]
-        lines.append(f"| {attribute} | {' | '.join(cells)} |")
+    lines += [_scored(attribute, reports) for attribute in reports[0]]
     lines += [
         "",
         f"The student denoises in 1/{sooner[0]:.1f} of the time, and has made a video in 1/{sooner[1]:.1f} of it "
         f"(`python -m benchmarks.few_step`, {times['device']}, {_threads(times)}).",
+    ]
+    return "\n".join(lines)
+
+
+def causal() -> str:
+    """The causal student beside its teacher, on clips as long as in training and five times as long."""
+    scored = [_result(name) for name in ("eval_tiny-t2v", "eval_tiny-causal", "eval_tiny-causal_long")]
+    found = [result for result in scored if result is not None]
+    if len(found) < len(scored):
+        return ""
+    reports, drift = [result["model"] for result in found], found[-1]["drift"]
+    counts, frames = [result["n"] for result in found], drift["spans"][-1][1]
+    row = drift["model"]["all correct"]
+    commands = " and ".join(f"`{result['command']}`" for result in found[1:])
+    lines = [
+        f"{commands}, captions that were never trained on, with 95 % intervals:",
+        "",
+        f"| | `tiny-t2v`, its teacher ({counts[0]} videos) | `tiny-causal` ({counts[1]}) "
+        f"| `tiny-causal`, {frames} frames ({counts[2]}) |",
+        "|---|---|---|---|",
+        *(_scored(attribute, reports) for attribute in reports[0]),
+        "",
+        f"Judged in parts of {drift['spans'][0][1]} frames, all is right in {row[0]:.3f} of the first parts, in "
+        f"{row[-1]:.3f} of the last and in {min(row):.3f} of the worst.",
+    ]
+    return "\n".join(lines)
+
+
+def world() -> str:
+    """How well the world is played, and how fast."""
+    scored, times = _result("eval_tiny-world"), _result("play")
+    if scored is None or times is None:
+        return ""
+    reports = [scored[name] for name in ("model", "ground truth", "shuffled actions")]
+    views = scored["drift"]["model"]["view"]
+    lines = [
+        f"`{scored['command']}`, {reports[0]['all correct']['n']} actions, with 95 % intervals:",
+        "",
+        "| | `tiny-world` | true mazes, same player | shuffled actions |",
+        "|---|---|---|---|",
+        *(_scored(what, reports) for what in reports[0]),
+        "",
+        f"Views that are a maze: {views[0]:.3f} in the first part, {views[-1]:.3f} in the last, after 500 frames, and "
+        f"{min(views):.3f} in the worst.",
     ]
     return "\n".join(lines)
 
@@ -156,6 +196,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scores": scores,
     "speed": speed,
     "few_step": few_step,
+    "causal": causal,
+    "world": world,
     "caches": caches,
     **{name: partial(settings, name) for name in ("exact", "text", "guidance", "quantize", "sparse", "bfloat16")},
 }
@@ -169,6 +211,12 @@ def filled(text: str) -> str:
             body = make()
             text = block.sub(lambda m, body=body: m[1] + (body + "\n" if body else "") + m[2], text)
     return text
+
+
+def _scored(attribute: str, reports: list[dict[str, Any]]) -> str:
+    """A line of a table: an attribute's score in each report."""
+    cells = [f"{r[attribute]['value']:.3f} [{r[attribute]['low']:.3f}, {r[attribute]['high']:.3f}]" for r in reports]
+    return f"| {attribute} | {' | '.join(cells)} |"
 
 
 def _result(name: str) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 A block is made in the few steps of sampling, stopped at one drawn at random, and remembered; the next one sees what the
 student made, not data, so that training meets the errors that sampling makes. The finished video is judged as a whole,
 by distribution matching. Rollouts run the engine and the strategy that sample the student: what is trained on is what
-will be sampled, bit for bit.
+will be sampled, bit for bit where both use the same kernels.
 """
 
 from __future__ import annotations
@@ -161,7 +161,10 @@ def roll_out(
     student.tell(run, batch)
     strategy = rollout_strategy(student, exits)
     hooks = [] if student.shard is None else [SequenceParallel(student.shard)]
-    args = ExecutionArgs(device=batch.latents.device, ulysses=student.devices)
+    device = batch.latents.device
+    low = torch.is_autocast_enabled(device.type)  # loop.precision; the engine would turn it off
+    dtype = torch.get_autocast_dtype(device.type) if low else torch.float32
+    args = ExecutionArgs(device, dtype, autocast=low, ulysses=student.devices)
     DenoisingEngine(strategy, hooks).run_blocks(run, args)
     return torch.cat(strategy.made, 2)
 
