@@ -17,6 +17,7 @@ SCRIPTS = (
     "caches",
     "settings",
     "few_step",
+    "play",
 )  # each in its own process, so that none warms up another
 
 

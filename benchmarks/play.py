@@ -26,8 +26,7 @@ from kinetoscope import VideoGenerator
 from kinetoscope.loading.resolve import resolve_model
 from kinetoscope.worlds.maze import MazeGame
 
-MODEL = "runs/tiny-world/few/model"
-"""As the recipes make it."""
+MODEL = "tiny-world"
 WARM = 4  # first blocks, which are not counted
 CAMERA = ([0, 0.1], [0, -0.1], [0, 0])
 
@@ -111,19 +110,21 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=MODEL, help=f"name or directory (default: {MODEL})")
     parser.add_argument("--threads", type=numbers, default=sorted({1, min(2, cores())}), metavar="N,N")
     parser.add_argument("--blocks", type=numbers, default=[1, 2, 3], metavar="N,N", help="latent frames of a block")
-    parser.add_argument("--steps", type=numbers, default=[1, 2, 4], metavar="N,N")
+    parser.add_argument("--steps", type=numbers, default=[1, 2, 3], metavar="N,N")
     parser.add_argument("--count", type=int, default=60, help="blocks of each session")
     parser.add_argument("--json-out", type=Path, help="file, or folder for play.json")
     options = parser.parse_args()
+    model = resolve_model(options.model)
     sessions = [
-        measure(resolve_model(options.model).path, threads, block, steps, options.count)
+        measure(model.path, threads, block, steps, options.count)
         for threads in options.threads
         for block in options.blocks
         for steps in options.steps
     ]
     whole = [s for s in sessions if s["frames_a_second"] >= s["paced_at"]]
     best = min(whole, key=lambda s: s["paced_ms"]["p95"], default=None)
-    result = {"benchmark": "play", **environment(), "model": options.model, "blocks": options.count}
+    result = {"benchmark": "play", **environment(), "model": options.model, "model_hash": model.fingerprint(),
+              "blocks": options.count}  # fmt: skip
     report({**result, "soonest_in_real_time": best, "sessions": sessions}, "play", options.json_out)
 
 

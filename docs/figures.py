@@ -128,9 +128,9 @@ def causal() -> str:
 
 
 def world() -> str:
-    """How well the world is played, and how fast."""
-    scored, times = _result("eval_tiny-world"), _result("play")
-    if scored is None or times is None:
+    """How well the world is played."""
+    scored = _result("eval_tiny-world")
+    if scored is None:
         return ""
     reports = [scored[name] for name in ("model", "ground truth", "shuffled actions")]
     views = scored["drift"]["model"]["view"]
@@ -144,6 +144,28 @@ def world() -> str:
         f"Views that are a maze: {views[0]:.3f} in the first part, {views[-1]:.3f} in the last, after 500 frames, and "
         f"{min(views):.3f} in the worst.",
     ]
+    return "\n".join(lines)
+
+
+def play() -> str:
+    """How fast the world is played with its own blocks and steps, and how soon an action is seen."""
+    result = _result("play")
+    if result is None:
+        return ""
+    own = resolve_model(result["model"])
+    block = own.config("transformer")["num_frames_per_block"]
+    steps = own.sidecar["defaults"]["num_inference_steps"]
+    lines = [
+        f"`python -m benchmarks.play` on {_model(result)}, {result['device']}, float32; {result['blocks']} blocks of "
+        f"{block} latent frame in {steps} steps each:",
+        "",
+        "| threads | frames a second | action to sight, as fast as blocks are made | at 16 frames a second |",
+        "|---|---|---|---|",
+    ]
+    for s in result["sessions"]:
+        if (s["block_latent_frames"], s["steps"]) == (block, steps):
+            sight = [f"{s[kind]['p50']:.0f} ms, p95 {s[kind]['p95']:.0f}" for kind in ("free_ms", "paced_ms")]
+            lines.append(f"| {s['threads']} | {s['frames_a_second']:.1f} | {' | '.join(sight)} |")
     return "\n".join(lines)
 
 
@@ -198,6 +220,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "few_step": few_step,
     "causal": causal,
     "world": world,
+    "play": play,
     "caches": caches,
     **{name: partial(settings, name) for name in ("exact", "text", "guidance", "quantize", "sparse", "bfloat16")},
 }
@@ -225,9 +248,12 @@ def _result(name: str) -> dict[str, Any] | None:
 
 
 def _where(result: dict[str, Any]) -> str:
+    return f"`python -m benchmarks.{result['benchmark']}` on {_model(result)}, {result['device']}, {_threads(result)}"
+
+
+def _model(result: dict[str, Any]) -> str:
     present = resolve_model(result["model"]).fingerprint() == result["model_hash"]
-    model = f"`{result['model']}`" if present else f"an earlier `{result['model']}` ({result['model_hash'][:8]})"
-    return f"`python -m benchmarks.{result['benchmark']}` on {model}, {result['device']}, {_threads(result)}"
+    return f"`{result['model']}`" if present else f"an earlier `{result['model']}` ({result['model_hash'][:8]})"
 
 
 def _threads(result: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ def _in_the_way(walls: Array, way: Array) -> bool:
 
 class MazePlayer:
     """Who keeps doing something else: keys and turns are held for one to four blocks, and of a few random choices a
-    player takes the one that leads farthest through what it has seen.
+    player takes the one that has most room in what it has seen, a turn rather than none.
 
     Args:
         seed: of the choices.
