@@ -54,8 +54,9 @@ def test_diffusers_loads_it_and_makes_the_same_video() -> None:
     assert np.abs(result.frames - video * 255.0).max() <= 1.0
 
 
-def test_students_share_what_is_not_theirs() -> None:
-    teacher, student = resolve_model("tiny-t2v"), resolve_model("tiny-t2v-4step")
+@pytest.mark.parametrize("name", ["tiny-t2v-4step", "tiny-causal"])
+def test_students_share_what_is_not_theirs(name: str) -> None:
+    teacher, student = resolve_model("tiny-t2v"), resolve_model(name)
     for component in ("vae", "text_encoder", "tokenizer"):
         assert student.folder(component) == teacher.folder(component)
     assert student.folder("transformer").parent == student.path
@@ -68,7 +69,15 @@ def test_the_student_takes_four_steps_without_guidance() -> None:
     assert student.defaults().guidance_scale == 1.0
 
 
-@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-t2v-4step"])
+def test_the_causal_student_streams_what_it_makes_at_once() -> None:
+    student = VideoGenerator.from_pretrained("tiny-causal", device="cpu")
+    whole = student.generate_video(PROMPTS[0], seed=1, num_frames=45).frames
+    streamed = list(student.stream(PROMPTS[0], seed=1, blocks=4))
+    assert np.array_equal(np.concatenate(streamed), whole)
+    assert student.defaults().guidance_scale == 1.0 and student.defaults().num_inference_steps == 4
+
+
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-t2v-4step", "tiny-causal"])
 def test_they_show_what_they_are_told(name: str) -> None:
     """Colour, motion and background; shapes do not follow reliably yet (model cards)."""
     world = get_world("shapes")
@@ -81,7 +90,7 @@ def test_they_show_what_they_are_told(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-t2v-4step"])
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-t2v-4step", "tiny-causal"])
 def test_the_scores_of_the_card_hold(name: str) -> None:
     """A smaller sample than the card's: its score must lie within the card's interval, widened by its own."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / f"eval_{name}.json"

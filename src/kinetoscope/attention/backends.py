@@ -75,6 +75,13 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
     In bfloat16 on a CPU the batched matmuls use dot-product instructions that torch's fused kernel does not. In float32
     inference each head is a plain product for oneDNN, twice as fast as the fused kernel's on some processors.
     """
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return _opaque_chunked(q, k, v, key_bias)
+    return _chunked(q, k, v, key_bias)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
+    """See `chunked_attention`."""
     if q.dtype == torch.float32 and q.shape[1] * k.shape[1] >= HEADWISE_SCORES and onednn_serves(q, k):
         return _headwise(q, k, v, key_bias)
     r, n, h, d = q.shape
@@ -94,6 +101,19 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
         done.append(chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1))
     out = done[0] if len(done) == 1 else torch.cat(done)
     return out.view(r, h, n, d).transpose(1, 2)
+
+
+def _dense_chunked(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
+    return _chunked(q, k, v, key_bias).contiguous()
+
+
+# How many chunks there are depends on the lengths, so a graph that has them in it would be of one length of text.
+_opaque_chunked = torch.library.custom_op("kinetoscope::chunked_attention", _dense_chunked, mutates_args=())
+
+
+@_opaque_chunked.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def _softmax_product(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def all_to_all(x: Tensor, group: Group, scatter: int, gather: int) -> Tensor:
     """
     if group.size == 1:
         return x
-    parts = torch.stack(x.tensor_split(group.size, dim=scatter))  # [P, ...], contiguous
+    parts = torch.stack(x.tensor_split(group.size, dim=scatter)).contiguous()  # [P, ...]; stacked, they keep strides
     got = torch.empty_like(parts)
     dist.all_to_all_single(got, parts, group=group.handle)
     _count(group, parts[0].nbytes * (group.size - 1))
