@@ -13,7 +13,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        if _is_plain(self) and onednn_serves(input, self.weight):
+        if type(self.weight) is nn.Parameter and onednn_serves(input, self.weight):
             return onednn_linear(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
@@ -26,5 +26,6 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_plain(layer: Linear) -> bool:
-    """Whether nobody sharded, quantized or hooked the layer, so that its weight may be used without calling it."""
+    """Whether nobody sharded, quantized or hooked the layer, so that its weight may be used without calling it. (Who is
+    in its `forward` has called it, hooks included.)"""
     return type(layer.weight) is nn.Parameter and not (layer._forward_hooks or layer._forward_pre_hooks)

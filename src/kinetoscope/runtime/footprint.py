@@ -32,7 +32,7 @@ class MemoryPlan:
         activations: of one forward of the transformer, estimated: with d the width of the residual stream, f that of
             the hidden layer, e bytes of the dtype: max(10 d (e + 4) / 2, 4 d (e + 4) / 2 + 3 f e) a token, for all rows
             of a forward. What families were measured to need is within a factor of 2 of it. Keys and values that a run
-            keeps (of text, of past frames) come on top.
+            keeps (of text, of past frames) come on top, and the scores of chunked attention, 17 MB at most.
         decoding: of the VAE's decode: tensors of a decode without values; None where it cannot be told so.
         two_blocks: the largest two consecutive blocks' moving weights, for `offload="blocks"`; else 0.
         resting: weights that wait on the host while their component runs (the blocks' other weights).
