@@ -110,7 +110,7 @@ def causal() -> str:
     if len(found) < len(scored):
         return ""
     reports, drift = [result["model"] for result in found], found[-1]["drift"]
-    counts, frames = [result["n"] for result in found], drift["spans"][-1][1]
+    counts, part, frames = [result["n"] for result in found], drift["spans"][1], drift["spans"][-1][1]
     row = drift["model"]["all correct"]
     commands = " and ".join(f"`{result['command']}`" for result in found[1:])
     lines = [
@@ -121,7 +121,7 @@ def causal() -> str:
         "|---|---|---|---|",
         *(_scored(attribute, reports) for attribute in reports[0]),
         "",
-        f"Judged in parts of {drift['spans'][0][1]} frames, all is right in {row[0]:.3f} of the first parts, in "
+        f"Judged in parts of {part[1] - part[0]} frames, all is right in {row[0]:.3f} of the first parts, in "
         f"{row[-1]:.3f} of the last and in {min(row):.3f} of the worst.",
     ]
     return "\n".join(lines)
