@@ -182,11 +182,12 @@ def _new_mp4(path: Path, metadata: dict[str, Any] | None) -> Any:
 
 
 def _add_stream(container: Any, frames: Frames, fps: float) -> Any:
-    """A stream for frames like these; one thread and bitexact make the bytes repeat."""
+    """A stream for frames like these. One thread and bitexact make the bytes repeat, and no macroblock tree: in x264's
+    core 165 what it finds on a CPU with AVX512 depends on what the memory held before."""
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"
-    stream.options = {"crf": CRF, "preset": "medium", "threads": "1"}
+    stream.options = {"crf": CRF, "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
     stream.thread_count = 1
     stream.codec_context.flags |= CodecFlags.bitexact
     return stream
