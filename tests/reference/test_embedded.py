@@ -91,16 +91,16 @@ def test_they_show_what_they_are_told(name: str) -> None:
 
 
 def test_the_maze_moves_as_keys_and_mouse_say() -> None:
-    """Better than half, where chance is a fifth: two games tell no more."""
+    """Better than half, where chance is a fifth; a few games tell no more."""
     world: Any = get_world("maze")
     generator = VideoGenerator.from_pretrained("tiny-world", device="cpu", dtype="float32")
     walks: list[Walk] = []
-    for seed in (1, 2):
+    for seed in range(5):
         first = world.game(64, 64).reset(seed)
         with generator.start_session(image=first, seed=seed) as session:
             walks.append(play(world, session, first, seed, 81))
     assert action_following(world, walks)["all correct"].value > 0.5
-    assert np.mean([world.is_view(w.frames).mean() for w in walks]) > 0.7
+    assert np.mean([world.is_view(w.frames).mean() for w in walks]) > 0.5
 
 
 @pytest.mark.slow
