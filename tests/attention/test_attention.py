@@ -122,6 +122,8 @@ def test_auto_gives_a_reason() -> None:
         ("AVX512", "cpu", torch.float32, "chunked"),
         ("AVX512", "cpu", torch.bfloat16, "chunked"),
         ("AVX512", "cpu", torch.float16, "sdpa"),
+        ("AMX", "cpu", torch.float32, "sdpa"),
+        ("AMX", "cpu", torch.bfloat16, "sdpa"),
         ("AVX2", "cpu", torch.float32, "sdpa"),
         ("AVX2", "cuda", torch.bfloat16, "sdpa"),
     ],
@@ -129,7 +131,8 @@ def test_auto_gives_a_reason() -> None:
 def test_preferred(
     monkeypatch: pytest.MonkeyPatch, processor: str, device: str, dtype: torch.dtype, expected: str
 ) -> None:
-    monkeypatch.setattr("kinetoscope.attention.default.AVX512", processor == "AVX512")
+    monkeypatch.setattr("kinetoscope.attention.default.AVX512", processor in ("AVX512", "AMX"))
+    monkeypatch.setattr("kinetoscope.attention.default.AMX", processor == "AMX")
     found = capabilities.__wrapped__(device, dtype)  # the answer is kept for the process
     assert resolve_attention("auto", found, ["self"]).choices["self"].backend == expected
 
