@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,10 @@ def speed() -> str:
     """Times beside diffusers', and what the engine costs."""
     lines: list[str] = []
     if result := _result("vs_diffusers"):
+        count = result["mid_float32"]["step"]["pairs"]
         lines += [
-            f"`make bench` on {result['device']}, {_threads(result)}, torch {result['torch']}, diffusers "
-            f"{result['diffusers']}; medians of alternating pairs on the same weights.",
+            f"`python -m benchmarks.vs_diffusers` on {result['device']}, {_threads(result)}, torch {result['torch']}, "
+            f"diffusers {result['diffusers']}; medians of {count} alternating pairs on the same weights.",
             "",
             "| | diffusers | Kinetoscope | ratio |",
             "|---|---|---|---|",
@@ -75,7 +76,8 @@ def speed() -> str:
         cost = overhead["auto"]["overhead_us_a_step"]
         lines += [
             "",
-            f"Beyond network, guidance and scheduler the engine costs {cost:.0f} microseconds a step.",
+            f"Beyond network, guidance and scheduler the engine costs {cost:.0f} microseconds a step "
+            f"({overhead['device']}).",
         ]
     return "\n".join(lines).strip()
 
@@ -91,11 +93,9 @@ def few_step() -> str:
     lines = [
         f"`kinetoscope eval --n {count} --dtype float32`, captions that were never trained on, with 95 % intervals:",
         "",
-        "| | `tiny-t2v`, its teacher | `tiny-t2v-4step` | teacher with `--steps 4 --guidance-scale 1` |",
-        "|---|---|---|---|",
-    ]
-    lines += [_scored(attribute, reports) for attribute in reports[0]]
-    lines += [
+        *_table(
+            ("`tiny-t2v`, its teacher", "`tiny-t2v-4step`", "teacher with `--steps 4 --guidance-scale 1`"), reports
+        ),
         "",
         f"The student denoises in 1/{sooner[0]:.1f} of the time, and has made a video in 1/{sooner[1]:.1f} of it "
         f"(`python -m benchmarks.few_step`, {times['device']}, {_threads(times)}).",
@@ -113,13 +113,11 @@ def causal() -> str:
     counts, part, frames = [result["n"] for result in found], drift["spans"][1], drift["spans"][-1][1]
     row = drift["model"]["all correct"]
     commands = " and ".join(f"`{result['command']}`" for result in found[1:])
+    names = ("`tiny-t2v`, its teacher", "`tiny-causal`", f"`tiny-causal`, {frames} frames")
     lines = [
         f"{commands}, captions that were never trained on, with 95 % intervals:",
         "",
-        f"| | `tiny-t2v`, its teacher ({counts[0]} videos) | `tiny-causal` ({counts[1]}) "
-        f"| `tiny-causal`, {frames} frames ({counts[2]}) |",
-        "|---|---|---|---|",
-        *(_scored(attribute, reports) for attribute in reports[0]),
+        *_table([f"{name}, {count} videos" for name, count in zip(names, counts, strict=True)], reports),
         "",
         f"Judged in parts of {part[1] - part[0]} frames, all is right in {row[0]:.3f} of the first parts, in "
         f"{row[-1]:.3f} of the last and in {min(row):.3f} of the worst.",
@@ -137,9 +135,7 @@ def world() -> str:
     lines = [
         f"`{scored['command']}`, {reports[0]['all correct']['n']} actions, with 95 % intervals:",
         "",
-        "| | `tiny-world` | true mazes, same player | shuffled actions |",
-        "|---|---|---|---|",
-        *(_scored(what, reports) for what in reports[0]),
+        *_table(("`tiny-world`", "true mazes, same player", "shuffled actions"), reports),
         "",
         f"Views that are a maze: {views[0]:.3f} in the first part, {views[-1]:.3f} in the last, after 500 frames, and "
         f"{min(views):.3f} in the worst.",
@@ -236,10 +232,14 @@ def filled(text: str) -> str:
     return text
 
 
-def _scored(attribute: str, reports: list[dict[str, Any]]) -> str:
-    """A line of a table: an attribute's score in each report."""
-    cells = [f"{r[attribute]['value']:.3f} [{r[attribute]['low']:.3f}, {r[attribute]['high']:.3f}]" for r in reports]
-    return f"| {attribute} | {' | '.join(cells)} |"
+def _table(heads: Sequence[str], reports: Sequence[dict[str, Any]]) -> list[str]:
+    """Scores of each attribute, a column a report."""
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for attribute in reports[0]:
+        scores = [report[attribute] for report in reports]
+        cells = [f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for score in scores]
+        lines.append(f"| {attribute} | {' | '.join(cells)} |")
+    return lines
 
 
 def _result(name: str) -> dict[str, Any] | None:
