@@ -18,6 +18,7 @@ SCRIPTS = (
     "settings",
     "few_step",
     "play",
+    "training",
 )  # each in its own process, so that none warms up another
 
 

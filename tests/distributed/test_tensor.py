@@ -21,13 +21,13 @@ from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import ConfigError, ModelLoadError
 from kinetoscope.core.sharding import Cut, take
 from kinetoscope.loading import weights
+from kinetoscope.nn.compile import compile_blocks
 from kinetoscope.parallel import Groups
 from kinetoscope.parallel.comm import SENT
 from kinetoscope.parallel.placement import average_gradients, place_module
 from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.parallel.tensor import STYLES, misfit
 from kinetoscope.parallel.tensor.plan import Style
-from kinetoscope.runtime.compile import compile_blocks
 from lora_files import factors, tensors, write
 from runtime.families import FAMILIES as PIPELINES
 from tiny import make_tiny_wan

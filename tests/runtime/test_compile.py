@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.loading.offload import Offload
+from kinetoscope.nn import compile as module
 from kinetoscope.runtime import care
-from kinetoscope.runtime import compile as module
 from runtime.families import FAMILIES, LONG, SHORT, open_family
 from runtime.movers import Elsewhere
 

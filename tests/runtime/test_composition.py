@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.engine.hooks.caches import FBCache, TaylorSeer
+from kinetoscope.nn import compile as compile_module
 from kinetoscope.runtime import care
-from kinetoscope.runtime import compile as compile_module
 from kinetoscope.runtime.composition import CONFLICTS, SETTINGS, Setting, check_pairs
 from kinetoscope.runtime.settings import parse_configuration
 from tiny import make_tiny_wan

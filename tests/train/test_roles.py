@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kinetoscope.core.errors import ConfigError, InputError, ModelLoadError
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from kinetoscope.nn import compile as module
+from kinetoscope.train import roles
 from kinetoscope.train.plugins import Opened, plugin_of
 from kinetoscope.train.plugins.causal_wan import CausalWanModel
 from kinetoscope.train.plugins.longcat import LongCatModel
@@ -157,6 +161,42 @@ def test_recomputed_blocks_have_the_same_gradients(attention: str) -> None:
     if attention != "dense":
         dense = wan().predict(batch.latents, s, batch)
         assert (role.predict(batch.latents, s, batch) - dense).abs().max() > 1e-4, "it must be sparse"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_compiled_blocks_have_the_same_gradients(
+    checkpointing: bool, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph for all layers (and one for what is recomputed, where one context less is open), of whole videos alone;
+    texts of other lengths need no other."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(module, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(roles, "compiled", partial(module.compiled, backend=graphs))
+    batch, s = batch_of(), torch.tensor([0.3, 0.8])
+    short = TrainBatch(batch.latents, Text(batch.text.states[:, :3], torch.full((2,), 3)))
+    make = causal if is_causal else wan
+    found: list[list[Tensor]] = []
+    for compile in (False, True):
+        role = make(trainable=True, checkpointing=checkpointing, compile=compile)
+        for told in (batch, short):
+            role.backward(role.predict(told.latents, s, told).square().mean())
+        found.append([p.grad for p in role.transformer.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 20
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
+    assert graphs.frame_count == 1 + checkpointing
+    if isinstance(role, CausalWanModel):
+        role.predict_streaming(batch.latents[:, :, :2], s, batch, cur_start_frame=0, store_kv=True)
+        assert graphs.frame_count == 1 + checkpointing
+    torch._dynamo.reset()
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roles, "missing_compiler", lambda device: "torch needs a C++ compiler")
+    with pytest.raises(ConfigError, match=r"compile: torch needs a C\+\+ compiler"):
+        wan(trainable=True, compile=True)
 
 
 def test_what_else_a_network_is_told_follows_the_rows() -> None:

@@ -15,12 +15,12 @@ from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.loading.components import Place
 from kinetoscope.loading.offload import OFFLOADS, Mover, Offload
 from kinetoscope.loading.quantize import check_quantization, quantize_blocks
+from kinetoscope.nn.compile import check_compile, compile_blocks, compile_mode
 from kinetoscope.parallel import Groups
 from kinetoscope.parallel.placement import is_placed, placing
 from kinetoscope.parallel.vae import check_shared, share_vae
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.decoding import VAE_MODES, DecodingStage
-from kinetoscope.runtime.compile import check_compile, compile_blocks, compile_mode
 from kinetoscope.runtime.composition import check_pairs
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ class Care:
 
     Args:
         args: device and dtype.
-        compile: False, True or a mode of `runtime.compile.MODES`.
+        compile: False, True or a mode of `nn.compile.MODES`.
         quantize: a kind of `loading.quantize.QUANTIZATIONS`, or None.
         offload: a kind of `loading.offload.OFFLOADS`, or None.
         vae: of `pipelines.stages.decoding.VAE_MODES`.

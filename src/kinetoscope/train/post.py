@@ -55,6 +55,7 @@ class ModelSection(Section):
         shift: of noise levels; None: that of the family.
         uncond: what the unconditional branch reads.
         checkpointing: recompute blocks in the backward pass, for less memory.
+        compile: generate fused kernels of the blocks (`torch.compile`), for less time; the first updates take a minute.
         lora: train low-rank changes of it alone.
         optimizer: its own, in place of the recipe's.
     """
@@ -67,6 +68,7 @@ class ModelSection(Section):
     shift: float | None = Field(default=None, gt=0)
     uncond: Uncond = "negative"
     checkpointing: bool = False
+    compile: bool = False
     lora: LoraSection | None = None
     optimizer: RoleOptimizer | None = None
 

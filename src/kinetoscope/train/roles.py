@@ -22,6 +22,7 @@ from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention, shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
+from kinetoscope.nn.compile import compiled, missing_compiler
 from kinetoscope.nn.ring_cache import with_own_caches
 from kinetoscope.nn.stack import BlockCall, run_calls
 from kinetoscope.parallel.sequence import SequenceShard
@@ -46,10 +47,11 @@ class ModelBase:
         uncond: what the unconditional branch reads.
         attention: "dense", or a sparse kind with its settings ("vsa:sparsity=0.8"), for self-attention.
         checkpointing: recompute each block in the backward pass rather than keep what it computed.
+        compile: generate fused kernels of the blocks for predictions of whole videos; the first ones take a minute.
         shard: the processes that share the tokens of each forward; None: all are computed here.
 
     Raises:
-        ConfigError: an unknown kind of attention.
+        ConfigError: an unknown kind of attention, or nothing can be compiled here.
     """
 
     convention: ClassVar[Convention]
@@ -65,10 +67,14 @@ class ModelBase:
         uncond: Uncond = "negative",
         attention: str = "dense",
         checkpointing: bool = False,
+        compile: bool = False,
         shard: SequenceShard | None = None,
     ) -> None:
         self.transformer = transformer.requires_grad_(trainable)
         self.trainable, self.uncond, self.checkpointing, self.shard = trainable, uncond, checkpointing, shard
+        if compile and (reason := missing_compiler(next(transformer.parameters()).device)):
+            raise ConfigError(f"compile: {reason}")
+        self._kernels: dict[Any, Callable[..., Any]] | None = {} if compile else None
         self.shift = self.convention.default_shift if shift is None else shift
         self.denoiser = Denoiser(transformer, self.convention)
         self._uncond: Text | None = None
@@ -233,17 +239,23 @@ class ModelBase:
         (loss / accumulate).backward()
 
     @contextmanager
-    def context(self, *, checkpointing: bool | None = None) -> Generator[None]:
-        """What the network's attention and loop over blocks are told in a forward of this role."""
-        wanted = self.checkpointing if checkpointing is None else checkpointing
-        stack = _recomputed if wanted and torch.is_grad_enabled() else None
+    def context(self, *, whole: bool = True) -> Generator[None]:
+        """What the network's attention and loop over blocks are told in a forward of this role, of a whole video or of
+        a part with a memory of others."""
+        stack = self._stack if whole and (self.checkpointing or self._kernels is not None) else None
         with forward_context(ForwardContext(attention=dict(self._attention), stack=stack, shard=self.shard)):
             yield
 
+    def _stack(self, x: Any, calls: Sequence[BlockCall]) -> Any:
+        """The loop over blocks, compiled and recomputed as was asked for."""
+        return run_calls(x, [replace(call, block=self._trained(call.block)) for call in calls])
 
-def _recomputed(x: Any, calls: Sequence[BlockCall]) -> Any:
-    """Blocks that keep nothing but their input."""
-    return run_calls(x, [replace(call, block=_forgetful(call.block)) for call in calls])
+    def _trained(self, block: Callable[..., Any]) -> Callable[..., Any]:
+        if self._kernels is not None and isinstance(block, nn.Module):
+            if block not in self._kernels:
+                self._kernels[block] = compiled(block, block)
+            block = self._kernels[block]
+        return _forgetful(block) if self.checkpointing and torch.is_grad_enabled() else block
 
 
 def _forgetful(block: Callable[..., Any]) -> Callable[..., Any]:
@@ -328,7 +340,7 @@ class CausalModelBase(ModelBase, ABC):
         gradient = torch.is_grad_enabled() and not store_kv
         if gradient:  # what the backward pass will read must not be written over by later passes
             cache = with_own_caches(cache)
-        with torch.set_grad_enabled(gradient), self.context(checkpointing=False):
+        with torch.set_grad_enabled(gradient), self.context(whole=False):
             x = x if gradient else x.detach()
             out = self.denoiser.predict(x, s, **told, **{self.memory: cache}, start_frame=cur_start_frame)
         return None if store_kv else out

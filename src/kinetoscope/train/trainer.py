@@ -62,7 +62,7 @@ def open_roles(recipe: PostRecipe, team: Team) -> dict[str, Role]:
         opened = Opened(start, section.transformer, str(team.device))
         model = opened.role(
             trainable=section.trainable, shift=section.shift, uncond=section.uncond, attention=section.attention,
-            checkpointing=section.checkpointing, shard=team.shard,
+            checkpointing=section.checkpointing, compile=section.compile, shard=team.shard,
         )  # fmt: skip
         if team.shard is not None and team.shard.ring.size > 1 and isinstance(model, CausalModelBase):
             raise ConfigError(f"models.{name} is causal: its memory is of whole frames; use ulysses in place of ring")

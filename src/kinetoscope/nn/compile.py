@@ -83,11 +83,15 @@ def compile_blocks(transformer: nn.Module, mode: str, backend: str = "inductor")
         options["mode"] = mode
     for block in blocks:
         # Not `block.compile()`: that would trace hooks of the block too, which load its weights when they are away.
-        joined = bool(getattr(block, "joins_text", False))
-        block.forward = _lengths_may_change(torch.compile(block.forward, **options), joined)
+        block.forward = compiled(block, block.forward, **options)
     if mode in CUDA_GRAPHS:
         transformer.register_forward_pre_hook(_new_replay)
     return len(blocks)
+
+
+def compiled(block: nn.Module, forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`forward`, of a block or the block itself, compiled for any length of text; `options` are `torch.compile`'s."""
+    return _lengths_may_change(torch.compile(forward, **options), bool(getattr(block, "joins_text", False)))
 
 
 def _lengths_may_change(forward: Callable[..., Any], joined: bool) -> Callable[..., Any]:
