@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kinetoscope.attention import BACKENDS, Role, attention, capabilities, dispatch, register_backend, resolve_attention
+from kinetoscope.attention import (
+    BACKENDS,
+    Role,
+    attention,
+    capabilities,
+    default,
+    dispatch,
+    register_backend,
+    resolve_attention,
+)
 from kinetoscope.attention.backends import CHUNK, math_attention
 from kinetoscope.attention.flex import flex_dense_attention
 from kinetoscope.core.context import ForwardContext, forward_context
@@ -135,6 +145,27 @@ def test_preferred(
     monkeypatch.setattr("kinetoscope.attention.default.AMX", processor == "AMX")
     found = capabilities.__wrapped__(device, dtype)  # the answer is kept for the process
     assert resolve_attention("auto", found, ["self"]).choices["self"].backend == expected
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_gradients_of_few_keys_in_bfloat16(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    """They alone are by plain products where SDPA is the faster one without gradients."""
+    seen: list[str] = []
+    for name in ("chunked", "sdpa"):
+        named = BACKENDS[name].function
+        spy = partial(lambda name, f, *x, **told: (seen.append(name), f(*x, **told))[1], name, named)
+        monkeypatch.setattr(default, f"{name}_attention", spy)
+    monkeypatch.setattr(default, "AVX512", amx)
+    monkeypatch.setattr(default, "AMX", amx)
+    monkeypatch.setattr(default, "GRADIENT_KEYS", 8)
+    for dtype in (torch.bfloat16, torch.float32):
+        for keys in (8, 9):
+            q, k, v = (x.requires_grad_() for x in qkv(2, 7, keys, dtype))
+            out = default.default_attention(q, k, v)
+            with torch.no_grad():
+                torch.testing.assert_close(default.default_attention(q, k, v), out, rtol=0, atol=3e-2)
+    with_gradient, without = seen[::2], seen[1::2]
+    assert with_gradient == ["chunked" if amx else "sdpa", "sdpa", "sdpa", "sdpa"] and set(without) == {"sdpa"}
 
 
 def test_named_backends() -> None:
