@@ -135,6 +135,10 @@ def test_a_past_that_the_student_makes(window: int) -> None:
     again = seeded()
     level = 0.8 * torch.rand(2, 1, generator=again)
     noisy = student.add_noise(batch.latents, randn(batch.latents.shape, again), level.expand(-1, FRAMES))
+    in_passes = {}
+    for passes in (1, 2, 3):
+        settings = TeacherForcingSettings(caption_dropout=0.0, resample=0.8, resample_passes=passes)
+        in_passes[passes] = TeacherForcing({"student": student}, settings).past(batch, seeded())["clean"]
     expected = torch.empty_like(made)
     for start in (0, 2, 4):
         now = slice(start, start + 2)
@@ -146,6 +150,10 @@ def test_a_past_that_the_student_makes(window: int) -> None:
         expected[:, :, now] = noisy[:, :, now] - level.view(2, 1, 1, 1, 1) * v
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
     assert not made.requires_grad and (made - batch.latents).abs().max() > 0.1
+    for passes, found in in_passes.items():  # each makes one more block exact
+        assert not found.requires_grad
+        torch.testing.assert_close(found[:, :, : 2 * passes], expected[:, :, : 2 * passes], rtol=1e-4, atol=1e-5)
+        assert passes == 3 or (found - expected)[:, :, 2 * passes :].abs().max() > 1e-3
     plain = make_method(TeacherForcingSettings(caption_dropout=0.0), {"student": student})
     seen: list[Tensor] = []
 

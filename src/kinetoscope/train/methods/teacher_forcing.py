@@ -34,12 +34,15 @@ class TeacherForcingSettings(DiffusionForcingSettings):
             it makes itself will never be exact, so it should not take its past to be.
         resample: highest noise level in [0, 1] from which the student makes its past itself, in one step, block after
             block; each sample draws its own. What comes next is still the data's. 0: the past is the data's.
+        resample_passes: how it is made: 0: block after block, exactly. Else all blocks at once, so many times, each
+            time after what the last time made (the first time after the data): faster, and exact for as many blocks.
     """
 
     name: str = "teacher_forcing"
     context_noise: int = Field(default=0, ge=0, lt=1000)
     jitter: float = Field(default=0.0, ge=0)
     resample: float = Field(default=0.0, ge=0, le=1)
+    resample_passes: int = Field(default=0, ge=0)
 
 
 class TeacherForcing(DiffusionForcing):
@@ -77,7 +80,13 @@ class TeacherForcing(DiffusionForcing):
         """The video [B, C, T, H, W] noised, and made again by the student: a block after what it made before it."""
         x0, student = batch.latents, self.causal
         level = self.teaching.resample * torch.rand(len(x0), 1, generator=generator).to(x0.device)
-        noisy = student.add_noise(x0, randn(x0.shape, generator).to(x0.device), level.expand(-1, x0.shape[2]))
+        s = level.expand(-1, x0.shape[2])
+        noisy = student.add_noise(x0, randn(x0.shape, generator).to(x0.device), s)
+        past = x0
+        for _ in range(self.teaching.resample_passes):
+            past = student.predict_x0(noisy, s, batch, clean=past)
+        if self.teaching.resample_passes:
+            return past
         made: list[Tensor] = []
         start = 0
         for size in student.blocks(x0.shape[2]):
