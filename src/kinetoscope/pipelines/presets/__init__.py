@@ -17,7 +17,12 @@ from kinetoscope.pipelines.presets.cosmos import (
     CosmosVideoToWorld,
 )
 from kinetoscope.pipelines.presets.fast_wan import FastWanImageToVideo, FastWanTextToVideo
-from kinetoscope.pipelines.presets.few_step import FewStepCosmos25, FewStepHunyuanVideo
+from kinetoscope.pipelines.presets.few_step import (
+    FewStepCosmos25,
+    FewStepHunyuanVideo,
+    FewStepHunyuanVideo15,
+    FewStepLongCat,
+)
 from kinetoscope.pipelines.presets.hunyuan import HunyuanImageToVideo, HunyuanVideo
 from kinetoscope.pipelines.presets.hunyuan15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from kinetoscope.pipelines.presets.longcat import LongCatVideo
@@ -39,6 +44,7 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
     "Cosmos2_5_PredictDMDPipeline": FewStepCosmos25,
     "CosmosTextToWorldPipeline": CosmosTextToWorld,
     "CosmosVideoToWorldPipeline": CosmosVideoToWorld,
+    "HunyuanVideo15DMDPipeline": FewStepHunyuanVideo15,
     "HunyuanVideo15ImageToVideoPipeline": HunyuanVideo15ImageToVideo,
     "HunyuanVideo15Pipeline": HunyuanVideo15,
     "HunyuanVideoDMDPipeline": FewStepHunyuanVideo,
@@ -46,6 +52,7 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
     "HunyuanVideoPipeline": HunyuanVideo,
     "LTXImageToVideoPipeline": LTXVideo,
     "LTXPipeline": LTXVideo,
+    "LongCatVideoDMDPipeline": FewStepLongCat,
     "LongCatVideoPipeline": LongCatVideo,
     "MatrixGame2CausalDMDPipeline": MatrixGameWorld,
     "MatrixGame2I2VPipeline": MatrixGameVideo,

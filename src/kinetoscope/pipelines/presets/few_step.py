@@ -1,4 +1,5 @@
-"""Few-step students of families whose own pipelines take many steps: HunyuanVideo and Cosmos Predict 2.5."""
+"""Few-step students of families whose own pipelines take many steps: HunyuanVideo, HunyuanVideo 1.5, LongCat-Video and
+Cosmos Predict 2.5."""
 
 from __future__ import annotations
 
@@ -11,11 +12,17 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.engine.strategies.cosmos import CosmosStrategy
 from kinetoscope.engine.strategies.dmd import STEPS, WARP, FewSteps
+from kinetoscope.engine.strategies.longcat import LongCatStrategy
 from kinetoscope.models.hunyuan import spec as hunyuan
 from kinetoscope.models.hunyuan.strategy import HunyuanStrategy, true_cfg_scale
+from kinetoscope.models.hunyuan15 import spec as hunyuan15
+from kinetoscope.models.hunyuan15.strategy import Hunyuan15Strategy
+from kinetoscope.models.longcat import spec as longcat
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets.cosmos import Cosmos25Predict
 from kinetoscope.pipelines.presets.hunyuan import HunyuanVideo
+from kinetoscope.pipelines.presets.hunyuan15 import HunyuanVideo15
+from kinetoscope.pipelines.presets.longcat import LongCatVideo
 from kinetoscope.pipelines.stages import DenoisingStage
 from kinetoscope.pipelines.stages.few_step import FewStepTimestepStage
 
@@ -37,6 +44,14 @@ class HunyuanFewSteps(FewSteps, HunyuanStrategy):
 
 class CosmosFewSteps(FewSteps, CosmosStrategy):
     """Few steps of a flow."""
+
+
+class Hunyuan15FewSteps(FewSteps, Hunyuan15Strategy):
+    """Few steps of a network that reads two texts."""
+
+
+class LongCatFewSteps(FewSteps, LongCatStrategy):
+    """Few steps of a network that predicts the negative velocity."""
 
 
 class FewStepHunyuanVideo(HunyuanVideo):
@@ -68,9 +83,47 @@ class FewStepCosmos25(Cosmos25Predict):
 
     def defaults(self) -> SamplingParams:
         """Predict 2.5's without guidance, with as many steps as the list has."""
-        plain = {"guidance_scale": 1.0, **self.model.defaults}
-        shift = self.convention.default_shift
-        return few_step_defaults(replace(super().defaults(), guidance_scale=plain["guidance_scale"]), plain, shift)
+        return unguided_defaults(super().defaults(), self.model.defaults, self.convention.default_shift)
+
+
+class FewStepHunyuanVideo15(HunyuanVideo15):
+    """Prompt -> video in the steps a HunyuanVideo 1.5 student was distilled for."""
+
+    guided: ClassVar[bool] = False
+    extra_defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+
+    def create_stages(self) -> None:
+        """HunyuanVideo 1.5's, with the student's timesteps."""
+        super().create_stages()
+        take_few_steps(self, Hunyuan15FewSteps)
+
+    def defaults(self) -> SamplingParams:
+        """HunyuanVideo 1.5's without guidance, with as many steps as the list has."""
+        params = super().defaults().over(SamplingParams(extra=dict(self.extra_defaults)))
+        return unguided_defaults(params, self.model.defaults, hunyuan15.CONVENTION.default_shift)
+
+
+class FewStepLongCat(LongCatVideo):
+    """Prompt -> video in the steps a LongCat-Video student was distilled for. Nothing is continued or refined: those
+    have noise levels of their own."""
+
+    tasks: ClassVar[tuple[str, ...]] = ("t2v",)
+    guided: ClassVar[bool] = False
+    extra_defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """None."""
+        return {}
+
+    def create_stages(self) -> None:
+        """LongCat-Video's, with the student's timesteps."""
+        super().create_stages()
+        take_few_steps(self, LongCatFewSteps)
+
+    def defaults(self) -> SamplingParams:
+        """LongCat-Video's without guidance, with as many steps as the list has."""
+        return unguided_defaults(super().defaults(), self.model.defaults, longcat.CONVENTION.default_shift)
 
 
 def take_few_steps(pipeline: ComposedPipeline, strategy: Any) -> None:
@@ -80,6 +133,12 @@ def take_few_steps(pipeline: ComposedPipeline, strategy: Any) -> None:
     stage = pipeline.stages["denoising"]
     assert isinstance(stage, DenoisingStage)
     stage.strategy_cls = strategy
+
+
+def unguided_defaults(params: SamplingParams, own: Mapping[str, Any], shift: float) -> SamplingParams:
+    """`few_step_defaults` of families that are guided by a second row; students are not."""
+    plain = {"guidance_scale": 1.0, **own}
+    return few_step_defaults(replace(params, guidance_scale=plain["guidance_scale"]), plain, shift)
 
 
 def few_step_defaults(params: SamplingParams, own: Mapping[str, Any], shift: float) -> SamplingParams:
