@@ -21,9 +21,11 @@ pytestmark = pytest.mark.distributed
 CASES = {
     "replicas=2": ("cfg=2", {"finetune": 50}),
     "replicas=2,fsdp=true": (
-        "cfg=2,fsdp=true", {"finetune": 50, "lora": 5, "dmd2": 5, "self_forcing": 3},
+        "cfg=2,fsdp=true", {"finetune": 50, "lora": 5, "compiled": 5, "dmd2": 5, "self_forcing": 3},
     ),
-    "ulysses=2": ("ulysses=2", {"finetune": 50, "dmd2": 5, "teacher_forcing": 3, "self_forcing": 3}),
+    "ulysses=2": (
+        "ulysses=2", {"finetune": 50, "compiled": 5, "dmd2": 5, "teacher_forcing": 3, "self_forcing": 3},
+    ),
     "ring=2,fsdp=true": ("ring=2,fsdp=true", {"recomputed": 5}),
 }  # fmt: skip
 """Layout of a recipe -> how the test's processes meet (who has micro-batches of its own stands along `cfg`), and the

@@ -26,6 +26,7 @@ from train.post_runs import write_recipe
 ROLES: dict[str, dict[str, Any]] = {
     "finetune": {"student": {"trainable": True}},
     "recomputed": {"student": {"trainable": True, "checkpointing": True}},
+    "compiled": {"student": {"trainable": True, "compile": True}},
     "lora": {"student": {"trainable": True, "lora": {"rank": 4}}},
     "dmd2": {
         "student": {"trainable": True, "shift": 3.0},

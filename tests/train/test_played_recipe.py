@@ -26,7 +26,7 @@ from kinetoscope.train.vae import Clips, to_video
 from kinetoscope.worlds import get_world
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-START, PLAY, FEW = (RECIPES / f"tiny_world{part}.yaml" for part in ("", "_play", "_few"))
+START, PLAY, FEW, LONG = (RECIPES / f"tiny_world{part}.yaml" for part in ("", "_play", "_few", "_long"))
 MINIATURE: dict[str, Any] = {
     "world.num_frames": 5, "world.height": 32, "world.width": 32,
     "vae.config.base_dim": 4, "vae.config.decoder_base_dim": 4, "vae.config.dim_mult": [1, 1, 1], "vae.config.z_dim": 4,
@@ -67,7 +67,7 @@ def played_by(folder: Path, output: Path, **changes: Any) -> list[str]:
 
 
 def test_from_nothing_to_a_world_that_is_played(start: Path, tmp_path: Path) -> None:
-    """The three recipes end to end; the result is opened and played, and what is done changes what is seen."""
+    """The four recipes end to end; the result is opened and played, and what is done changes what is seen."""
     from kinetoscope import VideoGenerator
     from kinetoscope.train.post import load_post_recipe
     from kinetoscope.train.post_run import run_post_recipe
@@ -76,12 +76,14 @@ def test_from_nothing_to_a_world_that_is_played(start: Path, tmp_path: Path) -> 
     assert "Matrix-Game 2" in card and "PSNR" in card and "encoder" in card
     assert (start / "loss.png").read_bytes().startswith(b"\x89PNG")
     taught = run_post_recipe(PLAY, played_by(start, tmp_path / "play"))
-    model = run_post_recipe(FEW, played_by(taught, tmp_path / "few"))
+    lasting = run_post_recipe(FEW, played_by(taught, tmp_path / "few"))
+    assert "resample=0.7" in (lasting / "README.md").read_text()
+    model = run_post_recipe(LONG, played_by(lasting, tmp_path / "long", **{"models.student.compile": "false"}))
     sidecar = json.loads((model / "kinetoscope.json").read_text())
     assert sidecar["world"] == "maze" and sidecar["defaults"]["fps"] == 16.0
-    steps = load_post_recipe(FEW).method.model_dump()["steps"]  # of training, and of sampling
+    steps = load_post_recipe(LONG).method.model_dump()["steps"]  # of training, and of sampling
     assert sidecar["defaults"]["extra"]["dmd_denoising_steps"] == list(steps)
-    assert "resample=0.7" in (model / "README.md").read_text()
+    assert "resample_passes=1" in (model / "README.md").read_text()
     view = get_world("maze").sample(0, "heldout", height=32, width=32, num_frames=1).frames[0]
     generator = VideoGenerator.from_pretrained(model, device="cpu")
     seen: list[np.ndarray] = []
