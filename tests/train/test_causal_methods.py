@@ -404,5 +404,7 @@ def test_what_does_not_fit() -> None:
         SelfForcing({"student": causal(), **others}, settings_of(rollout="data_latent"))
     with pytest.raises(ConfigError, match="teacher_forcing is of causal"):
         make_method(TeacherForcingSettings(), {"student": wan(trainable=True)})
+    with pytest.raises(ValueError, match="resample=0 that it makes none"):
+        TeacherForcingSettings(resample_passes=1)
     with pytest.raises(ConfigError, match=r"chunk=2: the chunks of a causal student are its blocks"):
         make_method(DiffusionForcingSettings(chunk=2), {"student": causal()})

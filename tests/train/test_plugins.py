@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kinetoscope import VideoGenerator
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention
@@ -326,6 +327,12 @@ def test_few_step_students_are_sampled_as_they_are_trained(
     with pytest.raises(InputError, match="guidance is distilled"):
         sample(opened, replace(family, told=family.told | asked))
     assert opened.pipeline.defaults().num_inference_steps == 3 and not opened.pipeline.guided
+    if name == "longcat":  # what has noise levels of its own
+        generator = VideoGenerator.from_pretrained(path, dtype="float32")
+        view = torch.zeros(32, 48, 3, dtype=torch.uint8).numpy()
+        for asked, says in (({"image": view}, "image"), ({"enhance_hf": True}, "enhance_hf")):
+            with pytest.raises(InputError, match=says):
+                generator.generate_video(PROMPTS[0], **family.size, **asked)
 
 
 def test_what_cannot_be_trained_is_said(made: Callable[[str], str], tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.noise import randn
@@ -43,6 +44,12 @@ class TeacherForcingSettings(DiffusionForcingSettings):
     jitter: float = Field(default=0.0, ge=0)
     resample: float = Field(default=0.0, ge=0, le=1)
     resample_passes: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _passes(self) -> Self:
+        if self.resample_passes and not self.resample:
+            raise ValueError("resample_passes says how the student makes its past, and resample=0 that it makes none")
+        return self
 
 
 class TeacherForcing(DiffusionForcing):
