@@ -21,6 +21,7 @@ Array = np.ndarray[Any, Any]
 
 TOLERANCE = (8.0, 0.2)
 """Degrees and cells within which the judge reads motions of true walks."""
+_ROUNDING = 1e-6  # of actions, which are float32, beside readings, which lie on a grid: 16.0000002 and 8 degrees are 8 apart
 _REACH = RADIUS + 0.05  # how far before an agent a wall stops it, in cells
 _HALF = RADIUS - 0.05  # how far beside its middle
 _SEEN = 3  # columns that must show a wall for it to be there
@@ -183,10 +184,10 @@ class PlayedMaze:
         """
         degrees, cells = TOLERANCE
         ways, found = told[:, 1:], seen.found[:, 1:]
-        free = (np.abs(found - ways) <= cells + 1e-9).all(1)
-        left = np.hypot(*(found - ways / 2).T) <= np.hypot(*ways.T) / 2 + cells + 1e-9
+        free = (np.abs(found - ways) <= cells + _ROUNDING).all(1)
+        left = np.hypot(*(found - ways / 2).T) <= np.hypot(*ways.T) / 2 + cells + _ROUNDING
         stopped = np.array([_in_the_way(walls, way) for walls, way in zip(seen.walls, ways, strict=True)], bool)
         return {
-            "turn": np.abs(seen.found[:, 0] - told[:, 0]) <= degrees + 1e-9,
+            "turn": np.abs(seen.found[:, 0] - told[:, 0]) <= degrees + _ROUNDING,
             "way": free | (left & stopped),
         }
