@@ -26,7 +26,9 @@ from kinetoscope.train.vae import Clips, to_video
 from kinetoscope.worlds import get_world
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-START, PLAY, FEW, LONG = (RECIPES / f"tiny_world{part}.yaml" for part in ("", "_play", "_few", "_long"))
+START, PLAY, FEW, LONG, FRESH = (
+    RECIPES / f"tiny_world{part}.yaml" for part in ("", "_play", "_few", "_long", "_fresh")
+)
 MINIATURE: dict[str, Any] = {
     "world.num_frames": 5, "world.height": 32, "world.width": 32,
     "vae.config.base_dim": 4, "vae.config.decoder_base_dim": 4, "vae.config.dim_mult": [1, 1, 1], "vae.config.z_dim": 4,
@@ -67,7 +69,7 @@ def played_by(folder: Path, output: Path, **changes: Any) -> list[str]:
 
 
 def test_from_nothing_to_a_world_that_is_played(start: Path, tmp_path: Path) -> None:
-    """The four recipes end to end; the result is opened and played, and what is done changes what is seen."""
+    """The five recipes end to end; the result is opened and played, and what is done changes what is seen."""
     from kinetoscope import VideoGenerator
     from kinetoscope.train.post import load_post_recipe
     from kinetoscope.train.post_run import run_post_recipe
@@ -78,10 +80,12 @@ def test_from_nothing_to_a_world_that_is_played(start: Path, tmp_path: Path) -> 
     taught = run_post_recipe(PLAY, played_by(start, tmp_path / "play"))
     lasting = run_post_recipe(FEW, played_by(taught, tmp_path / "few"))
     assert "resample=0.7" in (lasting / "README.md").read_text()
-    model = run_post_recipe(LONG, played_by(lasting, tmp_path / "long", **{"models.student.compile": "false"}))
+    plain = {"models.student.compile": "false"}
+    longer = run_post_recipe(LONG, played_by(lasting, tmp_path / "long", **plain))
+    model = run_post_recipe(FRESH, played_by(longer, tmp_path / "fresh", **plain))
     sidecar = json.loads((model / "kinetoscope.json").read_text())
     assert sidecar["world"] == "maze" and sidecar["defaults"]["fps"] == 16.0
-    steps = load_post_recipe(LONG).method.model_dump()["steps"]  # of training, and of sampling
+    steps = load_post_recipe(FRESH).method.model_dump()["steps"]  # of training, and of sampling
     assert sidecar["defaults"]["extra"]["dmd_denoising_steps"] == list(steps)
     assert "resample_passes=1" in (model / "README.md").read_text()
     view = get_world("maze").sample(0, "heldout", height=32, width=32, num_frames=1).frames[0]
