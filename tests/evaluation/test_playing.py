@@ -124,7 +124,7 @@ def test_walls_excuse_only_what_they_leave_of_a_way() -> None:
 
 
 def test_readings_lie_on_a_grid_and_actions_do_not() -> None:
-    """A mouse in float32 turns by 16.0000002 degrees; what is read as 8 is still 8 off, which is right, and 7.5 is not."""
+    """A mouse in float32 turns by 16.0000002 degrees: to read 8 is 8 off, which is right, and 7.5 is wrong."""
     told = WORLD.told_motions(np.zeros((6, 4), np.float32), np.tile(np.array([0, MOUSE], np.float32), (6, 1)))
     for degrees, right in ((8.0, True), (24.0, True), (7.5, False), (24.5, False)):
         seen = Motions(np.array([[degrees, 0.0, 0.0]]), [np.zeros((0, 2))])

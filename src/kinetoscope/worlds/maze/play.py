@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 TOLERANCE = (8.0, 0.2)
 """Degrees and cells within which the judge reads motions of true walks."""
-_ROUNDING = 1e-6  # of actions, which are float32, beside readings, which lie on a grid: 16.0000002 and 8 degrees are 8 apart
+_ROUNDING = 1e-6  # of float32 actions, beside readings on a grid: 16.0000002 and 8 degrees are 8 apart
 _REACH = RADIUS + 0.05  # how far before an agent a wall stops it, in cells
 _HALF = RADIUS - 0.05  # how far beside its middle
 _SEEN = 3  # columns that must show a wall for it to be there
