@@ -198,7 +198,7 @@ def _adapt(module: nn.Module, strips: Strips) -> None:
     """Put around a module what it needs to work on strips."""
     name = type(module).__name__
     if isinstance(module, nn.Conv3d) and module.padding_mode == "zeros" and module.padding[HEIGHT]:
-        module.__dict__.pop("_conv_forward", None)  # `core.onednn`, which does not call `conv3d`
+        _call_conv3d(module, strips)
     processor = type(getattr(module, "processor", None)).__name__
     if name in JOINED:
         forward = module.forward
@@ -224,6 +224,20 @@ def _adapt(module: nn.Module, strips: Strips) -> None:
                 strips.picture = False
 
         module.forward = picture
+
+
+def _call_conv3d(layer: nn.Conv3d, strips: Strips) -> None:
+    """Over strips a layer calls `conv3d`, which `core.onednn` does not; elsewhere it stays as it was, bit for bit."""
+    own = layer.__dict__.get("_conv_forward")
+    if own is None:
+        return
+
+    def convolved(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if strips.open and not strips.joined:
+            return nn.Conv3d._conv_forward(layer, input, weight, bias)  # pyright: ignore[reportPrivateUsage]
+        return own(input, weight, bias)
+
+    layer._conv_forward = convolved  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def _spatial(vae: Any) -> int:
