@@ -127,11 +127,11 @@ def causal() -> str:
 
 def world() -> str:
     """How well the world is played."""
-    scored = _result("eval_tiny-world")
-    if scored is None:
+    scored, others = _result("eval_tiny-world"), _result("eval_tiny-world_other_games")
+    if scored is None or others is None:
         return ""
     reports = [scored[name] for name in ("model", "ground truth", "shuffled actions")]
-    views = scored["drift"]["model"]["view"]
+    views, more = scored["drift"]["model"]["view"], others["model"]["all correct"]
     lines = [
         f"`{scored['command']}`, {reports[0]['all correct']['n']} actions, with 95 % intervals:",
         "",
@@ -139,6 +139,9 @@ def world() -> str:
         "",
         f"Views that are a maze: {views[0]:.3f} in the first part, {views[-1]:.3f} in the last, after 500 frames, and "
         f"{min(views):.3f} in the worst.",
+        "",
+        f"In {others['n']} other games (`--seed {others['seed']}`) {more['value']:.3f} [{more['low']:.3f}, "
+        f"{more['high']:.3f}] of {more['n']} actions are followed.",
     ]
     return "\n".join(lines)
 

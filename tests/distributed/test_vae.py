@@ -100,11 +100,11 @@ def both_ways(groups: Groups | None, path: Path, mode: str) -> dict[str, Any]:
     return {"video": video, "latents": vae.encode(pixels).latent_dist.mode(), "sent": SENT["vae"]}
 
 
-QUICK = [("wan", "whole", 2), ("wan", "whole", 4), ("wan", "tiled", 2)]
+QUICK = [("wan", "whole", 2), ("wan", "whole", 4), ("wan", "tiled", 2), ("ltx", "tiled", 2)]
 REST = [
     ("wan", "streaming", 2), ("wan", "tiled", 4), ("wan22", "whole", 2), ("wan22", "tiled", 2), ("hunyuan", "whole", 2),
     ("hunyuan", "tiled", 2), ("hunyuan", "tiled", 4), ("hunyuan15", "whole", 2), ("hunyuan15", "tiled", 2),
-    ("ltx", "whole", 2), ("ltx", "whole", 4), ("ltx", "tiled", 2), ("cosmos", "whole", 2), ("cosmos", "whole", 4),
+    ("ltx", "whole", 2), ("ltx", "whole", 4), ("cosmos", "whole", 2), ("cosmos", "whole", 4),
 ]  # fmt: skip
 
 
