@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 
 import pytest
 
 from kinetoscope.core.config import Settings, read_settings
 from kinetoscope.core.context import ForwardContext, current_context, forward_context
-from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.types import SamplingParams
+from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.core.stage_data import StageData
+from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.core.version import __version__
 
 
@@ -53,9 +56,51 @@ def test_ratchets() -> None:
     from dataclasses import fields
     from pathlib import Path
 
-    from kinetoscope.core.types import ForwardBatch
-
     assert len(fields(ForwardBatch)) <= 30
     root = Path(__file__).parents[2] / "src"
     long = {p.name: n for p in root.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+@dataclass
+class Words:
+    """An object with a part for each sample."""
+
+    words: list[str]
+
+    def rows(self, start: int, stop: int) -> Words:
+        return Words(self.words[start:stop])
+
+    def joined(self, others: Sequence[Words]) -> Words:
+        return Words([w for part in (self, *others) for w in part.words])
+
+
+@dataclass
+class Table:
+    """An object that all samples share."""
+
+    rows_of_it: int
+
+
+def test_stage_data_is_split_and_joined_with_its_samples() -> None:
+    batch = ForwardBatch(SamplingParams(), ["a", "b", "c"], [""] * 3, [0] * 3)
+    table = Table(3)
+    batch.data.put(Words(["x", "y", "z"]))
+    batch.data.put(table)
+    parts = batch.samples()
+    assert [p.data.get(Words).words for p in parts] == [["x"], ["y"], ["z"]]
+    assert all(p.data.get(Table) is table for p in parts)
+    parts[1].data.put(Words(["changed"]))
+    whole = ForwardBatch.joined(parts)
+    assert whole.data.get(Words).words == ["x", "changed", "z"] and whole.data.get(Table) is table
+    assert batch.data.get(Words).words == ["x", "y", "z"]
+
+
+def test_stage_data_names_what_is_missing() -> None:
+    data = StageData()
+    with pytest.raises(CompositionError, match=r"holds no Words, but nothing"):
+        data.get(Words)
+    data.put(Table(1))
+    assert data.find(Words) is None and Words not in data and Table in data
+    with pytest.raises(CompositionError, match=r"holds no Words, but Table"):
+        data.get(Words)

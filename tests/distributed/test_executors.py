@@ -169,6 +169,12 @@ def test_streams(tmp_path: Path, forking: None) -> None:
             assert session.record("0") is None
         with pytest.raises(InputError, match="closed after 2 blocks"):
             session.step()
+        with generator.start_session(RED, trace=True, **asked) as session:
+            session.step()
+            live = session.logging_info["step_trace"]
+            assert {r["block"] for r in live} == {0}
+            session.step()
+        assert [r["block"] for r in session.logging_info["step_trace"]] == [r["block"] for r in live] + [1] * len(live)
         with pytest.raises(CompositionError, match=r"hooks=.*processes"):
             generator.start_session(RED, hooks=[Hook()], **asked)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from kinetoscope.core.errors import (
     ModelLoadError,
     OutputError,
 )
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.protocols import Event
 from kinetoscope.media import read_video
 from kinetoscope.pipelines.composed import StageEvent
+from kinetoscope.pipelines.stages.base import Stage
 from tiny import make_tiny_wan
 
 SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "fps": 8}
@@ -270,3 +273,74 @@ def test_file_names(prompt: str, name: str) -> None:
     from kinetoscope.runtime.request import slug
 
     assert slug(prompt) == name
+
+
+class Brighten(Stage):
+    """Doubles the light."""
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        batch.frames = [(f.astype("uint16") * 2).clip(0, 255).astype("uint8") for f in batch.frames]
+        return batch
+
+
+def test_removed_stage_no_longer_acts(tiny: Path) -> None:
+    own = VideoGenerator.from_pretrained(tiny, device="cpu")
+    plain = own.generate_video("a cat", **SMALL).frames
+    stage = Brighten()
+    own.pipeline.add_stage("brighten", stage)
+    assert not np.array_equal(own.generate_video("a cat", **SMALL).frames, plain)
+    assert own.pipeline.remove_stage("brighten") is stage
+    own.pipeline.remove_stage("validation")
+    assert np.array_equal(own.generate_video("a cat", **SMALL).frames, plain)
+
+
+def test_stage_that_the_model_needs_is_not_removed(tiny: Path) -> None:
+    pipeline = VideoGenerator.from_pretrained(tiny, device="cpu").pipeline
+    before = list(pipeline.stages)
+    with pytest.raises(ConfigError, match=r"stage 'latents' .*cannot be removed.*Removable: validation"):
+        pipeline.remove_stage("latents")
+    pipeline.add_stage("decoding", Brighten())  # in place of the model's own: there is still nothing to run without
+    with pytest.raises(ConfigError, match=r"stage 'decoding' .*cannot be removed"):
+        pipeline.remove_stage("decoding")
+    with pytest.raises(ConfigError, match=r"no stage 'brighten' to remove; stages: validation, "):
+        pipeline.remove_stage("brighten")
+    assert list(pipeline.stages) == before
+
+
+class Measured(list[float]):
+    """A number for each sample of a batch."""
+
+    def rows(self, start: int, stop: int) -> Measured:
+        return Measured(self[start:stop])
+
+    def joined(self, others: Sequence[Measured]) -> Measured:
+        return Measured([x for part in (self, *others) for x in part])
+
+
+class Measure(Stage):
+    """Puts the loudness of each sample's noise into the batch."""
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        assert batch.latents is not None
+        batch.data.put(Measured([float(x.std()) for x in batch.latents]))
+        return batch
+
+
+class Report(Stage):
+    """Tells what an earlier stage put into the batch."""
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        batch.logging_info["loudness"] = list(batch.data.get(Measured))
+        return batch
+
+
+def test_stages_hand_on_their_own_data_also_in_joined_runs(tiny: Path) -> None:
+    own = VideoGenerator.from_pretrained(tiny, device="cpu")
+    own.pipeline.add_stage("measure", Measure(), after="latents")
+    own.pipeline.add_stage("report", Report())
+    prompts, seeds = ["a red cat", "a blue circle"], [1, 2]
+    runs = [own.generate_video(p, seed=s, **SMALL) for p, s in zip(prompts, seeds, strict=True)]
+    alone = [r.logging_info["loudness"] for r in runs]
+    assert [len(found) for found in alone] == [1, 1] and alone[0] != alone[1]
+    together = own.generate_video(prompts, seed=seeds, batch_size=2, **SMALL)
+    assert [r.logging_info["loudness"] for r in together] == alone

@@ -66,6 +66,19 @@ class Ends(Hook):
         self.seen.append(type(error).__name__)
 
 
+def test_session_reports_what_its_hooks_say_while_it_goes_on(causal: VideoGenerator) -> None:
+    timed = VideoGenerator.from_pretrained(
+        causal.pipeline.model, device="cpu", perf_logging=True, modules=causal.pipeline.loaded_modules()
+    )
+    with timed.start_session(RED, seed=1, trace=True, **ROLLING) as session:
+        for blocks in (1, 2):
+            session.step()
+            traced, perf = (session.logging_info[name] for name in ("step_trace", "denoising_perf"))
+            assert {r["block"] for r in traced} == set(range(blocks))
+            assert len(perf["steps_ms"]) == len(traced) > 0 and perf["total_ms"] >= sum(perf["steps_ms"])
+    assert session.logging_info["step_trace"] == traced
+
+
 # -- a stream is the offline video ------------------------------------------------------------------------------------
 
 

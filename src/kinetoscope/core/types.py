@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.context import AttentionFn
+from kinetoscope.core.stage_data import StageData
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class ForwardBatch:
         timings: stage name -> seconds.
         logging_info: what hooks report (perf logging, step trace).
         family: the typed extension of a model family that needs more, else None.
+        data: objects of stages that are no part of the package, one for each type.
         streaming: blocks are made until their caller has enough; `params.num_frames` says nothing then.
     """
 
@@ -117,6 +119,7 @@ class ForwardBatch:
     timings: dict[str, float] = field(default_factory=dict[str, float])
     logging_info: dict[str, Any] = field(default_factory=dict[str, Any])
     family: object | None = None
+    data: StageData = field(default_factory=StageData)
     streaming: bool = False
 
     @property
@@ -133,6 +136,7 @@ class ForwardBatch:
                 rows[f.name] = [value[i : i + 1] for i in range(self.size)]
             elif f.name in ("prompts", "negative_prompts", "seeds"):
                 rows[f.name] = [[entry] for entry in value]
+        rows["data"] = self.data.samples(self.size)
         return [
             replace(self, timings={}, logging_info={}, hooks=list(self.hooks), **{k: v[i] for k, v in rows.items()})
             for i in range(self.size)
@@ -144,7 +148,8 @@ class ForwardBatch:
         lists = {n: [entry for b in batches for entry in getattr(b, n)]
                  for n in ("prompts", "negative_prompts", "seeds", "frames")}  # fmt: skip
         latents = [b.latents for b in batches if b.latents is not None]
-        return replace(batches[0], latents=torch.cat(latents) if latents else None, **lists)
+        data = StageData.joined([b.data for b in batches])
+        return replace(batches[0], latents=torch.cat(latents) if latents else None, data=data, **lists)
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,7 @@ class ComposedPipeline:
             self._modules[name].peek()
         self.stages: dict[str, Stage] = {}
         self.create_stages()
+        self._needed = frozenset(name for name, stage in self.stages.items() if not stage.optional)
         self.tasks = self._own_tasks()  # pyright: ignore[reportAttributeAccessIssue] - the class's, narrowed
 
     # -- for subclasses -----------------------------------------------------------------------------------------------
@@ -267,6 +268,29 @@ class ComposedPipeline:
         names.insert(place, name)
         everything = {**self.stages, name: stage}
         self.stages = {n: everything[n] for n in names}
+
+    def remove_stage(self, name: str) -> Stage:
+        """Take a stage out; `add_stage` puts it back.
+
+        A stage that the model needs stays: later ones read what it makes. Give another in its place with `add_stage`.
+
+        Returns:
+            the removed stage.
+
+        Raises:
+            ConfigError: there is no such stage, or the pipeline cannot run without it.
+        """
+        if name not in self.stages:
+            raise ConfigError(f"no stage {name!r} to remove; stages: {', '.join(self.stages)}")
+        if name in self._needed:
+            removable = [n for n in self.stages if n not in self._needed]
+            raise ConfigError(
+                f"stage {name!r} of {type(self).__name__} cannot be removed: later stages read what it makes; "
+                f"replace it with add_stage({name!r}, ...). Removable: {', '.join(removable) or 'none'}"
+            )
+        removed = self.stages[name]
+        self.stages = {n: s for n, s in self.stages.items() if n != name}  # a run in progress goes on with the old ones
+        return removed
 
     # -- running ------------------------------------------------------------------------------------------------------
 

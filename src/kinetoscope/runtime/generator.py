@@ -345,7 +345,7 @@ class VideoGenerator(HasExecutor):
             on_event: called with every stage and step event.
             blocks: how many there will be, if known: a model or a script that does not last so long is refused now.
             fields: of `generate_video`, but those of whole videos (`num_frames`, `output_path`, `latents`,
-                `batch_size`, `trace`, `preview`); `seed` is one number. An image that becomes the first frame is the
+                `batch_size`, `preview`); `seed` is one number. An image that becomes the first frame is the
                 first block.
 
         Raises:
@@ -389,7 +389,7 @@ class VideoGenerator(HasExecutor):
                 raise InputError(f"blocks={blocks!r} is not a positive whole number")
             self.pipeline.check_blocks(batch, blocks)
         if isinstance(self.executor, Pool):
-            check_pool(self.executor.name, batch.hooks, None)
+            check_pool(self.executor.name, fields.get("hooks") or (), None)
             order = {"prompt": prompt, "blocks": blocks, "fields": dict(fields), "lora": list(self.options["lora"])}
             return partial(RemoteSession, self.executor, order, on_event)
         return lambda: Session(self.pipeline, batch, self.options, on_event, self._loras.run())

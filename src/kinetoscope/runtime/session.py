@@ -26,7 +26,7 @@ TEXT = "text_encoding"
 """The stage that a pipeline has if it reads prompts."""
 UNREAD = "(none)"
 """What stands for the prompt of a model that reads none, in its record too."""
-WHOLE = ("num_frames", "output_path", "latents", "batch_size", "trace", "preview")
+WHOLE = ("num_frames", "output_path", "latents", "batch_size", "preview")
 """Fields of a request that need a video with an end."""
 
 
@@ -155,6 +155,14 @@ class Session:
         return self._stream is None or self._stream.closed
 
     @property
+    def logging_info(self) -> dict[str, Any]:
+        """What the hooks have reported so far, also after the session has closed: `denoising_perf`, `step_trace`, ...
+
+        The lists grow with the video; a caller that has read them may clear them.
+        """
+        return self._batch.logging_info
+
+    @property
     def next_frames(self) -> int:
         """Frames that the next block will have; also how many actions, where they are given frame by frame."""
         return self.pipeline.block_frames(self._batch, self.blocks)
@@ -203,7 +211,7 @@ class Session:
         if TEXT not in self.pipeline.stages or not isinstance(self._engine.strategy, PromptedStrategy):
             raise InputError("this model reads no prompt; it cannot change")
         check_text(text, self.seed)
-        asked = replace(self._batch, prompts=[text])
+        asked = replace(self._batch, prompts=[text], data=self._batch.data.copy())
         self._asked = self.pipeline.stages[TEXT].forward(asked, self.pipeline.args)
 
     def record(self, digest: str) -> dict[str, Any] | None:
@@ -243,7 +251,7 @@ class Session:
         """Take up the prompt that was asked for since the last block."""
         if self._asked is None:
             return
-        for name in ("prompts", "prompt_embeds", "prompt_lengths"):
+        for name in ("prompts", "prompt_embeds", "prompt_lengths", "data"):
             setattr(self._batch, name, getattr(self._asked, name))
         assert isinstance(self._engine.strategy, PromptedStrategy)
         self._engine.strategy.reprompt(self._stream.state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import ClassVar
 
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.engine.protocols import Event
@@ -12,7 +13,12 @@ class Stage:
     """Takes a batch, fills in its part, hands it on.
 
     Override `forward`; a stage that has progress to tell overrides `iterate` instead.
+
+    Attributes:
+        optional: whether a pipeline whose preset added the stage runs without it (`ComposedPipeline.remove_stage`).
     """
+
+    optional: ClassVar[bool] = False
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
         """The batch with this stage's part done."""

@@ -25,6 +25,8 @@ class ForcingValidationStage(InputValidationStage):
         block: causal block size of the model's configuration.
     """
 
+    optional = False  # it makes the plan that later stages follow
+
     def __init__(self, geometry: VideoGeometry, block: int) -> None:
         super().__init__(geometry, keeps_image=True)
         self.block = block

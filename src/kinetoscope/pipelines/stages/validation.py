@@ -150,6 +150,8 @@ class InputValidationStage(Stage):
         keeps_image: whether a given image is the first latent frame, which the model does not make.
     """
 
+    optional = True
+
     def __init__(self, geometry: VideoGeometry, *, keeps_image: bool = False) -> None:
         self.geometry = geometry
         self.keeps_image = keeps_image

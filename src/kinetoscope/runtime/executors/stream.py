@@ -44,6 +44,7 @@ class RemoteSession:
         self._gang = self._key % len(pool.gangs)
         self._on_event = on_event
         self._closed = True
+        self._reported: dict[str, Any] = {}
         self.blocks = self.frames = 0
         made = pool.call("session", {**order, "key": self._key}, self._gang, on_event)
         self._closed = False
@@ -55,6 +56,13 @@ class RemoteSession:
     def closed(self) -> bool:
         """Whether no more blocks can be made."""
         return self._closed
+
+    @property
+    def logging_info(self) -> dict[str, Any]:
+        """A copy of what the hooks of the worker have reported so far; see `Session.logging_info`."""
+        if not self._closed:
+            self._reported = self._call("logging_info")
+        return self._reported
 
     @property
     def next_frames(self) -> int:
@@ -82,7 +90,7 @@ class RemoteSession:
         if not self._closed:
             self._closed = True
             try:
-                self._pool.call("session_call", self._order("close"), self._gang)
+                self._reported, _ = self._pool.call("session_call", self._order("close"), self._gang)
             except KinetoscopeError:
                 return  # it is gone with its processes, or with the executor
 

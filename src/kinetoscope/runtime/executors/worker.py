@@ -52,6 +52,8 @@ from kinetoscope.runtime.session import Session
 
 BEAT = 1.0
 """Seconds between two signs of life at most; a quarter of the time after which a worker counts as stopped, if less."""
+REPORT = "logging_info"
+"""Attribute of a session that its caller reads; it is also the answer to "close"."""
 TURNS = ("step", "stage_start", "block_start")
 """Events after which a cancelled request stops, on all ranks at once."""
 
@@ -154,7 +156,9 @@ class Worker:
             raise InputError("this session was lost when its processes were started again; start a new one")
         yield from ()
         try:
-            value: Any = getattr(session, name)(*payload["args"], **payload["kwargs"])
+            value: Any = None if name == REPORT else getattr(session, name)(*payload["args"], **payload["kwargs"])
+            if name in (REPORT, "close"):
+                value = session.logging_info
         finally:
             if name == "close" or session.closed:
                 self._sessions.pop(key).close()
