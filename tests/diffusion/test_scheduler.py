@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import diffusers
 import pytest
 import torch
 
-from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 
@@ -78,3 +80,43 @@ def test_unknown_names_list_the_known() -> None:
         prototype("ddim")
     with pytest.raises(ConfigError, match="FlowMatchEuler"):
         SchedulerAdapter("DDIMScheduler")
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        pytest.param("use_beta_sigmas", marks=pytest.mark.skipif(find_spec("scipy") is None, reason="needs scipy")),
+    ],
+)
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_shift_is_refused_when_the_levels_do_not_read_it(name: str, switch: str) -> None:
+    adapter = SchedulerAdapter(name, {"prediction_type": "flow_prediction", "use_flow_sigmas": True, switch: True})
+    for shift in (1.0, 9.0):
+        with pytest.raises(InputError, match=rf"flow_shift={shift:g}: the noise levels .*{name}: {switch}"):
+            adapter.override(shift=shift)
+    assert adapter.override().start(3).sigmas == adapter.start(3).sigmas
+    assert adapter.override("euler", 9.0).shift == 9.0
+
+
+def test_shift_is_refused_when_the_solver_does_not_take_flow_levels() -> None:
+    adapter = SchedulerAdapter("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"})
+    with pytest.raises(InputError, match=r"flow_shift=5.*none of use_karras_sigmas"):
+        adapter.override(shift=5.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_shift_changes_the_levels_of_every_solver(name: str) -> None:
+    assert prototype(name).override(shift=1.0).start(3).sigmas != prototype(name).override(shift=9.0).start(3).sigmas
+
+
+def test_euler_reads_the_shift_with_karras_levels_too() -> None:
+    adapter = SchedulerAdapter("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True})
+    assert adapter.override(shift=1.0).start(3).sigmas != adapter.override(shift=9.0).start(3).sigmas
+
+
+def test_dynamic_schedule_without_mu_is_refused_by_name() -> None:
+    adapter = SchedulerAdapter("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True})
+    with pytest.raises(ConfigError, match="use_dynamic_shifting=true"):
+        adapter.start(3)

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.errors import ConfigError, InputError
 
 SCHEDULERS: dict[str, str] = {
     "unipc": "UniPCMultistepScheduler",
@@ -25,6 +25,9 @@ _SHIFT_FIELD = {
     "FlowMatchEulerDiscreteScheduler": "shift",
     "DPMSolverMultistepScheduler": "flow_shift",
 }
+_LEVEL_SWITCHES = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"
+)  # fmt: skip
 
 
 class _DiffusersScheduler(Protocol):
@@ -65,6 +68,10 @@ class SchedulerAdapter:
         """This prototype with another solver (a key of `SCHEDULERS`) and/or another shift; the rest is kept.
 
         A new solver keeps the shift and the number of training steps, and is set to flow prediction with flow sigmas.
+
+        Raises:
+            ConfigError: the solver is not known.
+            InputError: a shift is given, and the noise levels of the schedule do not depend on it.
         """
         name = self.class_name
         if scheduler is not None:
@@ -78,7 +85,33 @@ class SchedulerAdapter:
             if _SHIFT_FIELD[name] == "flow_shift":
                 config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         config[_SHIFT_FIELD[name]] = self.shift if shift is None else float(shift)
-        return SchedulerAdapter(name, config)
+        chosen = SchedulerAdapter(name, config)
+        if shift is not None and not chosen.reads_shift:
+            raise InputError(
+                f"flow_shift={shift:g}: the noise levels of this schedule ({name}: {chosen.levels}) do not depend on a "
+                f"shift; leave flow_shift out, or choose another scheduler ({', '.join(SCHEDULERS)})"
+            )
+        return chosen
+
+    @property
+    def reads_shift(self) -> bool:
+        """Whether the noise levels depend on the shift. Karras, exponential and beta levels of some solvers do not.
+
+        The levels of two shifts are compared, so that no rule of a solver is repeated here.
+        """
+        low, high = (
+            SchedulerAdapter(self.class_name, {**self.config, _SHIFT_FIELD[self.class_name]: shift})
+            .start(3, mu=0.0 if self.dynamic else None)
+            .sigmas
+            for shift in (1.0, 9.0)
+        )
+        return self.dynamic or low != high
+
+    @property
+    def levels(self) -> str:
+        """The switches of the configuration that choose the noise levels, for messages."""
+        chosen = [name for name in _LEVEL_SWITCHES if self.config.get(name)]
+        return ", ".join(chosen) or f"none of {', '.join(_LEVEL_SWITCHES)}"
 
     @property
     def dynamic(self) -> bool:
@@ -102,7 +135,15 @@ class SchedulerAdapter:
             sigmas: noise levels before the shift, one a step; None: the scheduler's own.
             mu: logarithm of the shift, for a dynamic schedule.
             begin: leave out that many steps at the start (the sample then begins at `sigmas[0]`, not at noise).
+
+        Raises:
+            ConfigError: the schedule is dynamic and `mu` is missing.
         """
+        if self.dynamic and mu is None:
+            raise ConfigError(
+                "use_dynamic_shifting=true: this model has no rule for a shift by the size of the video; set "
+                "use_dynamic_shifting to false and a fixed shift in scheduler_config.json"
+            )
         scheduler = getattr(diffusers, self.class_name).from_config(self.config)
         given = {k: v for k, v in (("sigmas", sigmas), ("mu", mu)) if v is not None}
         return ScheduleRun(scheduler, num_steps, torch.device(device), begin=begin, **given)
