@@ -24,6 +24,10 @@ def test_settings_are_switches() -> None:
     assert not read_settings({"KINETOSCOPE_OFFLINE": "off"}).offline
     with pytest.raises(ConfigError, match="KINETOSCOPE_OFFLINE='maybe'"):
         read_settings({"KINETOSCOPE_OFFLINE": "maybe"})
+    assert read_settings({"KINETOSCOPE_ATTENTION": "self=math"}).attention == "self=math"
+    assert read_settings({"KINETOSCOPE_ATTENTION": " "}).attention == "auto"
+    with pytest.raises(ConfigError, match=r"unknown environment variable.*did you mean KINETOSCOPE_OFFLINE"):
+        read_settings({"KINETOSCOPE_OFLINE": "1"})
 
 
 def test_contexts_nest_and_close_on_errors() -> None:

@@ -154,7 +154,7 @@ def test_replay_keeps_the_option(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"quantize": "int3"}, ConfigError, r"'int3'; known: int8, int8-dynamic, fp8, fp8-dynamic"),
+        ({"quantize": "int3"}, ConfigError, r"'int3'; did you mean int8\? Known: int8, int8-dynamic, fp8, fp8-dynamic"),
         ({"quantize": "fp8-dynamic"}, CompositionError, r"'fp8-dynamic'.*'cpu'"),
         ({"quantize": "int8", "autocast": True}, CompositionError, r"'int8' and autocast"),
         ({"quantize": "int8", "modules": {"transformer": nn.Linear(1, 1)}}, CompositionError, r"'int8' and modules="),

@@ -25,6 +25,7 @@ from kinetoscope.attention.roles import Role
 from kinetoscope.attention.sparse.base import SparseAttention
 from kinetoscope.attention.sparse.kinds import SPARSE, make_sparse
 from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.core.spec import unknown
 
 Refuse = Callable[[str, torch.dtype], str | None]
 
@@ -240,8 +241,7 @@ def _mapping(request: str | Mapping[str, str]) -> dict[str, str]:
 def _dense(name: str, role: Role, served: Capabilities, known: Mapping[str, Role]) -> AttentionChoice:
     if name not in BACKENDS:
         raise ConfigError(
-            f"attention: unknown backend {name!r} for {str(role)!r}; known are auto, {', '.join(BACKENDS)}, "
-            f"and the sparse kinds {', '.join(SPARSE)}"
+            f"attention of role {str(role)!r}: {unknown('backend or sparse kind', name, ['auto', *BACKENDS, *SPARSE])}"
         )
     if name in served.refused:
         dtype = str(served.dtype).removeprefix("torch.")

@@ -31,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"slow       {dtype}: {why}")
     for dtype, table in facts["attention"].items():
         print(f"attention in {dtype} on {facts['device']}")
+        if (setting := table["setting"])["attention"] != "auto":
+            why = f"cannot serve: {setting['refused']}" if setting["refused"] else "serves"
+            print(f"  KINETOSCOPE_ATTENTION={setting['attention']}: {why}")
         for role, choice in table["roles"].items():
             print(f"  auto for {role:6} {choice['backend']:8} {choice['reason']}")
         for name, facts_of in table["backends"].items():

@@ -97,9 +97,9 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     group.add_argument(
-        "--attention", default="auto", metavar="SPEC",
+        "--attention", metavar="SPEC",
         help="attention backend or sparse kind, see `kinetoscope doctor` and docs/attention.md: sdpa, "
-        "vsa:sparsity=0.8, 'self=flash2;cross=sdpa'",
+        "vsa:sparsity=0.8, 'self=flash2;cross=sdpa' (default: KINETOSCOPE_ATTENTION, else auto)",
     )  # fmt: skip
     group.add_argument("--cfg", default="auto", help="guidance branches: auto, sequential or batched (default: auto)")
     group.add_argument(

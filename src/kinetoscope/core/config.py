@@ -9,8 +9,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Any
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.spec import unknown
 
 PREFIX = "KINETOSCOPE_"
 _TRUE = {"1", "true", "yes", "on"}
@@ -23,9 +25,12 @@ class Settings:
 
     Attributes:
         denoising_perf_logging: log time per denoising step and in all (also `VideoGenerator(..., perf_logging=True)`).
+        attention: attention backend where neither a program nor a command names one, as `--attention` takes it;
+            "auto" chooses for each role.
         offline: never ask the hub; only local paths, embedded models and what is already in the hub's cache.
     """
 
+    attention: str = "auto"
     denoising_perf_logging: bool = False
     offline: bool = False
 
@@ -34,13 +39,20 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     """Settings from a mapping such as `os.environ`.
 
     Raises:
-        ConfigError: a known variable has a value that is neither true nor false.
+        ConfigError: a variable has a value of the wrong kind, or its name starts with the prefix and is unknown.
     """
-    values: dict[str, bool] = {}
+    names = [PREFIX + field.name.upper() for field in fields(Settings)]
+    for name in environment:
+        if name.startswith(PREFIX) and name not in names:
+            raise ConfigError(unknown("environment variable", name, names))
+    values: dict[str, Any] = {}
     for field in fields(Settings):
         name = PREFIX + field.name.upper()
         text = environment.get(name)
         if text is None:
+            continue
+        if isinstance(field.default, str):
+            values[field.name] = text.strip() or field.default
             continue
         if text.strip().lower() not in _TRUE | _FALSE:
             raise ConfigError(f"environment variable {name}={text!r} is not a switch; use 1 or 0")

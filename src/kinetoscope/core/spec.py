@@ -41,9 +41,22 @@ def one_of(value: str, known: Iterable[str], what: str) -> str:
     names = list(known)
     if value in names:
         return value
-    near = difflib.get_close_matches(value, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"unknown {what} {value!r}{hint} Known: {', '.join(names)}")
+    raise InputError(unknown(what, value, names))
+
+
+def nearest(value: object, known: Iterable[str]) -> str | None:
+    """Return the known name that `value` looks like, whatever its case; None if there is none."""
+    names = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(str(value).lower(), names, n=1)
+    return names[found[0]] if found else None
+
+
+def unknown(what: str, value: object, known: Iterable[str]) -> str:
+    """Return the message about a name that is none of `known`, with the nearest of them."""
+    names = list(known)
+    near = nearest(value, names)
+    hint = f"did you mean {near}? Known" if near else "known"
+    return f"unknown {what} {value!r}; {hint}: {', '.join(names) or 'none'}"
 
 
 def number(values: dict[str, str], key: str, what: str) -> float | None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.core.spec import unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> N
         CompositionError: the kind does not work on the device or in the dtype.
     """
     if kind not in QUANTIZATIONS:
-        raise ConfigError(f"unknown quantization {kind!r}; known: {', '.join(QUANTIZATIONS)}")
+        raise ConfigError(unknown("quantization", kind, QUANTIZATIONS))
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(f"quantize={kind!r} needs torchao; install it with: pip install 'kinetoscope[quant]'")
     if kind == "fp8-dynamic":

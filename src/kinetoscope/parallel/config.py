@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.spec import unknown
 
 AXES = ("replica", "cfg", "ring", "ulysses", "tp")
 """Axes of the mesh of processes, outermost first: neighbours in rank talk most."""
@@ -83,9 +83,7 @@ class ParallelConfig:
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(f"parallel: unknown degree {name!r}{hint} Known: {', '.join(known)}")
+                raise ConfigError(f"parallel: {unknown('degree', name, known)}")
         return cls(**given)
 
     def as_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.core.spec import unknown
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.loading.components import Place
 from kinetoscope.loading.offload import OFFLOADS, Mover, Offload
@@ -66,9 +67,9 @@ class Care:
         if quantize is not None:
             check_quantization(quantize, args.device, args.dtype)
         if offload is not None and offload not in OFFLOADS:
-            raise ConfigError(f"unknown offload {offload!r}; known: {', '.join(OFFLOADS)}")
+            raise ConfigError(unknown("offload", offload, OFFLOADS))
         if vae not in VAE_MODES:
-            raise ConfigError(f"unknown vae mode {vae!r}; known: {', '.join(VAE_MODES)}")
+            raise ConfigError(unknown("vae mode", vae, VAE_MODES))
         self.vae = vae
         check_pairs({
             "quantize": quantize, "autocast": args.autocast, "offload": offload, "vae": vae, "compile": compile,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.spec import unknown
 
 DTYPES = {
     "float32": torch.float32,
@@ -47,7 +48,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
-        raise ConfigError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+        raise ConfigError(unknown("dtype", dtype, ["auto", *DTYPES]))
     return found
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from kinetoscope.attention import BACKENDS, SPARSE, Capabilities, Role, capabilities, resolve_attention
+from kinetoscope.core.config import settings
+from kinetoscope.core.errors import KinetoscopeError
 from kinetoscope.runtime.device import dtype_name, resolve_device, resolve_dtype
 from kinetoscope.runtime.record import versions
 
@@ -41,13 +43,22 @@ def attention_backends(served: Capabilities) -> dict[str, dict[str, str]]:
     return found
 
 
+def refusal(attention: str, served: Capabilities) -> str | None:
+    """Return why a setting of the attention cannot serve on a device; None if it can."""
+    try:
+        resolve_attention(attention, served, ROLES)
+    except KinetoscopeError as error:
+        return str(error)
+    return None
+
+
 def examine(device: str = "auto") -> dict[str, Any]:
     """Facts for `kinetoscope doctor`, fit for JSON.
 
     Returns:
         versions, devices, threads, the default device and dtype, and for each dtype the attention table: role ->
-        {backend, reason}, with the backends that cannot serve and why, and all backends and sparse kinds (see
-        `attention_backends`).
+        {backend, reason}, what `KINETOSCOPE_ATTENTION` names and why that cannot serve, the backends that cannot serve
+        and why, and all backends and sparse kinds (see `attention_backends`).
 
     Raises:
         ConfigError: no such device.
@@ -57,7 +68,9 @@ def examine(device: str = "auto") -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16):
         served = capabilities(place.type, dtype)
         choices = resolve_attention("auto", served, ROLES).choices
+        asked = settings().attention
         tables[dtype_name(dtype)] = {
+            "setting": {"attention": asked, "refused": refusal(asked, served)},
             "roles": {role: {"backend": c.backend, "reason": c.reason} for role, c in choices.items()},
             "refused": dict(served.refused),
             "backends": attention_backends(served),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -34,8 +33,8 @@ from kinetoscope.runtime.executors.inprocess import InProcess
 from kinetoscope.runtime.executors.pool import Pool
 from kinetoscope.runtime.executors.stream import RemoteSession, drain
 from kinetoscope.runtime.executors.torchrun import Torchrun, join_launch
-from kinetoscope.runtime.lora import Lora, Loras, LoraSpec, lora_specs, sampled_with
-from kinetoscope.runtime.opening import open_pipeline
+from kinetoscope.runtime.lora import HasLoras, Loras, LoraSpec, lora_specs, sampled_with
+from kinetoscope.runtime.opening import chosen_attention, open_pipeline
 from kinetoscope.runtime.parallel import check_layout
 from kinetoscope.runtime.request import VideoRequest
 from kinetoscope.runtime.running import GenerationResult, RunEvent, plan_request, usual_batch_size
@@ -44,7 +43,7 @@ from kinetoscope.runtime.session import Session, session_batch
 __all__ = ["GenerationResult", "RunEvent", "VideoGenerator"]
 
 
-class VideoGenerator(HasExecutor):
+class VideoGenerator(HasExecutor, HasLoras):
     """Makes videos with one model; made by `VideoGenerator.from_pretrained`.
 
     Args:
@@ -69,7 +68,7 @@ class VideoGenerator(HasExecutor):
         dtype: str | torch.dtype = "auto",
         *,
         scheduler: str | None = None,
-        attention: str | Mapping[str, str] = "auto",
+        attention: str | Mapping[str, str] | None = None,
         cfg: str = "auto",
         text_mode: str | None = None,
         cache: str | None = None,
@@ -94,7 +93,8 @@ class VideoGenerator(HasExecutor):
             dtype: what the transformer computes in: "auto" (bfloat16 on CUDA, float32 on CPU), "float32",
                 "bfloat16", "float16".
             scheduler: "unipc", "euler" or "dpm++" instead of the directory's own.
-            attention: a backend for all roles, or role -> backend; "auto" chooses and `kinetoscope doctor` says why.
+            attention: a backend for all roles, or role -> backend; "auto" chooses and `kinetoscope doctor` says why;
+                None reads `KINETOSCOPE_ATTENTION`, and is "auto" without it.
             cfg: "sequential", "batched" or "auto": how the branches of guidance are executed.
             text_mode: "padded" or "true_length": whether the padding of short prompts is attended to; None: as the
                 model was trained. Another than that makes other videos.
@@ -134,8 +134,9 @@ class VideoGenerator(HasExecutor):
         loras = lora_specs(lora)
         model = sampled_with(model, loras)
         given: dict[str, Any] = {
-            "attention": attention, "cfg": cfg, "text_mode": text_mode, "cache": cache, "compile": compile,
-            "quantize": quantize, "offload": offload, "vae": vae, "autocast": autocast, "perf_logging": perf_logging,
+            "attention": chosen_attention(attention), "cfg": cfg, "text_mode": text_mode, "cache": cache,
+            "compile": compile, "quantize": quantize, "offload": offload, "vae": vae, "autocast": autocast,
+            "perf_logging": perf_logging,
         }  # fmt: skip
         layout = resolve_layout(parallel, model, device, dtype, {**given, "modules": modules})
         spec = choose_executor(executor, layout)
@@ -159,70 +160,6 @@ class VideoGenerator(HasExecutor):
             args = pipeline.args
             generator.executor = open_pool(spec, layout, model, args.device, args.dtype, kept, threads)
         return generator
-
-    # -- LoRA ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def loras(self) -> dict[str, Lora]:
-        """name -> LoRA, in the order in which they were loaded."""
-        return self._loras.loras
-
-    def load_lora(
-        self,
-        path: str | Path,
-        name: str | None = None,
-        weight: float = 1.0,
-        component: str | None = None,
-        *,
-        sha256: str | None = None,
-    ) -> Lora:
-        """Add a LoRA to the model and to those loaded before; runs that start from now on have it.
-
-        The key styles of diffusers, PEFT, kohya and ComfyUI are read, with alphas and deltas of weights, biases, norms
-        and modulation. A run in progress goes on as it began, and the model is sampled as before, whatever a file says.
-
-        Args:
-            path: a .safetensors file, or a folder in which PEFT or diffusers saved one.
-            name: to call it by; None: the file's.
-            weight: its changes are multiplied by it.
-            component: for a model with two transformers (Wan 2.2) and a file that does not say it itself: which one it
-                changes, "transformer" (high noise), "transformer_2" (low noise) or "both".
-            sha256: refuse the file if it is another one.
-
-        Returns:
-            what was found, with every key of the file that fits no parameter (they are logged, too).
-
-        Raises:
-            ModelLoadError: the file is missing, damaged, changed, of a kind that is not supported, or does not fit the
-                model.
-            ConfigError: the name is taken, the weight is not a finite number, or `component` is needed or wrong.
-            CompositionError: the model, or the form that its weights are in, takes no such change.
-        """
-        lora = self._loras.load(path, name, weight, component, sha256)
-        self.options["lora"] = self._loras.records()
-        return lora
-
-    def set_lora(self, weights: Mapping[str, float]) -> None:
-        """Give the loaded LoRAs weights by name; those not named rest at 0. Runs that start from now on have them.
-
-        Raises:
-            ConfigError: an unknown name, or a weight that is not a finite number.
-        """
-        self._loras.set(weights)
-        self.options["lora"] = self._loras.records()
-
-    def unload_lora(self, name: str) -> None:
-        """Forget a LoRA; without any, the weights are bit for bit those of the model.
-
-        Raises:
-            ConfigError: an unknown name.
-        """
-        self._loras.unload(name)
-        self.options["lora"] = self._loras.records()
-
-    def held(self) -> AbstractContextManager[None]:
-        """While it is entered, the LoRAs that are set now stay, whatever is set meanwhile."""
-        return self._loras.run()
 
     # -- videos -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,79 @@ class Loras:
                 for name, own in changes.items():
                     mine[name] = (*mine.get(name, ()), *((change, lora.weight) for change in own))
         return wanted
+
+
+class HasLoras:
+    """A generator's methods for LoRA files.
+
+    Attributes:
+        options: settings of the generator; "lora" is kept up to date.
+    """
+
+    options: dict[str, Any]
+    _loras: Loras
+
+    @property
+    def loras(self) -> dict[str, Lora]:
+        """name -> LoRA, in the order in which they were loaded."""
+        return self._loras.loras
+
+    def load_lora(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        weight: float = 1.0,
+        component: str | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> Lora:
+        """Add a LoRA to the model and to those loaded before; runs that start from now on have it.
+
+        The key styles of diffusers, PEFT, kohya and ComfyUI are read, with alphas and deltas of weights, biases, norms
+        and modulation. A run in progress goes on as it began, and the model is sampled as before, whatever a file says.
+
+        Args:
+            path: a .safetensors file, or a folder in which PEFT or diffusers saved one.
+            name: to call it by; None: the file's.
+            weight: its changes are multiplied by it.
+            component: for a model with two transformers (Wan 2.2) and a file that does not say it itself: which one it
+                changes, "transformer" (high noise), "transformer_2" (low noise) or "both".
+            sha256: refuse the file if it is another one.
+
+        Returns:
+            what was found, with every key of the file that fits no parameter (they are logged, too).
+
+        Raises:
+            ModelLoadError: the file is missing, damaged, changed, of a kind that is not supported, or does not fit the
+                model.
+            ConfigError: the name is taken, the weight is not a finite number, or `component` is needed or wrong.
+            CompositionError: the model, or the form that its weights are in, takes no such change.
+        """
+        lora = self._loras.load(path, name, weight, component, sha256)
+        self.options["lora"] = self._loras.records()
+        return lora
+
+    def set_lora(self, weights: Mapping[str, float]) -> None:
+        """Give the loaded LoRAs weights by name; those not named rest at 0. Runs that start from now on have them.
+
+        Raises:
+            ConfigError: an unknown name, or a weight that is not a finite number.
+        """
+        self._loras.set(weights)
+        self.options["lora"] = self._loras.records()
+
+    def unload_lora(self, name: str) -> None:
+        """Forget a LoRA; without any, the weights are bit for bit those of the model.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        self._loras.unload(name)
+        self.options["lora"] = self._loras.records()
+
+    def held(self) -> AbstractContextManager[None]:
+        """While it is entered, the LoRAs that are set now stay, whatever is set meanwhile."""
+        return self._loras.run()
 
 
 def lora_specs(lora: LoraSpec | Sequence[LoraSpec] | None) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ from kinetoscope.runtime.caches import open_cache
 from kinetoscope.runtime.care import Care
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
 from kinetoscope.runtime.parallel import check_layout, parallel_hooks
+
+logger = logging.getLogger("kinetoscope.attention")
+
+
+def chosen_attention(attention: str | Mapping[str, str] | None) -> str | Mapping[str, str]:
+    """Return the attention that a caller names, else the one of `KINETOSCOPE_ATTENTION`, else "auto"."""
+    if attention is not None:
+        return attention
+    setting = settings().attention
+    if setting != "auto":
+        logger.info("attention: %s (from KINETOSCOPE_ATTENTION)", setting)
+    return setting
 
 
 def open_pipeline(

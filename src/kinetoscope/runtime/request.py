@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.spec import nearest
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.hooks import Hook, StepTraceHook
 from kinetoscope.media import Array, Clip, Picture, check_output, fit_picture, load_clip, load_picture
@@ -188,8 +188,8 @@ def _known_extra(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
     """The family's own parameters that are given; None where there are none."""
     for name in given:
         if name not in defaults:
-            near = difflib.get_close_matches(name, [*defaults, *VideoRequest.__dataclass_fields__], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(name, [*defaults, *VideoRequest.__dataclass_fields__])
+            hint = f"; did you mean {near}?" if near else ""
             raise InputError(f"unknown parameter {name!r}{hint}. This model's own: {', '.join(defaults) or 'none'}")
     return {k: v for k, v in given.items() if v is not None} or None
 

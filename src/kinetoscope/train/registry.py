@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.spec import nearest
 
 
 class Registry(dict[str, str]):
@@ -28,7 +29,9 @@ class Registry(dict[str, str]):
             ConfigError: the name is unknown, or its place holds no such class.
         """
         if name not in self:
-            raise ConfigError(self._refusal.format(name=name, known=", ".join(sorted(self))))
+            near = nearest(name, self)
+            hint = f"; did you mean {near}?" if near else ""
+            raise ConfigError(self._refusal.format(name=name, known=", ".join(sorted(self))) + hint)
         module, _, found = self[name].partition(":")
         try:
             return getattr(import_module(module), found)

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.spec import unknown
 from kinetoscope.worlds.base import Actions, Clip, Spec, World
 from kinetoscope.worlds.maze import MazeWorld
 from kinetoscope.worlds.shapes import ShapesWorld
@@ -19,5 +20,5 @@ WORLDS = {"maze": MazeWorld, "shapes": ShapesWorld}
 def get_world(name: str) -> World[Any]:
     """The world called `name`. Raises InputError, naming the known worlds, when there is none."""
     if name not in WORLDS:
-        raise InputError(f"unknown world {name!r}; the known worlds are: {', '.join(sorted(WORLDS))}")
+        raise InputError(unknown("world", name, sorted(WORLDS)))
     return WORLDS[name]()
