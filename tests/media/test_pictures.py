@@ -44,6 +44,44 @@ def test_greys_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(load_picture(tmp_path / "deep.png"))[..., 0], np.arange(256).reshape(16, 16))
 
 
+def test_greys_of_32_bits_are_scaled_or_refused(tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 256).round().reshape(16, 16)
+    deep = Image.fromarray(shades.astype(np.int32))
+    assert np.array_equal(np.asarray(load_picture(deep))[..., 0], np.arange(256).reshape(16, 16))
+    (floats := Image.fromarray((shades / 65535).astype(np.float32))).save(tmp_path / "a.tif")
+    assert floats.mode == "F"
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "a.tif"))[..., 0], np.arange(256).reshape(16, 16))
+    for values in (np.full((2, 2), 70_000, np.int32), np.full((2, 2), 2.0, np.float32), np.full((2, 2), np.nan)):
+        with pytest.raises(InputError, match="32-bit greys holds values outside"):
+            load_picture(Image.fromarray(values.astype(np.float32) if values.dtype == float else values))
+
+
+def test_a_picture_without_pixels_is_refused() -> None:
+    with pytest.raises(InputError, match="no pixels"):
+        load_picture(Image.new("RGB", (0, 2)))
+
+
+def test_premultiplied_transparency_is_black() -> None:
+    half = Image.new("RGBA", (2, 2), (200, 100, 50, 128))
+    plain = np.asarray(load_picture(half)).astype(int)
+    assert np.abs(plain - np.asarray(load_picture(half.convert("RGBa")))).max() <= 2
+    assert np.abs(plain[0, 0] - (100, 50, 25)).max() <= 1
+
+
+def test_the_first_picture_of_an_animation_is_taken(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    for name in ("a.gif", "a.png", "a.tif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        assert load_picture(tmp_path / name).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    for mode, side in (("1", 12_000), ("1", 20_000)):  # beyond our limit, and beyond Pillow's own; a few kB each
+        Image.new(mode, (side, side)).save(tmp_path / "a.png")
+        with pytest.raises(InputError, match=r"000 pixels.*scale it down|exceeds limit"):
+            load_picture(tmp_path / "a.png")
+
+
 def test_an_open_image_whose_file_is_damaged(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
@@ -121,7 +159,7 @@ def test_clips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "says"), [("missing.mp4", "cannot be read"), ([], "no frame"), (3, "type int"), (np.zeros(3), "shape")]
+    ("source", "says"), [("missing.mp4", "does not exist"), ([], "no frame"), (3, "type int"), (np.zeros(3), "shape")]
 )
 def test_what_is_no_clip(source: object, says: str) -> None:
     with pytest.raises(InputError, match=says):

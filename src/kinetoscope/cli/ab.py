@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
@@ -20,6 +19,7 @@ from kinetoscope.cli.options import (
     video_fields,
 )
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import write_text
 
 NAME = "ab"
 HELP = "compare two configurations, or two sets of videos: likeness, time, memory, and a verdict"

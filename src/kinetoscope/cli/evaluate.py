@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
@@ -19,6 +18,7 @@ from kinetoscope.cli.options import (
     video_fields,
 )
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import write_text
 
 if TYPE_CHECKING:
     from kinetoscope.evaluation.drift import Drift

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
@@ -17,6 +16,7 @@ from kinetoscope.cli.options import (
     video_fields,
 )
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import write_text
 
 NAME = "fit-preview"
 HELP = "fit the linear map from latents to colours that `generate --preview` uses, for a model's VAE"

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kinetoscope.cli.files import write_text
 from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
@@ -21,6 +20,7 @@ from kinetoscope.cli.options import (
     video_fields,
 )
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import write_text
 
 NAME = "generate"
 HELP = "make a video from a prompt"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.core.files import replacing
 from kinetoscope.evaluation.prompt_following import ALL, Score
 
 Span = tuple[int, int]
@@ -123,9 +124,8 @@ def draw_drift(drift: Drift, path: Path) -> None:
             axis.fill_between(middle, *zip(*(s.interval for s in row), strict=True), color=line.get_color(), alpha=0.15)
     axis.set(xlabel="frame", ylabel="share that is right", ylim=(0, 1.02))
     axis.legend(fontsize="small", loc="lower left")
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=80)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
 
 
 def _parts(drift: Drift) -> dict[str, Scores]:

@@ -1,6 +1,7 @@
-"""Video files and contact sheets."""
+"""Videos and pictures in and out, and contact sheets."""
 
-from kinetoscope.media.pictures import Array, Clip, Picture, fit_picture, load_clip, load_picture
+from kinetoscope.media.clips import Clip, load_clip, load_frames
+from kinetoscope.media.pictures import Array, Picture, fit_picture, load_picture
 from kinetoscope.media.sheet import contact_sheet
 from kinetoscope.media.video import VideoWriter, check_output, read_metadata, read_video, write_video
 
@@ -13,6 +14,7 @@ __all__ = [
     "contact_sheet",
     "fit_picture",
     "load_clip",
+    "load_frames",
     "load_picture",
     "read_metadata",
     "read_video",

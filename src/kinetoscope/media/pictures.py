@@ -1,66 +1,56 @@
-"""Pictures and videos given by the user, as arrays of the size a request needs."""
+"""Pictures given by the user, as RGB of the size a request needs."""
 
 from __future__ import annotations
 
 import io
-import urllib.request
-from collections.abc import Sequence
+import warnings
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.error import FFmpegError
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.media.download import fetch_picture, is_address
 
 Array = np.ndarray[Any, Any]
 Picture = str | Path | Image.Image | Array
-Clip = str | Path | Array | Sequence[Any]
 
-MAX_DOWNLOAD = 64 * 2**20
-TIMEOUT_S = 30.0
+MAX_PIXELS = 2**27
+"""Largest picture, before it is decoded."""
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, OverflowError, Image.DecompressionBombError)
+"""What Pillow raises for damaged files."""
 
 
 def load_picture(source: Picture) -> Image.Image:
-    """An RGB picture, turned as its EXIF orientation says; transparency is laid on black.
+    """Return an RGB picture, turned as its EXIF orientation says; transparency is laid on black.
+
+    Of a file with several pictures (GIF, APNG, TIFF) the first is taken; 16-bit greys are scaled to 8 bits.
 
     Args:
         source: a path, an http(s) address, a PIL image, or an array [H, W, 3] or [H, W] (uint8, or floats in [0, 1]).
 
     Raises:
-        InputError: it cannot be read, or is no picture.
+        InputError: the source cannot be read, is no picture, or has too many pixels.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(_as_uint8(source, "an image"))
     if isinstance(source, Image.Image):
-        image = source
+        image, name = source, f"of type {type(source).__name__}"
     elif isinstance(source, (str, Path)):
-        try:
-            image = Image.open(io.BytesIO(_read(source)))
-            image.load()
-        except UnidentifiedImageError as error:
-            raise InputError(f"image {source} is not a picture in a known format") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"image {source} cannot be read: {error}") from error
+        image, name = _open(source), str(source)
     else:
         raise InputError(f"image of type {type(source).__name__}; give a path, an address, a PIL image or an array")
-    try:
-        turned = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:  # an image that was opened elsewhere is first read here
-        raise InputError(f"image {source} cannot be read: {error}") from error
-    if turned.mode.startswith("I;16"):  # Pillow's conversion would cut these off at 255
-        turned = Image.fromarray(((np.asarray(turned).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
-        turned = turned.convert("RGBA")
-        black = Image.new("RGBA", turned.size, (0, 0, 0, 255))
-        turned = Image.alpha_composite(black, turned)
-    return turned.convert("RGB")
+    if 0 in image.size:
+        raise InputError(f"image {name} has no pixels: it is {image.width}x{image.height}")
+    try:  # an image that was opened elsewhere is first read here
+        return _as_rgb(ImageOps.exif_transpose(image))
+    except _DAMAGE as error:
+        raise InputError(f"image {name} cannot be read: {error}") from error
 
 
 def fit_picture(image: Image.Image, height: int, width: int) -> Array:
-    """uint8 [height, width, 3]: cut evenly to the proportions of the size, then scaled (Lanczos)."""
+    """Return uint8 [height, width, 3]: cut evenly to the proportions of the size, then scaled (Lanczos)."""
     scale = max(height / image.height, width / image.width)
     across, down = width / scale, height / scale
     left, top = (image.width - across) / 2, (image.height - down) / 2
@@ -68,55 +58,51 @@ def fit_picture(image: Image.Image, height: int, width: int) -> Array:
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def load_clip(source: Clip, limit: int | None = None) -> list[Image.Image]:
-    """The frames of a video, at most `limit` of them.
+def _open(source: str | Path) -> Image.Image:
+    """Return a picture whose file has been read."""
+    try:
+        data = fetch_picture(str(source)) if is_address(source) else Path(source).read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below Pillow's error
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"image {source} has {image.width}x{image.height} pixels, and {MAX_PIXELS >> 20} million are "
+                    "allowed; scale it down"
+                )
+            image.load()
+    except UnidentifiedImageError as error:
+        raise InputError(f"image {source} is not a picture in a known format") from error
+    except _DAMAGE as error:
+        raise InputError(f"image {source} cannot be read: {error}") from error
+    return image
 
-    Args:
-        source: a file, an array [T, H, W, 3] (uint8, or floats in [0, 1]), or a list of pictures.
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB.
 
     Raises:
-        InputError: it cannot be read, or holds no frame.
+        InputError: the mode holds numbers whose range is not known.
     """
-    if isinstance(source, np.ndarray):
-        if source.ndim != 4:
-            raise InputError(f"a video array has shape {list(source.shape)}; it should be [T, H, W, 3]")
-        frames = [load_picture(frame) for frame in source[:limit]]
-    elif isinstance(source, (str, Path)):
-        frames = _decode(Path(source), limit)
-    elif isinstance(source, Sequence):
-        frames = [load_picture(frame) for frame in source[:limit]]
-    else:
-        raise InputError(f"video of type {type(source).__name__}; give a path, an array or a list of pictures")
-    if not frames:
-        raise InputError(f"video {source if isinstance(source, (str, Path)) else ''} holds no frame")
-    return frames
+    if image.mode.startswith("I;16"):  # Pillow's conversion would cut these off at 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        image = Image.fromarray(_of_numbers(np.asarray(image)))
+    if image.mode in ("La", "RGBa"):  # premultiplied: as it is on black
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image)
+    return image.convert("RGB")
 
 
-def _decode(path: Path, limit: int | None) -> list[Image.Image]:
-    frames: list[Image.Image] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError(f"video {path} has no picture track")
-            for frame in container.decode(video=0):
-                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                frames.append(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
-                if limit is not None and len(frames) == limit:
-                    break
-    except (FFmpegError, OSError) as error:
-        raise InputError(f"video {path} cannot be read: {error}") from error
-    return frames
-
-
-def _read(source: str | Path) -> bytes:
-    """The bytes of a file or of an http(s) address."""
-    if not str(source).startswith(("http://", "https://")):
-        return Path(source).read_bytes()
-    with urllib.request.urlopen(str(source), timeout=TIMEOUT_S) as response:
-        data = response.read(MAX_DOWNLOAD + 1)
-    if len(data) > MAX_DOWNLOAD:
-        raise InputError(f"image {source} is larger than {MAX_DOWNLOAD >> 20} MB")
-    return data
+def _of_numbers(values: Array) -> Array:
+    """Return 32-bit greys as uint8: whole numbers of 16 bits, or floats in [0, 1]."""
+    top = 65535 if np.issubdtype(values.dtype, np.integer) else 1
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+        raise InputError(f"an image of 32-bit greys holds values outside [0, {top}]; save it in 8 or 16 bits")
+    return np.round(values * (255 / top)).astype(np.uint8)
 
 
 def _as_uint8(array: Array, what: str) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from kinetoscope.core.errors import OutputError
+from kinetoscope.core.files import replacing
 
 Array = np.ndarray[Any, Any]
 
@@ -77,12 +78,5 @@ class PreviewFile:
         self._strips = []
 
     def _write(self, image: Image.Image, **how: Any) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path, sync=False) as temporary:  # written at every step, and no loss
             image.save(temporary, **how)
-            temporary.replace(self.path)
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)

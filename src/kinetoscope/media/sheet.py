@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from kinetoscope.core.errors import InputError, OutputError
+from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import replacing
 
 MARGIN, LINE = 4, 14
 
@@ -53,13 +54,6 @@ def contact_sheet(
         for column, index in enumerate(picks):
             tile = Image.fromarray(video[index]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (MARGIN + column * (width + MARGIN), y + top))
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}") from error
-    return path
+    return Path(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,8 +14,11 @@ import av
 import numpy as np
 from av.codec.context import Flags as CodecFlags
 from av.error import FFmpegError
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from kinetoscope.core.errors import InputError, OutputError
+from kinetoscope.core.files import check_output_path, replacing, temporary_beside
+from kinetoscope.media.decoding import SWS, open_container, open_video
 
 SUFFIXES = (".mp4",)
 CRF = "17"
@@ -25,33 +28,22 @@ Frames = np.ndarray[Any, Any]
 
 
 def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
-    """Refuse, before any work, a path that could not be written later.
+    """Return `path` if a file can be written there later.
 
     Raises:
-        OutputError: unknown suffix, a directory, or a place that cannot be created or written.
+        OutputError: unknown suffix; or see `core.files.check_output_path`.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise OutputError(
-            f"output {path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(suffixes)}"
-        )
-    if path.is_dir():
-        raise OutputError(f"output {path} is a directory; name a file in it")
-    parent = path.absolute().parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"output {path}: {parent} is not a directory")
-    try:  # permission bits do not tell: a superuser passes them, and read-only or virtual file systems do not keep them
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"output {path}: cannot write in {parent} ({error.strerror})") from error
-    return path
+        what = repr(path.suffix) if path.suffix else "a file without suffix"
+        raise OutputError(f"output {str(path)!r}: cannot write {what}; use {', '.join(suffixes)}")
+    return check_output_path(path)
 
 
 def write_video(path: str | Path, frames: Frames, fps: float, *, metadata: dict[str, Any] | None = None) -> Path:
     """Write an H.264 mp4 through a temporary name; the same frames give the same bytes.
+
+    Colours are BT.709 in limited range, and tagged so.
 
     Args:
         path: an .mp4 file; its folder is made if need be.
@@ -65,18 +57,13 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, metadata: dict[
     """
     path = check_output(path)
     _check_frames(frames)
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _new_mp4(temporary, metadata) as container:
+        with replacing(path) as temporary, _new_mp4(temporary, metadata) as container:
             stream = _add_stream(container, frames, fps)
             _encode(container, stream, frames)
             container.mux(stream.encode())
-        temporary.replace(path)
-    except (OSError, FFmpegError) as error:
+    except FFmpegError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -96,8 +83,7 @@ class VideoWriter:
     def __init__(self, path: str | Path, fps: float) -> None:
         self.path = check_output(path)
         self.fps = fps
-        self._part = self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
-        self._whole = self.path.with_name(f".{self.path.stem}.whole{self.path.suffix}")
+        self._part = temporary_beside(self.path)
         self._container: Any = None
         self._stream: Any = None
 
@@ -121,7 +107,7 @@ class VideoWriter:
             raise OutputError(f"{self.path} cannot be written: {error}") from error
 
     def finish(self, metadata: dict[str, Any] | None = None) -> Path:
-        """The finished file; `metadata` as in `write_video`.
+        """Return the finished file; `metadata` as in `write_video`.
 
         Raises:
             OutputError: it cannot be written; or no frames were.
@@ -132,23 +118,11 @@ class VideoWriter:
             self._container.mux(self._stream.encode())
             self._container.close()
             self._container = None
-            if metadata is None:
-                self._part.replace(self.path)
-            else:
-                self._copy_with(metadata)
-                self._whole.replace(self.path)
+            with replacing(self.path) as whole:
+                _copy_with(metadata, self._part, whole)
         except (OSError, FFmpegError) as error:
             raise OutputError(f"{self.path} cannot be written: {error}") from error
         return self.path
-
-    def _copy_with(self, metadata: dict[str, Any]) -> None:
-        """The packets as they are under a new header: a container's metadata must be known before its first frame."""
-        with av.open(str(self._part)) as source, _new_mp4(self._whole, metadata) as target:
-            stream = target.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.dts is not None:  # the last packet only says that there are no more
-                    packet.stream = stream
-                    target.mux(packet)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -163,7 +137,6 @@ class VideoWriter:
             pass
         finally:
             self._part.unlink(missing_ok=True)
-            self._whole.unlink(missing_ok=True)
 
 
 def _check_frames(frames: Frames) -> None:
@@ -173,60 +146,81 @@ def _check_frames(frames: Frames) -> None:
         raise InputError(f"frames are {frames.shape[2]}x{frames.shape[1]}; H.264 needs even width and height")
 
 
+def _copy_with(metadata: dict[str, Any] | None, part: Path, whole: Path) -> None:
+    """Write the packets of `part` under a new header: a container's metadata must be known before its first frame."""
+    with open_container(part) as source, _new_mp4(whole, metadata) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:  # the last packet only says that there are no more
+                packet.stream = stream
+                target.mux(packet)
+
+
 def _new_mp4(path: Path, metadata: dict[str, Any] | None) -> Any:
-    # use_metadata_tags keeps the comment whole
-    container = av.open(str(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"})
+    # an absolute path, since FFmpeg takes what stands before a colon for a protocol; use_metadata_tags keeps the
+    # comment whole
+    options = {"movflags": "use_metadata_tags+faststart"}
+    container = av.open(str(path.absolute()), "w", format="mp4", options=options)
     if metadata is not None:
         container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
     return container
 
 
 def _add_stream(container: Any, frames: Frames, fps: float) -> Any:
-    """A stream for frames like these. One thread and bitexact make the bytes repeat, and no macroblock tree: in x264's
-    core 165 what it finds on a CPU with AVX512 depends on what the memory held before."""
+    """Return a stream for frames like these. One thread and bitexact make the bytes repeat, and no macroblock tree: in
+    x264's core 165 what it finds on a CPU with AVX512 depends on what the memory held before."""
+    if not (math.isfinite(fps) and fps > 0):
+        raise InputError(f"fps={fps} is not a positive number of frames a second")
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"
     stream.options = {"crf": CRF, "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
     stream.thread_count = 1
-    stream.codec_context.flags |= CodecFlags.bitexact
+    context = stream.codec_context
+    context.flags |= CodecFlags.bitexact
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
     return stream
 
 
 def _encode(container: Any, stream: Any, frames: Frames) -> None:
     for frame in frames:
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        yuv = rgb.reformat(
+            format="yuv420p", src_color_range=ColorRange.JPEG, dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG, dst_color_primaries=ColorPrimaries.BT709, dst_color_trc=ColorTrc.BT709,
+            interpolation=SWS, threads=1,
+        )  # fmt: skip
+        container.mux(stream.encode(yuv))
 
 
 def read_video(path: str | Path) -> tuple[Frames, float]:
-    """(frames uint8 [T, H, W, 3], frames a second).
+    """Return (frames uint8 [T, H, W, 3], frames a second), all frames of a file by number.
 
     Raises:
         InputError: the file is missing, truncated, or holds no video.
     """
     try:
-        with _open(path) as container:
-            stream = container.streams.video[0]
-            frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
-            rate = float(stream.average_rate or 0)
-    except (FFmpegError, IndexError) as error:
-        raise InputError(f"{path} is not a readable video ({error})") from error
+        with open_video(path) as video:
+            frames, rate = [frame for _, frame in video], video.rate
+    except InputError as error:
+        raise InputError(f"{path} is not a readable video: {error}") from error
     if not frames:
         raise InputError(f"{path} holds no frames")
     return np.stack(frames), rate
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata `write_video` stored.
+    """Return the metadata that `write_video` stored.
 
     Raises:
         InputError: the file is missing, is no video, or has no metadata of ours.
     """
     try:
-        with _open(path) as container:
+        with open_container(path) as container:
             text = container.metadata.get("comment")
-    except FFmpegError as error:
-        raise InputError(f"{path} is not a readable video ({error})") from error
+    except InputError as error:
+        raise InputError(f"{path} is not a readable video: {error}") from error
     try:
         value = json.loads(text or "")
     except ValueError:
@@ -234,9 +228,3 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} carries no record of how it was made; only videos written by kinetoscope do")
     return value
-
-
-def _open(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist" if not Path(path).exists() else f"{path} is not a file")
-    return av.open(str(path))

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kinetoscope.core.errors import CompositionError, ConfigError, InputError, ModelLoadError
+from kinetoscope.core.errors import CompositionError, ConfigError, InputError, ModelLoadError, OutputError
+from kinetoscope.core.files import write_text
 from kinetoscope.core.spec import one_of, parse_spec
 from kinetoscope.engine.hooks.caches import CACHES, DBCache, FBCache, MagCache, StepCache, TaylorSeer, TeaCache
 from kinetoscope.loading import ModelDir
@@ -161,7 +162,6 @@ def write_calibration(model: ModelDir, cache: str, entry: Mapping[str, Any], fil
             content = before
     content[cache] = dict(entry)
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); give another file with --output") from error
-    return path
+        return write_text(path, json.dumps(content, indent=1) + "\n")
+    except OutputError as error:
+        raise ConfigError(f"{error}; give another file with --output") from error

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.files import replacing
 
 
 def draw_curves(logs: Path, path: Path) -> None:
@@ -29,9 +30,8 @@ def draw_curves(logs: Path, path: Path) -> None:
             positive = positive and all(r[name] > 0 for r in told)
         axis.set(title=file.stem, xlabel="step", yscale="log" if positive else "linear")
         axis.legend(fontsize="small")
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=80)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
 
 
 def _smooth(values: list[float], decay: float = 0.9) -> list[float]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from itertools import islice
+from typing import Any
 
-import av
 import numpy as np
-from av.error import FFmpegError
 from PIL import Image
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.media import fit_picture
+from kinetoscope.media.decoding import VideoReader, open_video, resample
 from kinetoscope.train.data.buckets import Buckets
 from kinetoscope.train.data.sources import Item
 from kinetoscope.worlds import get_world
@@ -63,38 +64,70 @@ class Cut:
 
 
 def windows_of(item: Item, cut: Cut) -> list[Window]:
-    """The windows of an item, at least one.
+    """Return the windows of an item, at least one; see `iterate_windows`."""
+    return list(iterate_windows(item, cut))
+
+
+def iterate_windows(item: Item, cut: Cut) -> Iterator[Window]:
+    """Yield the windows of an item, at least one; no more frames are held than the longest bucket has.
 
     Raises:
-        InputError: the reason why the item cannot be used.
+        InputError: the reason why the item cannot be used; it may come after some windows.
     """
     if item.problem:
         raise InputError(item.problem)
     if cut.world is not None:
-        return [_drawn(item, cut)]
+        yield _drawn(item, cut)
+        return
     caption = item.read_caption()
     if not caption.strip() and not cut.uncaptioned:
         raise InputError("it has no caption" if item.caption is None else "its caption is empty")
-    assert item.video is not None
-    limit = None if cut.every else cut.buckets.frames[-1]
-    rate, pictures = read_pictures(item, cut.fps, limit)
-    if not (spans := cut.buckets.windows(len(pictures), cut.every)):
+    with _opened(item) as video:
+        yield from _cut(video, caption, cut)
+
+
+def _cut(video: VideoReader, caption: str, cut: Cut) -> Iterator[Window]:
+    """Yield windows of the longest length, then what the rest of the clip gives."""
+    longest = cut.buckets.frames[-1]
+    total = start = index = 0
+    size: tuple[int, int] | None = None
+    source = (0, 0)
+    held: list[np.ndarray[Any, Any]] = []
+
+    def window(count: int) -> Window:
+        return Window(np.stack(held[:count]), caption, index, start / cut.fps, *source, video.rate or cut.fps)
+
+    for frame in resample(video, cut.fps, video.rate):
+        if size is None:
+            source = frame.shape[0], frame.shape[1]
+            size = cut.buckets.size_for(*source)
+            _check_size(source, size, cut)
+        held.append(fit_picture(Image.fromarray(frame), *size))
+        total += 1
+        if len(held) == longest:
+            yield window(longest)
+            index, start, held = index + 1, start + longest, []
+            if not cut.every:
+                break
+    if size is None:
+        raise InputError("it holds no frames")
+    for _, count in cut.buckets.windows(len(held), cut.every) if cut.every or not index else ():
+        yield window(count)
+        index, start, held = index + 1, start + count, held[count:]
+    if not index:
         raise InputError(
-            f"it has {len(pictures)} of the {cut.buckets.frames[0]} frames that the shortest bucket needs, at "
-            f"{cut.fps:g} a second"
+            f"it has {total} of the {cut.buckets.frames[0]} frames that the shortest bucket needs, at {cut.fps:g} a "
+            "second"
         )
-    first = pictures[0]
-    height, width = cut.buckets.size_for(first.height, first.width)
-    if (first.height < height or first.width < width) and not cut.upscale:
+
+
+def _check_size(source: tuple[int, int], size: tuple[int, int], cut: Cut) -> None:
+    """Refuse a clip that would have to be scaled up, unless the cut allows it."""
+    if (source[0] < size[0] or source[1] < size[1]) and not cut.upscale:
         raise InputError(
-            f"it is {first.height}x{first.width}, smaller than its bucket {height}x{width}; such clips are scaled up "
+            f"it is {source[0]}x{source[1]}, smaller than its bucket {size[0]}x{size[1]}; such clips are scaled up "
             "only on request"
         )
-    windows: list[Window] = []
-    for index, (start, count) in enumerate(spans):
-        frames = np.stack([fit_picture(p, height, width) for p in pictures[start : start + count]])
-        windows.append(Window(frames, caption, index, start / cut.fps, first.height, first.width, rate))
-    return windows
 
 
 def _drawn(item: Item, cut: Cut) -> Window:
@@ -109,72 +142,33 @@ def _drawn(item: Item, cut: Cut) -> Window:
 
 
 def read_pictures(item: Item, fps: float, limit: int | None = None) -> tuple[float, list[Image.Image]]:
-    """(frames a second of the file, the pictures nearest to the times 0, 1 / fps, 2 / fps, ...), at most `limit`.
+    """Return (frames a second of the file, the pictures nearest to the times 0, 1 / fps, 2 / fps, ...).
+
+    Args:
+        item: of a file.
+        fps: pictures a second.
+        limit: how many at most.
 
     Raises:
         InputError: the file is missing, is no video, is damaged before the last picture that is needed, or changes
             its size.
     """
-    assert item.video is not None
-    try:
-        with item.video.open() as file, av.open(_checked(file)) as container:
-            if not container.streams.video:
-                raise InputError("it has no picture track")
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
-            pictures: list[Image.Image] = []
-            for picture in _resample(_decode(container, stream), fps, rate):
-                pictures.append(picture)
-                if len(pictures) == limit:
-                    break
-    except FileNotFoundError as error:
-        raise InputError("the file does not exist") from error
-    except (FFmpegError, OSError, EOFError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"it cannot be read as a video: {why}") from error
+    with _opened(item) as video:
+        pictures = [Image.fromarray(p) for p in islice(resample(video, fps, video.rate), limit)]
     if not pictures:
         raise InputError("it holds no frames")
-    if any(p.size != pictures[0].size for p in pictures):
-        raise InputError("its frames are of several sizes")
-    return rate or fps, pictures
+    return video.rate or fps, pictures
 
 
-def _checked(file: BinaryIO) -> BinaryIO:
-    """The file, which is not empty."""
-    if not file.read(1):
-        raise InputError("the file is empty")
-    file.seek(0)
-    return file
-
-
-def _decode(container: Any, stream: Any) -> Iterator[tuple[float, Image.Image]]:
-    """(seconds, picture) of each frame; an end before the number of frames that the file declares is damage."""
-    count, first = 0, None
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise InputError(f"it is truncated or damaged after {count} frames")
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise InputError(f"it is damaged at frame {count}")
-            if frame.time is None:
-                raise InputError(f"frame {count} has no time")
-            first = frame.time if first is None else first
-            image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-            yield frame.time - first, image.rotate(frame.rotation, expand=True) if frame.rotation else image
-            count += 1
-    if count < stream.frames:
-        raise InputError(f"it is truncated: {count} of {stream.frames} frames are there")
-
-
-def _resample(frames: Iterator[tuple[float, Image.Image]], fps: float, rate: float) -> Iterator[Image.Image]:
-    """The picture nearest to each time k / fps; the last one stays for half a frame."""
-    k = 0
-    before: tuple[float, Image.Image] | None = None
-    for time, picture in frames:
-        while before is not None and k / fps < (before[0] + time) / 2:
-            yield before[1]
-            k += 1
-        before = time, picture
-    while before is not None and k / fps < before[0] + 0.5 / (rate or fps):
-        yield before[1]
-        k += 1
+@contextlib.contextmanager
+def _opened(item: Item) -> Generator[VideoReader, None, None]:
+    """Open the video of an item."""
+    assert item.video is not None
+    try:
+        file = item.video.open()
+    except FileNotFoundError as error:
+        raise InputError("the file does not exist") from error
+    except OSError as error:
+        raise InputError(f"it cannot be read as a video: {error.strerror or error}") from error
+    with file, open_video(file) as video:
+        yield video

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.files import replacing
 from kinetoscope.train.batch import TrainBatch
 from kinetoscope.train.data import SourceContext
 from kinetoscope.train.data.worlds import WorldData, kept_under, latent_encoder, latent_size
@@ -110,9 +111,6 @@ def _digest(module: nn.Module) -> str:
 
 
 def _save(path: Path, arrays: Arrays) -> None:
-    """Through a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    """Write arrays as a .npz file, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    temporary.replace(path)

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from kinetoscope.core.errors import ConfigError, InputError, OutputError, WorkerError
+from kinetoscope.core.files import PART, write_text
 from kinetoscope.core.spec import one_of, parse_spec
 from kinetoscope.loading import ModelDir, resolve_model
 from kinetoscope.train.data.buckets import Buckets, aspect_sizes
-from kinetoscope.train.data.clips import Cut, windows_of
+from kinetoscope.train.data.clips import Cut, iterate_windows
 from kinetoscope.train.data.encoding import Encoder, Identity, open_encoders
 from kinetoscope.train.data.sources import Item, Kind, Source, open_source
 from kinetoscope.train.data.table import (
@@ -37,7 +38,6 @@ from kinetoscope.train.data.table import (
     shard_path,
     write_index,
     write_shard,
-    write_text,
 )
 
 Report = Callable[[int, int], None]
@@ -110,18 +110,23 @@ class Worker:
     def _rows(self, item: Item, rejected: list[dict[str, str]]) -> list[dict[str, Any]]:
         """All rows of an item or none."""
         try:
-            windows = _windows(item, self.job.cut)
-            text = self.encoder.text(windows[0].caption)
-            rows = [Row(item.key, w, self.job.cut.fps, self.encoder.latents(w.frames), text) for w in windows]
-            return [row.columns(self.job.stored) for row in rows]
+            rows: list[dict[str, Any]] = []
+            text: Any = None
+            for w in _windows(item, self.job.cut):  # encoded one by one: the frames of a long clip are never held
+                text = self.encoder.text(w.caption) if text is None else text
+                row = Row(item.key, w, self.job.cut.fps, self.encoder.latents(w.frames), text)
+                rows.append(row.columns(self.job.stored))
+            return rows
         except InputError as error:
             rejected.append({"key": item.key, "reason": " ".join(str(error).split())})
             return []
 
 
-def _windows(item: Item, cut: Cut) -> list[Any]:
+def _windows(item: Item, cut: Cut) -> Iterator[Any]:
+    """Yield the windows of an item; see `iterate_windows`."""
+    windows = iterate_windows(item, cut)
     try:
-        return windows_of(item, cut)
+        yield from windows
     except (InputError, MemoryError):
         raise
     except Exception as error:  # whatever a decoder makes of a damaged file, it is that file's fault alone
@@ -276,7 +281,7 @@ def claimed(folder: Path, manifest: Manifest) -> Iterator[None]:
         except BlockingIOError as error:
             raise ConfigError(f"another process is making the data set {folder}; wait for it, or stop it") from error
         _agree(folder, manifest)
-        for left in folder.glob(".*.part"):  # of a process that was killed
+        for left in folder.glob(f".*{PART}"):  # of a process that was killed
             left.unlink()
         yield
     finally:

@@ -11,19 +11,18 @@ other state, so a run can be killed at any moment. A row is a row group, so that
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kinetoscope.core.errors import ConfigError, InputError, OutputError
+from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.core.files import replacing, write_text
 from kinetoscope.train.data.buckets import Bucket
 from kinetoscope.train.data.clips import Window
 from kinetoscope.train.data.encoding import Identity
@@ -162,27 +161,6 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.parquet"
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when all of it is on the disk.
-
-    Raises:
-        OutputError: it cannot be written; nothing is left behind, and what was there before stays.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def write_shard(path: Path, rows: Iterable[dict[str, Any]], rejected: Sequence[dict[str, str]], made: str) -> None:
     """Write what became of a shard's items.
 
@@ -198,22 +176,16 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], rejected: Sequence[d
     options: dict[str, Any] = {
         "compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True,
     }  # fmt: skip
-    with replacing(path) as file, pq.ParquetWriter(file, SCHEMA, **options) as writer:
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        pq.ParquetWriter(file, SCHEMA, **options) as writer,
+    ):
         for row in rows:
             writer.write_table(pa.Table.from_pylist([row], SCHEMA))
             buckets.append([row["num_frames"], row["height"], row["width"]])
         facts = {"dataset": made, "buckets": json.dumps(buckets), "rejected": json.dumps(list(rejected))}
         writer.add_key_value_metadata({f"kinetoscope.{name}": text for name, text in facts.items()})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
