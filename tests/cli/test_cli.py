@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -240,7 +241,6 @@ def test_a_fault_of_ours_is_one_line_and_debug_shows_more(
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["no-such-command"],
         ["generate", "--size", "64"],
         ["generate", "--size", "64xx64"],
@@ -255,7 +255,74 @@ def test_a_fault_of_ours_is_one_line_and_debug_shows_more(
 def test_misuse_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(argv)
-    assert stop.value.code == 2 and "usage:" in capsys.readouterr().err
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.endswith(" --help)\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["genrate", "a cat"], "unknown command 'genrate'; did you mean generate?"),
+        (["generate", "--promt", "a cat"], "unknown option --promt; did you mean --prompt? (see kinetoscope generate"),
+        (["generate", "--sed=3"], "unknown option --sed=3; did you mean --seed?"),
+        (["generate", "a", "red", "cat"], "unexpected 'red cat'; write text of several words in quotes"),
+        (["--debugg", "models"], "unknown option --debugg; did you mean --debug?"),
+    ],
+)
+def test_misspelt_words_get_a_suggestion(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["--debug"]])
+def test_help_is_printed_without_a_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and all(command.NAME in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("tiny-t2", "tiny-t2v"),
+        ("Tiny-T2V", "tiny-t2v"),
+        ("Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        ("wan-ai/wan2.2-t2v-a14b-diffuser", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    ],
+)
+def test_misspelt_models_get_a_suggestion(
+    name: str, near: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    for command in (
+        ["generate", "a cat", "--model", name],
+        ["info", name],
+        ["ab", "--model", name, "--b", "cfg=batched"],
+    ):
+        assert f"did you mean {near!r}?" in fails(capsys, *command)
+
+
+def no_network(*args: object, **options: object) -> None:
+    raise ConnectionError("no network")
+
+
+def test_weights_of_another_layout_are_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The repository of that name exists on the hub, in the layout of its authors."""
+    asked: list[list[str]] = []
+
+    def download(repository: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append(allow_patterns)
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    line = fails(capsys, "generate", "a cat", "--model", "Wan-AI/Wan2.1-T2V-1.3B")
+    assert "has no model_index.json" in line and "did you mean 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'?" in line
+    assert asked == [["*.json", "*/*.json"]]
 
 
 def test_sizes_are_height_by_width() -> None:

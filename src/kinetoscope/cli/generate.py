@@ -31,6 +31,7 @@ DEFAULT_OUTPUT = "outputs"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("prompt", nargs="?", help=f'what to show (default: "{DEFAULT_PROMPT}")')
+    parser.add_argument("--prompt", dest="named_prompt", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="embedded name, directory or hub id (default: %(default)s)"
     )
@@ -56,11 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and tell where the files are and how long each stage took."""
-    if args.prompt is not None and args.prompts_file:
+    if args.prompt is not None and args.named_prompt is not None:
+        raise InputError("the prompt is given twice, as PROMPT and as --prompt; give one of them")
+    if (args.prompt is not None or args.named_prompt is not None) and args.prompts_file:
         raise InputError("give a prompt or --prompts-file, not both")
     if args.num_videos < 1:
         raise InputError(f"--num-videos={args.num_videos} is not a positive number")
-    prompts = read_prompts(args.prompts_file) if args.prompts_file else [_given_or_default(args.prompt)]
+    prompts = read_prompts(args.prompts_file) if args.prompts_file else [_prompt(args)]
     seeds = [args.seed + i for _ in prompts for i in range(args.num_videos)]
     prompts = [p for p in prompts for _ in range(args.num_videos)]
 
@@ -113,8 +116,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given_or_default(prompt: str | None) -> str:
-    return DEFAULT_PROMPT if prompt is None else prompt
+def _prompt(args: argparse.Namespace) -> str:
+    """Return the prompt of the command line, or the default."""
+    return next((p for p in (args.prompt, args.named_prompt) if p is not None), DEFAULT_PROMPT)
 
 
 def _write_trace(result: Any) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -25,6 +24,7 @@ from kinetoscope.cli import (
     stream,
     train,
 )
+from kinetoscope.cli.parser import Parser, find_command
 from kinetoscope.core.errors import KinetoscopeError, RunCancelled
 from kinetoscope.core.version import __version__
 
@@ -49,11 +49,9 @@ CHATTY = ("torchao", "torch.utils._pytree", ".".join(("diffusers", "quantizers",
 """Loggers of optional packages that tell, each time they are imported, of kernels that were not built for here."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="kinetoscope", description="Video diffusion with one engine: a prompt becomes a video."
-    )
+    parser = Parser(prog="kinetoscope", description="Video diffusion with one engine: a prompt becomes a video.")
     parser.add_argument("--version", action="version", version=f"kinetoscope {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -68,9 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 on success; 1 on an error, told in one line; 2 on a wrong command line; 130 when interrupted.
+        0 on success, and for the help that is printed without any command; 1 on an error, told in one line; 130 when
+        interrupted. A wrong command line exits with 2.
     """
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    if not [word for word in argv if word != "--debug"]:
+        parser.print_help()
+        return 0
+    if wrong := find_command(argv, [module.NAME for module in COMMANDS]):
+        parser.error(wrong)
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Messages()])
     logging.getLogger("kinetoscope").setLevel(logging.INFO)
     for name in CHATTY:

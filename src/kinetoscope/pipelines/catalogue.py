@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from kinetoscope.core.types import SamplingParams
-from kinetoscope.loading import ModelDir
+from kinetoscope.loading import ModelDir, resolve_model
 from kinetoscope.models.cosmos import spec as cosmos
 from kinetoscope.models.hunyuan import spec as hunyuan
 from kinetoscope.models.hunyuan15 import spec as hunyuan15
@@ -78,6 +79,15 @@ class KnownModel:
     defaults: SamplingParams
     where: str
     status: str
+
+
+def find_model(name_or_path: str | Path) -> ModelDir:
+    """Return the directory of a model (`loading.resolve_model`); an error names the nearest model that runs by name.
+
+    Raises:
+        ModelLoadError: there is no such model, or its directory has no `model_index.json`.
+    """
+    return resolve_model(name_or_path, [name for family in FAMILIES for name in family.presets])
 
 
 def known_models() -> list[KnownModel]:

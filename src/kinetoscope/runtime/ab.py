@@ -16,8 +16,8 @@ from kinetoscope.evaluation.metrics import Array, judge, latent_difference, lpip
 from kinetoscope.evaluation.pictures import SideBySide, side_by_side
 from kinetoscope.evaluation.prompt_following import heldout_specs
 from kinetoscope.evaluation.report import SHOWN
-from kinetoscope.loading import resolve_model
 from kinetoscope.media import read_metadata, read_video, write_video
+from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.presets import pipeline_class
 from kinetoscope.reference import embedded_models
 from kinetoscope.runtime.device import dtype_name
@@ -96,11 +96,11 @@ def parse_pair(a: str, b: str, model: str) -> tuple[Configuration, Configuration
         ConfigError: see `parse_configuration`.
         ModelLoadError: there is no such model.
     """
-    extra = pipeline_class(resolve_model(model)).extra_defaults
+    extra = pipeline_class(find_model(model)).extra_defaults
     first, second = parse_configuration(a, extra), parse_configuration(b, extra)
     for side in (first, second):
         if "model" in side.options:
-            resolve_model(side.options["model"])
+            find_model(side.options["model"])
     return first, second
 
 
@@ -315,7 +315,7 @@ def _told_by(path: Path) -> tuple[str, Any]:
     try:
         record = read_metadata(path)
         model = embedded_models().get(record["model"])
-        world = None if model is None else resolve_model(record["model"]).sidecar.get("world")
+        world = None if model is None else find_model(record["model"]).sidecar.get("world")
         return str(record["prompt"]), None if world is None else get_world(world)
     except (KinetoscopeError, KeyError):
         return "", None

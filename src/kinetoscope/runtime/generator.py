@@ -14,9 +14,10 @@ from torch import Tensor
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.hooks import Hook
-from kinetoscope.loading import ModelDir, resolve_model
+from kinetoscope.loading import ModelDir
 from kinetoscope.media import Clip, Picture
 from kinetoscope.parallel import Groups
+from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.device import resolve_device
@@ -130,7 +131,7 @@ class VideoGenerator(HasExecutor, HasLoras):
             WorkerError: the processes of a layout cannot start.
         """
         if not isinstance(model, ModelDir):
-            model = resolve_model(str(model))
+            model = find_model(str(model))
         loras = lora_specs(lora)
         model = sampled_with(model, loras)
         given: dict[str, Any] = {

@@ -16,8 +16,9 @@ from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.engine.hooks import Hook, PerfLoggingHook
 from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.rows import CFG_PLANS, PARALLEL
-from kinetoscope.loading import ModelDir, resolve_model
+from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import Groups
+from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline, pipeline_class
 from kinetoscope.runtime.caches import open_cache
@@ -72,7 +73,7 @@ def open_pipeline(
         if threads < 1:
             raise ConfigError(f"threads={threads} is not a positive number")
         torch.set_num_threads(threads)
-    directory = model if isinstance(model, ModelDir) else resolve_model(str(model))
+    directory = model if isinstance(model, ModelDir) else find_model(str(model))
     kind = pipeline_class(directory)
     if groups is not None:
         check_layout(groups.config, directory, {

@@ -14,10 +14,11 @@ import torch
 from kinetoscope.core.config import settings
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import ExecutionArgs
-from kinetoscope.loading import ModelDir, resolve_model
+from kinetoscope.loading import ModelDir
 from kinetoscope.loading.resolve import HUB_ID
 from kinetoscope.models.ltx import spec as ltx
 from kinetoscope.models.skyreels import spec as skyreels
+from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
 from kinetoscope.reference import embedded_models
@@ -142,7 +143,7 @@ def write_model(transformer: dict[str, Any], folder: Path) -> ModelDir:
 
 def _find(name: str) -> ModelDir:
     if name in embedded_models() or Path(name).expanduser().exists() or not HUB_ID.fullmatch(name):
-        return resolve_model(name)
+        return find_model(name)
     from huggingface_hub import snapshot_download
 
     try:

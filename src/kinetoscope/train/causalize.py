@@ -17,8 +17,8 @@ from kinetoscope.core.errors import ConfigError, OutputError
 from kinetoscope.engine.strategies.causal import CONTEXT_NOISE
 from kinetoscope.engine.strategies.dmd import STEPS, WARP
 from kinetoscope.loading import ModelDir
-from kinetoscope.loading.resolve import resolve_model
 from kinetoscope.models.wan.causal import CausalWanConfig
+from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.train.recipe import Positive, Section
 
 FROM, TO = "WanTransformer3DModel", "CausalWanTransformer3DModel"
@@ -67,7 +67,7 @@ def make_causal(name: str, section: CausalSection, folder: Path) -> Path:
         ConfigError: it is of another family, has two experts, or the blocks do not fit a window.
         OutputError: the directory cannot be written.
     """
-    model = resolve_model(name)
+    model = find_model(name)
     components = model.components()
     if components.get("transformer") != FROM or "transformer_2" in components:
         raise ConfigError(f"{name} cannot be made causal: only a Wan model with one {FROM} can")

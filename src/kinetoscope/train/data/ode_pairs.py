@@ -22,7 +22,7 @@ from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.few_step import FewStepSchedule
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.protocols import Step, StrategyState
-from kinetoscope.loading.resolve import resolve_model
+from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.train.data import DataSection, SourceContext
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.recipe import Positive
@@ -250,7 +250,7 @@ def _make(
 def _facts(section: OdePairsData) -> dict[str, Any]:
     """What makes trajectories others."""
     named = section.model_dump(mode="json", exclude={"source", "folder", "count", "batch", "together"})
-    return {**named, "weights": resolve_model(section.teacher).fingerprint()}
+    return {**named, "weights": find_model(section.teacher).fingerprint()}
 
 
 def _files(section: OdePairsData) -> list[Path]:

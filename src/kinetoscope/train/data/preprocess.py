@@ -24,7 +24,8 @@ import torch
 from kinetoscope.core.errors import ConfigError, InputError, OutputError, WorkerError
 from kinetoscope.core.files import PART, write_text
 from kinetoscope.core.spec import one_of, parse_spec
-from kinetoscope.loading import ModelDir, resolve_model
+from kinetoscope.loading import ModelDir
+from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.train.data.buckets import Buckets, aspect_sizes
 from kinetoscope.train.data.clips import Cut, iterate_windows
 from kinetoscope.train.data.encoding import Encoder, Identity, open_encoders
@@ -195,7 +196,7 @@ def preprocess(
         raise ConfigError(f"workers={workers}, shard={shard} and threads={threads} must be positive")
     make = _engine(engine)
     if not isinstance(model, ModelDir):
-        model = resolve_model(str(model))
+        model = find_model(str(model))
     found = open_source(str(source), kind, clips=clips)
     cut = _cut(model, found, sizes, aspects, frames, fps, split, every_window, upscale, uncaptioned)
     parts = [found.items[i : i + shard] for i in range(0, len(found.items), shard)]

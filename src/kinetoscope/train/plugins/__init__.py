@@ -15,8 +15,8 @@ from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.lora_sampling import LoraSampling, sampled_as
-from kinetoscope.loading.resolve import resolve_model
 from kinetoscope.loading.weights import load_weights
+from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
 from kinetoscope.train.registry import Registry
@@ -72,7 +72,7 @@ class Opened:
             ModelLoadError: there is no such model, or the weights do not fit.
             ConfigError: its family cannot be trained.
         """
-        self.model: ModelDir = resolve_model(init_from)
+        self.model: ModelDir = find_model(init_from)
         args = ExecutionArgs(device=torch.device(device), dtype=torch.float32)
         self.pipeline: ComposedPipeline = build_pipeline(self.model, args)
         self.class_name = self.model.components()["transformer"]

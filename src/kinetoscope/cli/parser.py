@@ -1,0 +1,44 @@
+"""A parser whose errors are one line with the nearest known name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from kinetoscope.core.spec import nearest, unknown
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that names the nearest option, and prints one line instead of its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and where to read more, and exit with status 2."""
+        line = " ".join(message.split())
+        print(f"error: {line} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as `ArgumentParser` does; arguments that no option takes are an error here, in the parser they are of.
+
+        A parser of a command is the last to know its own options, so it is the one that can suggest the nearest.
+        """
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(self._not_taken(left))
+        return found, left
+
+    def _not_taken(self, left: Sequence[str]) -> str:
+        """Return what is wrong with the arguments that are left over."""
+        option = next((word for word in left if word.startswith("-")), None)
+        if option is None:
+            return f"unexpected {' '.join(left)!r}; write text of several words in quotes"
+        near = nearest(option.partition("=")[0], self._option_string_actions)
+        return f"unknown option {option}" + (f"; did you mean {near}?" if near else "")
+
+
+def find_command(argv: Sequence[str], commands: Sequence[str]) -> str | None:
+    """Return the message about a command that does not exist; None if the first word is one of `commands`."""
+    word = next((a for a in argv if not a.startswith("-")), None)
+    return None if word is None or word in commands else unknown("command", word, commands)
