@@ -47,6 +47,7 @@ def make_tiny_wan(
         AutoencoderKLWan,
         DPMSolverMultistepScheduler,
         FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
         UniPCMultistepScheduler,
         WanImageToVideoPipeline,
         WanPipeline,
@@ -92,6 +93,7 @@ def make_tiny_wan(
         "unipc": lambda: UniPCMultistepScheduler(**flow),
         "dpm++": lambda: DPMSolverMultistepScheduler(**flow),
         "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=shift),
+        "heun": lambda: FlowMatchHeunDiscreteScheduler(shift=shift),
     }
     parts: dict[str, Any] = {
         "tokenizer": tokenizer, "text_encoder": text_encoder.eval(), "vae": vae.eval(),

@@ -1,4 +1,4 @@
-"""Schedules are diffusers' own, and private to a run."""
+"""Schedules are those of diffusers, and private to a run."""
 
 from __future__ import annotations
 
@@ -38,13 +38,16 @@ def follow(name: str, start: torch.Tensor, steps: int = 8) -> torch.Tensor:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_run_is_that_of_diffusers(name: str) -> None:
     x = NoiseSource([0]).draw((4, 2, 3, 3))
-    config = {"shift": 3.0} if name == "euler" else FLOW
+    config = {"shift": 3.0} if name in ("euler", "heun") else FLOW
     oracle = getattr(diffusers, SCHEDULERS[name])(**config)
     oracle.set_timesteps(8)
     expected = x
     for t in oracle.timesteps:
         expected = oracle.step(network(expected, float(t)), t, expected, return_dict=False)[0]
-    assert torch.equal(follow(name, x), expected)
+    if name == "heun":  # diffusers divides by the level and multiplies again
+        torch.testing.assert_close(follow(name, x), expected, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(follow(name, x), expected)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -53,7 +56,7 @@ def test_interleaved_runs_do_not_touch_each_other(name: str) -> None:
     alone = [follow(name, x) for x in starts]
     maker = prototype(name)
     runs = [maker.start(8), maker.start(8)]
-    for i in range(8):
+    for i in range(len(runs[0])):
         for k, run in enumerate(runs):
             starts[k] = run.step(network(starts[k], run.times[i]), i, starts[k])
     assert all(torch.equal(a, b) for a, b in zip(starts, alone, strict=True))
@@ -76,7 +79,7 @@ def test_schedule_as_numbers() -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ConfigError, match="unipc, euler"):
+    with pytest.raises(ConfigError, match="euler, heun, unipc"):
         prototype("ddim")
     with pytest.raises(ConfigError, match="FlowMatchEuler"):
         SchedulerAdapter("DDIMScheduler")

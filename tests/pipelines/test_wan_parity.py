@@ -20,7 +20,7 @@ PROMPT, NEGATIVE = "a red circle moving left on black", "a blue cat"
 STEPS = 8
 
 
-@pytest.fixture(scope="module", params=["unipc", "euler", "dpm++"])
+@pytest.fixture(scope="module", params=["unipc", "euler", "dpm++", "heun"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[VideoGenerator, Any]:
     """Ours and theirs, opened from one directory."""
     from diffusers import WanPipeline

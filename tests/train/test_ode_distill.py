@@ -107,7 +107,9 @@ def test_levels_must_differ(tmp_path: Path, teacher: Opened) -> None:
 
 def test_levels_are_those_of_a_flow() -> None:
     """A sampler of EDM's levels adds noise to what is not scaled: its samples are no flow's."""
-    state: Any = SimpleNamespace(scheduler=SimpleNamespace(sigmas=[80.0, 1.0, 0.5, 0.0]), times=[3.0, 2.0, 1.0])
+    state: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(sigmas=[80.0, 1.0, 0.5, 0.0], starts=[0, 1, 2]), times=[3.0, 2.0, 1.0]
+    )
     with pytest.raises(ConfigError, match="these begin at 80"):
         ode_pairs.PathRecorder((1.0, 0.5)).on_run_start(state)
 

@@ -26,7 +26,7 @@ class SamplingParams:
         guidance_rescale: phi of arXiv 2305.08891 in [0, 1]; 0 is off.
         guidance: kind of guidance with its parameters, as `diffusion.guidance.Guidance.make` reads it.
         flow_shift: shift of the sigma schedule.
-        scheduler: "unipc", "euler" or "dpm++".
+        scheduler: name of a solver: "unipc", "euler", "dpm++", "heun", or one that an extension registered.
         negative_prompt: what the unconditional row reads, unless a request says otherwise.
         guidance_scale_2: guidance of the low-noise expert, for models with two; None: as `guidance_scale`.
         strength: how much of a given video is noised, in (0, 1]; 1 keeps nothing of it.

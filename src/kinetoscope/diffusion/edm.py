@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.diffusion.runge_kutta import EulerSolver
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun, as_floats
+from kinetoscope.diffusion.solver import SolverInputs
 
 _DEFAULTS: dict[str, Any] = {
     "sigma_min": 0.002,
@@ -31,7 +33,7 @@ class EDMAdapter(SchedulerAdapter):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.class_name = "EDMEulerScheduler"
+        self.class_name, self.solver = "EDMEulerScheduler", "euler"
         self.config = {**_DEFAULTS, **config}
         for name, known in (
             ("sigma_schedule", ("karras", "exponential")),
@@ -63,52 +65,43 @@ class EDMAdapter(SchedulerAdapter):
         return self
 
     def start(self, num_steps: int, device: torch.device | str = "cpu", **schedule: Any) -> ScheduleRun:
-        """A private run of `num_steps` steps; `ScheduleRun.step` takes the clean estimate as its prediction.
+        """Return a private run of `num_steps` steps; `ScheduleRun.step` takes the clean estimate as its prediction.
 
         Raises:
             ConfigError: levels or a dynamic shift were given.
         """
         if schedule.pop("sigmas", None) is not None or schedule.pop("mu", None) is not None:
             raise ConfigError("EDM schedules take neither sigmas nor mu")
-        return _EDMRun(_EDMEuler(self.config), num_steps, torch.device(device), **schedule)
+        levels = self.noise_levels(num_steps)[schedule.pop("begin", 0) :]
+        solver = EDMEuler(SolverInputs(tuple(as_floats(levels))))
+        return _EDMRun(solver, levels[:-1].to(device), float(levels[-1]), "euler")
 
-
-class _EDMRun(ScheduleRun):
-    """A run whose predictions are estimates of the clean sample."""
-
-    def clean(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
-        """The prediction itself."""
-        return prediction
-
-
-class _EDMEuler:
-    """One Euler solver, in the form that `ScheduleRun` drives. `timesteps` are the noise levels themselves."""
-
-    timesteps: Tensor
-    sigmas: Tensor
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-        self._index = 0
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device, **schedule: Any) -> None:
-        """Levels in float64 (equation 5 of the paper, or geometric), then rounded; the last is 0 or repeats."""
+    def noise_levels(self, num_steps: int) -> Tensor:
+        """Return S + 1 float32 levels, computed in float64 (equation 5 of the paper, or geometric) and rounded; the
+        last is 0 or repeats the one before."""
         low, high, rho = self.config["sigma_min"], self.config["sigma_max"], self.config["rho"]
-        ramp = torch.linspace(0, 1, num_inference_steps, dtype=torch.float64)
+        ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
         if self.config["sigma_schedule"] == "karras":
             levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
         else:
             levels = high * (low / high) ** ramp
         levels = levels.float()
         last = levels[-1:] if self.config["final_sigmas_type"] == "sigma_min" else levels.new_zeros(1)
-        self.sigmas = torch.cat([levels, last])
-        self.timesteps = levels.to(device)
+        return torch.cat([levels, last])
 
-    def set_begin_index(self, begin_index: int) -> None:
-        self._index = begin_index
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool) -> tuple[Tensor, ...]:
-        """From x at s to x + (x - x0) / s (s' - s)."""
-        now, after = as_floats(self.sigmas[self._index : self._index + 2])
-        self._index += 1
-        return (sample + (sample - model_output) / now * (after - now),)
+class _EDMRun(ScheduleRun):
+    """A run whose predictions are estimates of the clean sample, and whose timesteps are the noise levels."""
+
+    def clean(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
+        """The prediction itself."""
+        return prediction
+
+
+class EDMEuler(EulerSolver):
+    """Euler's method on estimates of the clean sample: from x at s to x + (x - x0) / s (s' - s)."""
+
+    def step(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
+        """See `Solver.step`; `prediction` is the estimate x0."""
+        now, after = self.inputs.levels[index : index + 2]
+        return sample + (sample - prediction) / now * (after - now)

@@ -20,7 +20,7 @@ class EvenSchedule(SchedulerAdapter):
     @classmethod
     def of(cls, prototype: SchedulerAdapter) -> EvenSchedule:
         """The same class and configuration with even levels."""
-        return cls(prototype.class_name, prototype.config)
+        return cls(prototype.class_name, prototype.config, prototype.solver)
 
     def override(self, scheduler: str | None = None, shift: float | None = None) -> EvenSchedule:
         """See `SchedulerAdapter.override`."""

@@ -18,6 +18,7 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import Noise
 from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.scheduler import ScheduleRun
+from kinetoscope.diffusion.solver import Evaluation
 
 HIGH_NOISE, LOW_NOISE = 0, 1
 TRAIN_STEPS = 1000
@@ -131,6 +132,8 @@ class FewStepRun(ScheduleRun):
         self.times = list(schedule.times)
         self.timesteps = torch.tensor(self.times, device=device)
         self.sigmas = [*schedule.sigmas, 0.0]
+        self.evaluations = [Evaluation(i, s) for i, s in enumerate(schedule.sigmas)]
+        self.name = "few-step"
 
     def step(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
         """The sample after step `index`, float32: [B, ...] prediction and sample in float32."""

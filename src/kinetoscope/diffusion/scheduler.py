@@ -1,62 +1,72 @@
-"""Schedulers: diffusers' arithmetic, one private instance a run.
+"""Schedules: the noise levels of diffusers' schedulers, and a private solver for each run.
 
 A `SchedulerAdapter` is a prototype (a class and its configuration). `start` makes a `ScheduleRun`, which owns all
-mutable state (step index, multistep history), so that interleaved runs never touch each other.
+mutable state (multistep history), so that interleaved runs never touch each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.core.types import Noise
+from kinetoscope.diffusion.solver import (
+    LEVELS,
+    SOLVERS,
+    Evaluation,
+    Solver,
+    SolverInputs,
+    WithoutNoise,
+    make_solver,
+    solver_names,
+)
 
 SCHEDULERS: dict[str, str] = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "FlowMatchEulerDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
 }
+"""Built-in solver -> the published class that stands for it in a model directory."""
 _SHIFT_FIELD = {
     "UniPCMultistepScheduler": "flow_shift",
     "FlowMatchEulerDiscreteScheduler": "shift",
     "DPMSolverMultistepScheduler": "flow_shift",
 }
+"""Class whose noise levels are taken -> its configuration field for the shift."""
 _LEVEL_SWITCHES = (
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"
 )  # fmt: skip
 
 
-class _DiffusersScheduler(Protocol):
-    """The part of a diffusers scheduler that a run uses."""
-
-    timesteps: Tensor
-    sigmas: Tensor
-    config: Mapping[str, Any]
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device, **schedule: Any) -> None: ...
-    def set_begin_index(self, begin_index: int) -> None: ...
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool) -> tuple[Tensor, ...]: ...
-
-
 class SchedulerAdapter:
-    """A scheduler class and configuration from which private runs are made.
+    """Noise levels and a solver, from which private runs are made.
 
     Args:
         class_name: a value of `SCHEDULERS`.
         config: the published `scheduler_config.json` fields.
+        solver: name of the solver (`diffusion.solver`); None: that of the class.
+
+    Attributes:
+        class_name: the class whose noise levels are taken.
 
     Raises:
-        ConfigError: the class is not known.
+        ConfigError: the class or the solver is not known.
     """
 
-    def __init__(self, class_name: str, config: Mapping[str, Any] | None = None) -> None:
-        if class_name not in _SHIFT_FIELD:
+    def __init__(self, class_name: str, config: Mapping[str, Any] | None = None, solver: str | None = None) -> None:
+        own = next((name for name, known in SCHEDULERS.items() if known == class_name), None)
+        if own is None:
             raise ConfigError(f"unknown scheduler {class_name!r}; known: {', '.join(SCHEDULERS.values())}")
-        self.class_name = class_name
+        self.solver = solver or own
+        if self.solver not in SOLVERS:
+            SOLVERS.find(self.solver)
+        self.class_name = SCHEDULERS[LEVELS[own]]
         self.config = dict(config or {})
 
     @property
@@ -65,9 +75,10 @@ class SchedulerAdapter:
         return float(self.config.get(_SHIFT_FIELD[self.class_name], 1.0))
 
     def override(self, scheduler: str | None = None, shift: float | None = None) -> SchedulerAdapter:
-        """This prototype with another solver (a key of `SCHEDULERS`) and/or another shift; the rest is kept.
+        """Return this prototype with another solver and/or another shift; the rest is kept.
 
-        A new solver keeps the shift and the number of training steps, and is set to flow prediction with flow sigmas.
+        A solver that takes another class's noise levels keeps the shift and the number of training steps, and is set to
+        flow prediction with flow sigmas.
 
         Raises:
             ConfigError: the solver is not known.
@@ -75,9 +86,9 @@ class SchedulerAdapter:
         """
         name = self.class_name
         if scheduler is not None:
-            if scheduler not in SCHEDULERS:
-                raise ConfigError(f"unknown scheduler {scheduler!r}; known: {', '.join(SCHEDULERS)}")
-            name = SCHEDULERS[scheduler]
+            if scheduler not in LEVELS:
+                SOLVERS.find(scheduler)
+            name = SCHEDULERS[LEVELS[LEVELS[scheduler]]]
         if name == self.class_name:
             config = dict(self.config)
         else:
@@ -85,11 +96,11 @@ class SchedulerAdapter:
             if _SHIFT_FIELD[name] == "flow_shift":
                 config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         config[_SHIFT_FIELD[name]] = self.shift if shift is None else float(shift)
-        chosen = SchedulerAdapter(name, config)
+        chosen = SchedulerAdapter(name, config, scheduler or self.solver)
         if shift is not None and not chosen.reads_shift:
             raise InputError(
                 f"flow_shift={shift:g}: the noise levels of this schedule ({name}: {chosen.levels}) do not depend on a "
-                f"shift; leave flow_shift out, or choose another scheduler ({', '.join(SCHEDULERS)})"
+                f"shift; leave flow_shift out, or choose another scheduler ({', '.join(solver_names())})"
             )
         return chosen
 
@@ -126,15 +137,17 @@ class SchedulerAdapter:
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         begin: int = 0,
+        noise: Noise | None = None,
     ) -> ScheduleRun:
-        """A private run of `num_steps` steps from pure noise.
+        """Return a private run of `num_steps` steps from pure noise.
 
         Args:
-            num_steps: of the schedule.
+            num_steps: steps of the schedule.
             device: where the timesteps live.
             sigmas: noise levels before the shift, one a step; None: the scheduler's own.
             mu: logarithm of the shift, for a dynamic schedule.
             begin: leave out that many steps at the start (the sample then begins at `sigmas[0]`, not at noise).
+            noise: source of the run's random numbers, for solvers that add noise; None where only the levels are read.
 
         Raises:
             ConfigError: the schedule is dynamic and `mu` is missing.
@@ -144,45 +157,57 @@ class SchedulerAdapter:
                 "use_dynamic_shifting=true: this model has no rule for a shift by the size of the video; set "
                 "use_dynamic_shifting to false and a fixed shift in scheduler_config.json"
             )
-        scheduler = getattr(diffusers, self.class_name).from_config(self.config)
+        published = getattr(diffusers, self.class_name).from_config(self.config)
         given = {k: v for k, v in (("sigmas", sigmas), ("mu", mu)) if v is not None}
-        return ScheduleRun(scheduler, num_steps, torch.device(device), begin=begin, **given)
+        published.set_timesteps(num_steps, device=torch.device(device), **given)
+        levels = tuple(as_floats(published.sigmas))
+        inputs = SolverInputs(levels[begin:], noise or WithoutNoise(), self.config, num_steps)
+        solver = make_solver(self.solver, inputs)
+        scale = float(self.config.get("num_train_timesteps", 1000))
+        times = dict(zip(levels, as_floats(published.timesteps), strict=False))
+        found = [times.get(e.level, e.level * scale) for e in solver.evaluations]
+        timesteps = torch.tensor(found, dtype=published.timesteps.dtype, device=device)
+        return ScheduleRun(solver, timesteps, levels[-1], self.solver)
 
 
 class ScheduleRun:
-    """The schedule and the solver state of one run.
+    """The schedule and the solver of one run. One of its steps is one evaluation of the network.
+
+    Args:
+        solver: of this run alone.
+        timesteps: [E] of its evaluations, on the run's device.
+        final: noise level of the result.
+        name: of the solver, for messages.
 
     Attributes:
-        timesteps: [S] on the run's device, as the scheduler gives them to the network.
+        timesteps: [E] on the run's device, as the network is given them.
         times: the same as Python numbers; decisions are made on these, so that no step waits for the device.
-        sigmas: S + 1 Python floats, the last is the final noise level.
+        evaluations: the solver's step and the noise level of each evaluation.
+        sigmas: E + 1 Python floats, the level of each evaluation and the final one.
     """
 
-    def __init__(
-        self,
-        scheduler: _DiffusersScheduler,
-        num_steps: int,
-        device: torch.device,
-        *,
-        begin: int = 0,
-        **schedule: Any,
-    ) -> None:
-        scheduler.set_timesteps(num_steps, device=device, **schedule)
-        scheduler.set_begin_index(begin)
-        self._scheduler = scheduler
-        self.timesteps: Tensor = scheduler.timesteps[begin:]
-        self.times = as_floats(self.timesteps)
-        self.sigmas = as_floats(scheduler.sigmas[begin:])
+    def __init__(self, solver: Solver, timesteps: Tensor, final: float, name: str = "") -> None:
+        self.solver, self.name = solver, name
+        self.timesteps = timesteps
+        self.times = as_floats(timesteps)
+        self.evaluations: Sequence[Evaluation] = tuple(solver.evaluations)
+        self.sigmas = [*(e.level for e in self.evaluations), final]
 
     def __len__(self) -> int:
         return len(self.times)
 
+    @property
+    def starts(self) -> list[int]:
+        """The evaluations that begin a step of the solver."""
+        steps = [e.step for e in self.evaluations]
+        return [i for i, step in enumerate(steps) if i == 0 or step != steps[i - 1]]
+
     def step(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
-        """The sample after step `index`, float32: [B, ...] prediction and sample in float32."""
-        return self._scheduler.step(prediction, self.timesteps[index], sample, return_dict=False)[0]
+        """The sample after evaluation `index`, float32: [B, ...] prediction and sample in float32."""
+        return self.solver.step(prediction, index, sample)
 
     def clean(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
-        """The clean sample that `prediction` stands for at step `index`, float32: all these schedules take flow
+        """The clean sample that `prediction` stands for at evaluation `index`, float32: all these schedules take flow
         predictions."""
         return sample - self.sigmas[index] * prediction
 

@@ -99,12 +99,17 @@ class PreviewHook(Hook):
         state.scratch[self] = state.latents.clone()  # some strategies move parts of a sample in place
 
     def on_step_end(self, state: StrategyState, step: Step) -> None:
-        if step.index % self.every and step.index + 1 < step.count:
+        if step.index + 1 < step.count and (step.index % self.every or not _begins(state, step)):
             return
         found = clean_estimate(state, step, state.scratch[self])
         shown = state.latents if found is None else found
         frames = self.preview_map.frames(shown)
         self.on_preview(Preview(step.index, step.count, step.block, frames, clean=found is not None), state.batch)
+
+
+def _begins(state: StrategyState, step: Step) -> bool:
+    """Return whether an evaluation is the first of the solver's step: later ones may leave the sample as it is."""
+    return state.scheduler is None or step.index in state.scheduler.starts
 
 
 def clean_estimate(state: StrategyState, step: Step, before: Tensor) -> Tensor | None:

@@ -21,6 +21,7 @@ from kinetoscope.engine.strategies.standard import (
     StandardStrategy,
     VideoTransformer,
     combine,
+    noise_of,
     split_branches,
 )
 
@@ -100,7 +101,7 @@ class CosmosStrategy(StandardStrategy):
         params = batch.params
         assert params.num_inference_steps is not None
         prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
-        return prototype.start(params.num_inference_steps, args.device)
+        return prototype.start(params.num_inference_steps, args.device, noise=noise_of(batch))
 
     def prepare_conditioning(
         self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise, SamplingParams
 from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.guidance import COND, UNCOND, cfg_zero_scale
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun, as_floats
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
-from kinetoscope.engine.strategies.standard import StandardStrategy, VideoTransformer, combine, split_branches
+from kinetoscope.engine.strategies.standard import StandardStrategy, VideoTransformer, combine, noise_of, split_branches
 
 TAIL_START, TAIL_STEPS = 500.0, 10  # of `enhance_hf`: even steps from this timestep to 0
 DISTILLED_STEPS = 50  # noise levels the distilled model knows
@@ -60,7 +60,11 @@ class ContinuingTransformer(VideoTransformer, Protocol):
 
 
 def start_schedule(
-    prototype: SchedulerAdapter, params: SamplingParams, inputs: LongCatInputs, device: torch.device | str = "cpu"
+    prototype: SchedulerAdapter,
+    params: SamplingParams,
+    inputs: LongCatInputs,
+    device: torch.device | str = "cpu",
+    noise: Noise | None = None,
 ) -> ScheduleRun:
     """The run's private scheduler at the published noise levels.
 
@@ -68,13 +72,16 @@ def start_schedule(
     of `t_thresh`, which are levels after the shift.
 
     Raises:
-        InputError: a solver other than Euler's was asked for, or more steps than the distilled model knows.
+        InputError: a solver with noise levels of its own was asked for, or more steps than the distilled model knows.
     """
     steps = params.num_inference_steps
     assert steps is not None
     prototype = prototype.override(params.scheduler, params.flow_shift)
     if prototype.class_name != "FlowMatchEulerDiscreteScheduler":
-        raise InputError(f"scheduler={params.scheduler!r}: LongCat-Video's own noise levels are for 'euler' alone")
+        raise InputError(
+            f"scheduler={params.scheduler!r}: LongCat-Video has noise levels of its own, which this solver does not "
+            "take; use euler or heun"
+        )
     if inputs.use_distill:
         if steps > DISTILLED_STEPS:
             raise InputError(f"num_inference_steps={steps}: the distilled model knows {DISTILLED_STEPS} noise levels")
@@ -89,7 +96,7 @@ def start_schedule(
     if inputs.t_thresh:
         start = torch.tensor([inputs.t_thresh], dtype=torch.float32)
         levels = torch.cat([_unshift(start, prototype.shift), levels[times < 1000.0 * start]])
-    return prototype.start(len(levels), device, sigmas=as_floats(levels))
+    return prototype.start(len(levels), device, sigmas=as_floats(levels), noise=noise)
 
 
 def _unshift(s: Tensor, shift: float) -> Tensor:
@@ -122,7 +129,7 @@ class LongCatStrategy(StandardStrategy):
 
     def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
         """See `start_schedule`."""
-        return start_schedule(self.parts.scheduler, batch.params, inputs_of(batch), args.device)
+        return start_schedule(self.parts.scheduler, batch.params, inputs_of(batch), args.device, noise_of(batch))
 
     def make_model_inputs(self, state: StrategyState, t: float, step_idx: int) -> ModelInputs:
         """The frames that are forwarded, once for each branch; a timestep a frame."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise, SamplingParams
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
@@ -80,7 +80,7 @@ class StandardStrategy:
             args=args,
             latents=latents,
             guidance=guidance,
-            noise=batch.noise or NoiseSource(batch.seeds),
+            noise=noise_of(batch),
             times=scheduler.times,
             scheduler=scheduler,
             conditioning=self.prepare_conditioning(batch, args, guidance.branches),
@@ -100,7 +100,7 @@ class StandardStrategy:
         params = batch.params
         assert params.num_inference_steps is not None
         prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
-        return prototype.start(params.num_inference_steps, args.device, begin=first_step(params))
+        return prototype.start(params.num_inference_steps, args.device, begin=first_step(params), noise=noise_of(batch))
 
     def prepare_conditioning(
         self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]
@@ -158,6 +158,12 @@ class StandardStrategy:
         """The final sample into `batch.latents`."""
         state.batch.latents = state.latents
         return state.batch
+
+
+def noise_of(batch: ForwardBatch) -> Noise:
+    """Return the run's source of random numbers; make it from the seeds where no stage has made it."""
+    batch.noise = batch.noise or NoiseSource(batch.seeds)
+    return batch.noise
 
 
 def conditioning_of(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise, SamplingParams
 from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
-from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrategy, steps_of
+from kinetoscope.engine.strategies.standard import DenoisingParts, StandardStrategy, noise_of, steps_of
 
 
 def log_shift(scheduler: SchedulerAdapter, tokens: int) -> float:
@@ -30,6 +30,7 @@ def start_schedule(
     params: SamplingParams,
     latent_shape: Sequence[int],
     device: torch.device | str = "cpu",
+    noise: Noise | None = None,
 ) -> ScheduleRun:
     """A private run of the schedule for latents [..., T, H, W].
 
@@ -47,13 +48,12 @@ def start_schedule(
         given = params.flow_shift
         mu = log_shift(scheduler, math.prod(latent_shape[-3:])) if given is None else math.log(given)
     if chosen.class_name != scheduler.class_name:
-        return scheduler.override(params.scheduler, params.flow_shift if mu is None else math.exp(mu)).start(
-            steps, device
-        )
+        fixed = scheduler.override(params.scheduler, params.flow_shift if mu is None else math.exp(mu))
+        return fixed.start(steps, device, noise=noise)
     sigmas = [1.0 + (1.0 / steps - 1.0) * i / max(steps - 1, 1) for i in range(steps)]
     if steps == 1 and chosen.config.get("shift_terminal"):  # stretches what lies between the first level and the last
         raise InputError("num_inference_steps=1 is too few for this model's schedule; take 2 or more")
-    return chosen.start(steps, device, sigmas=sigmas, mu=mu)
+    return chosen.start(steps, device, sigmas=sigmas, mu=mu, noise=noise)
 
 
 class LTXStrategy(StandardStrategy):
@@ -72,7 +72,7 @@ class LTXStrategy(StandardStrategy):
     def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
         """See `start_schedule` above."""
         assert batch.latents is not None
-        return start_schedule(self.parts.scheduler, batch.params, batch.latents.shape, args.device)
+        return start_schedule(self.parts.scheduler, batch.params, batch.latents.shape, args.device, noise_of(batch))
 
     def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> list[dict[str, Tree]]:
         """Modulation of each step; one a latent frame where some are clean."""

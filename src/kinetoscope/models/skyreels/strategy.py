@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
-from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import ScheduleRun
 from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, split_rows
-from kinetoscope.engine.strategies.standard import StandardStrategy
+from kinetoscope.engine.strategies.standard import StandardStrategy, noise_of
 from kinetoscope.models.skyreels.forcing import (
     ForcingPlan,
     frames_timesteps,
@@ -77,7 +76,7 @@ class ForcingStrategy(StandardStrategy):
             args=args,
             latents=batch.latents.to(args.device, torch.float32),
             guidance=guidance,
-            noise=batch.noise or NoiseSource(batch.seeds),
+            noise=noise_of(batch),
             times=(),
             conditioning=self.prepare_conditioning(batch, args, guidance.branches),
         )
@@ -87,7 +86,7 @@ class ForcingStrategy(StandardStrategy):
         params = batch.params
         assert params.num_inference_steps is not None
         prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
-        return prototype.start(params.num_inference_steps, args.device)
+        return prototype.start(params.num_inference_steps, args.device, noise=noise_of(batch))
 
     # -- windows -------------------------------------------------------------------------------------------------------
 

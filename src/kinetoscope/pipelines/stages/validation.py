@@ -10,7 +10,7 @@ from typing import Any
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.guidance import Guidance
-from kinetoscope.diffusion.scheduler import SCHEDULERS
+from kinetoscope.diffusion.solver import solver_names
 from kinetoscope.pipelines.stages.base import Stage
 
 MAX_STEPS = 1000
@@ -120,8 +120,8 @@ def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
         _check_number("strength", params.strength, 0, 1)
     if params.flow_shift is not None:
         _check_number("flow_shift", params.flow_shift, 0.01, MAX_SHIFT)
-    if params.scheduler is not None and params.scheduler not in list(SCHEDULERS):  # a list takes unhashable values
-        raise InputError(f"unknown scheduler {params.scheduler!r}; known: {', '.join(SCHEDULERS)}")
+    if params.scheduler is not None and params.scheduler not in solver_names():  # a list takes unhashable values
+        raise InputError(f"unknown scheduler {params.scheduler!r}; known: {', '.join(solver_names())}")
 
 
 def check_text(prompt: object, seed: object, negative_prompt: object = "") -> None:

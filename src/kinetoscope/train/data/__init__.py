@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kinetoscope.core.registry import Registry
 from kinetoscope.train.methods.base import BatchSource
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.recipe import Section
-from kinetoscope.train.registry import Registry
 
 
 class DataSection(Section):

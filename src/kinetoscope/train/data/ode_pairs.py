@@ -111,18 +111,20 @@ class PathRecorder(Hook):
         """
         if state.scheduler is None:
             raise ConfigError("a teacher without a schedule of noise levels has no trajectory to record")
-        sigmas = state.scheduler.sigmas[: len(state.times)]
+        starts = state.scheduler.starts  # a solver of two evaluations a step takes the second at a sample of its own
+        sigmas = [state.scheduler.sigmas[i] for i in starts]
         if sigmas[0] > 1:
             raise ConfigError(
                 f"trajectories are of teachers whose noise levels are a flow's, in [0, 1]; these begin at {sigmas[0]:g}"
             )
-        self._steps = [min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - level)) for level in self.wanted]
+        nearest = [min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - level)) for level in self.wanted]
+        self._steps = [starts[i] for i in nearest]
         if len(set(self._steps)) < len(self._steps):
             raise ConfigError(
                 f"the teacher's {len(sigmas)} steps are too few to tell the levels {list(self.wanted)} apart; "
                 "set more sampling.num_inference_steps"
             )
-        self.levels, self.path = tuple(sigmas[i] for i in self._steps), []
+        self.levels, self.path = tuple(sigmas[i] for i in nearest), []
 
     def on_step_start(self, state: StrategyState, step: Step) -> None:
         """Keep the sample that a chosen step starts from."""

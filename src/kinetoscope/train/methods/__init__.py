@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.registry import Registry
 from kinetoscope.train.methods.base import BatchSource, Method, MethodSettings
-from kinetoscope.train.registry import Registry
 from kinetoscope.train.roles import ModelBase
 
 __all__ = ["METHODS", "BatchSource", "Method", "MethodSettings", "make_method", "method_class", "register_method"]

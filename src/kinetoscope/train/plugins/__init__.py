@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.registry import Registry
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.lora_sampling import LoraSampling, sampled_as
@@ -19,7 +20,6 @@ from kinetoscope.loading.weights import load_weights
 from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
-from kinetoscope.train.registry import Registry
 from kinetoscope.train.roles import ModelBase, Text
 
 PLUGINS = Registry(
