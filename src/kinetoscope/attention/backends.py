@@ -75,7 +75,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | Non
     In bfloat16 on a CPU the batched matmuls use dot-product instructions that torch's fused kernel does not. In float32
     inference each head is a plain product for oneDNN, twice as fast as the fused kernel's on some processors.
     """
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled():
         return _opaque_chunked(q, k, v, key_bias)
     return _chunked(q, k, v, key_bias)
 

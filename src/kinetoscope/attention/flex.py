@@ -26,7 +26,9 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def _call(*args: Tensor, **options: object) -> Tensor:
-    if torch.compiler.is_compiling() or args[0].device.type == "cpu":  # on the CPU plainly: for tests of the masks
+    if (
+        torch.compiler.is_dynamo_compiling() or args[0].device.type == "cpu"
+    ):  # on the CPU plainly: for tests of the masks
         return flex_attention(*args, **options)  # pyright: ignore[reportReturnType, reportArgumentType, reportCallIssue]
     return _compiled()(*args, **options)
 

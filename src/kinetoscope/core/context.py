@@ -1,12 +1,14 @@
 """What a forward pass may know besides its arguments.
 
-The engine pushes a `ForwardContext` around each forward; leaves such as attention read the top of the stack. It is a
-plain module-level list because `ContextVar.get` breaks `torch.compile(fullgraph=True)`. Contexts never stay open
-across a `yield`, so interleaved runs do not see each other's.
+The engine pushes a `ForwardContext` around each forward; leaves such as attention read the top of the stack. Every
+thread has a stack of its own, in a `threading.local`: `torch.compile(fullgraph=True)` traces it, and one graph serves
+all threads, while `ContextVar.get` breaks the graph. Contexts never stay open across a `yield`, so interleaved runs do
+not see each other's.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -126,12 +128,20 @@ class ForwardContext:
     share: TokenShare | None = None
 
 
-_STACK: list[ForwardContext] = []
+class _ThreadContexts(threading.local):
+    """The open contexts of one thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[ForwardContext] = []
+
+
+_CONTEXTS = _ThreadContexts()
 
 
 def current_context() -> ForwardContext | None:
-    """The innermost open context, or None outside the engine (for instance in training or a bare forward)."""
-    return _STACK[-1] if _STACK else None
+    """Return this thread's innermost open context, or None outside the engine (in training, or a bare forward)."""
+    stack = _CONTEXTS.stack
+    return stack[-1] if stack else None
 
 
 def current_share() -> TokenShare | None:
@@ -142,12 +152,13 @@ def current_share() -> TokenShare | None:
 
 @contextmanager
 def forward_context(context: ForwardContext) -> Generator[ForwardContext]:
-    """Make `context` current inside the `with`."""
-    _STACK.append(context)
+    """Make `context` this thread's current one inside the `with`."""
+    stack = _CONTEXTS.stack
+    stack.append(context)
     try:
         yield context
     finally:
-        _STACK.pop()
+        stack.pop()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def onednn_serves(x: Tensor, weight: Tensor) -> bool:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """x [..., in] @ weight [out, in].T + bias [out] -> [..., out], with a tanh GELU in the same pass if asked."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _opaque_linear(x, weight, bias, gelu)
     return _linear(x, weight, bias, gelu)
 
@@ -66,7 +66,7 @@ def speed_up_convolutions(module: nn.Module) -> nn.Module:
 def _conv_forward(layer: nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`nn.Conv3d._conv_forward`, which subclasses reach through `forward`."""
     pointwise = max(layer.kernel_size) == 1  # a plain product, for which the call costs more than it saves
-    if pointwise or input.ndim != 5 or torch.compiler.is_compiling() or not onednn_serves(input, weight):
+    if pointwise or input.ndim != 5 or torch.compiler.is_dynamo_compiling() or not onednn_serves(input, weight):
         return nn.Conv3d._conv_forward(layer, input, weight, bias)  # pyright: ignore[reportPrivateUsage]
     sizes = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
     return torch.ops.mkldnn._convolution_pointwise(input, weight, bias, *sizes, "none", [], "")

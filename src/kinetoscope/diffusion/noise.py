@@ -7,10 +7,12 @@ here; a bare `torch.randn` is refused by lint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def randn(shape: Sequence[int], generator: torch.Generator, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,6 +46,35 @@ class NoiseSource:
         The child seeds are a fixed function of (seed, key), so block 7 has the same noise however it is reached.
         """
         return NoiseSource([_mix(seed, key) for seed in self.seeds])
+
+
+class SeededDraws(TorchFunctionMode):
+    """Inside the `with`, `torch.randn` and `torch.randn_like` of this thread draw from a generator of their own.
+
+    For modules of other packages that draw from torch's global generator. The numbers are those of the global generator
+    after `torch.manual_seed(seed)`; the global generator and other threads are left alone.
+
+    Args:
+        seed: of the draws.
+        device: on which the module draws.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function; a draw without a generator gets this one."""
+        given = dict(kwargs or {})
+        if func is torch.randn_like:
+            like: Tensor = args[0]
+            given = {"dtype": like.dtype, "device": like.device, **given}
+            func, args = torch.randn, (tuple(like.shape),)
+        if func is torch.randn and given.get("generator") is None:
+            given["generator"] = self._generator
+        return func(*args, **given)
 
 
 def _mix(seed: int, key: tuple[int, ...]) -> int:

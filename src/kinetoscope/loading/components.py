@@ -12,6 +12,7 @@ from torch import nn
 
 from kinetoscope.core.errors import KinetoscopeError, ModelLoadError
 from kinetoscope.core.onednn import speed_up_convolutions
+from kinetoscope.core.serial import serialize_calls
 from kinetoscope.core.sharding import ShardPlan, Share
 from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 from kinetoscope.loading.directory import ModelDir
@@ -126,7 +127,7 @@ def lora_target(model: ModelDir, name: str, module: nn.Module | None = None) -> 
 def load_component(
     model: ModelDir, name: str, *, dtype: torch.dtype, device: torch.device, place: Place | None = None
 ) -> Any:
-    """One component, ready for inference.
+    """Load one component, ready for inference; all but our own transformers serve one thread at a time.
 
     Args:
         name: as in model_index.json.
@@ -145,12 +146,13 @@ def load_component(
     try:
         loader: Callable[..., Any] = _LOADERS[class_name]
         placed = {"place": place} if place and class_name in _PLANS else {}
-        return loader(model, name, dtype, device, **placed)
+        component = loader(model, name, dtype, device, **placed)
     except KinetoscopeError:
         raise
     except Exception as error:  # libraries raise many kinds for a damaged directory
         message = " ".join(str(error).split())
         raise ModelLoadError(f"{model.path / name} cannot be loaded as {class_name}: {message}") from error
+    return component if class_name in _EMPTY else serialize_calls(component)
 
 
 def _load_vae(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:

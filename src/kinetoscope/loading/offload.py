@@ -12,6 +12,7 @@ bit-equal.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
@@ -258,7 +259,7 @@ def _go(alone: list[Slot], *call: Any) -> None:
 
 
 class Offload:
-    """One component at a time on the device.
+    """One component at a time on the device; threads take turns, call by call.
 
     Args:
         kind: of `OFFLOADS`.
@@ -273,6 +274,7 @@ class Offload:
         self._blocks: dict[str, OffloadedBlocks] = {}
         self._here: str | None = None
         self._slots: list[Slot] = []
+        self._turn = threading.RLock()
 
     @property
     def here(self) -> str | None:
@@ -295,24 +297,26 @@ class Offload:
 
     def need(self, name: str) -> None:
         """The component is on the device when this returns, and no other is."""
-        if name == self._here or name not in self._modules:
-            return
-        self.release()
-        self._here = name
-        self._slots = list(self._own(name))
-        known: dict[Any, Tensor] = {}
-        with self._mover.ahead():
-            brought = [slot.bring(self._mover, known) for slot in self._slots]
-            mark = self._mover.sent()
-        self._mover.arrived(mark, brought)
+        with self._turn:
+            if name == self._here or name not in self._modules:
+                return
+            self.release()
+            self._here = name
+            self._slots = list(self._own(name))
+            known: dict[Any, Tensor] = {}
+            with self._mover.ahead():
+                brought = [slot.bring(self._mover, known) for slot in self._slots]
+                mark = self._mover.sent()
+            self._mover.arrived(mark, brought)
 
     def release(self) -> None:
         """No component is on the device any more."""
-        for blocks in self._blocks.values():
-            blocks.clear()
-        for slot in self._slots:
-            slot.leave()
-        self._here, self._slots = None, []
+        with self._turn:
+            for blocks in self._blocks.values():
+                blocks.clear()
+            for slot in self._slots:
+                slot.leave()
+            self._here, self._slots = None, []
 
     def _own(self, name: str) -> Iterator[Slot]:
         module: Any = self._modules[name]
@@ -324,8 +328,9 @@ class Offload:
 
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.need(name)
-            return method(*args, **kwargs)
+            with self._turn:  # until the call ends: another thread would send the component away
+                self.need(name)
+                return method(*args, **kwargs)
 
         return call
 

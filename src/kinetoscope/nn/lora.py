@@ -7,6 +7,7 @@ forward costs what it did, compiled graphs stay, and W comes back bit for bit. A
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.lora import Full, LowRank, Weighted
+from kinetoscope.core.serial import lock_of
 from kinetoscope.core.sharding import Cut, share_of, take
 
 MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,16 +52,25 @@ class Carrier:
         Raises:
             CompositionError: a run in progress needs other changes; or a change that the module cannot take.
         """
-        if self.held and self.carried != dict(wanted):
-            raise CompositionError(
-                "a run in progress uses the same weights with other LoRAs; finish or close it before starting this one"
-            )
-        self.carry(module, wanted, dtype)
-        self._holders.add(holder)
+        with lock_of(self):
+            if self.held and self.carried != dict(wanted):
+                raise CompositionError(
+                    "a run in progress uses the same weights with other LoRAs; finish or close it before starting this "
+                    "one"
+                )
+            self.carry(module, wanted, dtype)
+            self._holders.add(holder)
 
     def release(self, holder: object) -> None:
         """Let go; what is carried stays."""
-        self._holders.discard(holder)
+        with lock_of(self):
+            self._holders.discard(holder)
+
+    def carry_unless_held(self, module: nn.Module, wanted: Wanted, dtype: torch.dtype) -> None:
+        """Change the parameters as `carry` does, unless a run in progress needs them as they are."""
+        with lock_of(self):
+            if not self.held:
+                self.carry(module, wanted, dtype)
 
     @torch.no_grad()
     def carry(self, module: nn.Module, wanted: Wanted, dtype: torch.dtype) -> None:
@@ -175,8 +186,10 @@ class SidePath:
 
 
 _CARRIERS: WeakKeyDictionary[nn.Module, Carrier] = WeakKeyDictionary()
+_CARRIERS_LOCK = threading.Lock()
 
 
 def carrier_of(module: nn.Module) -> Carrier:
-    """The module's carrier. It belongs to the module, for two generators may share the module."""
-    return _CARRIERS.setdefault(module, Carrier())
+    """The module's carrier. It belongs to the module, for two generators, also of two threads, may share the module."""
+    with _CARRIERS_LOCK:
+        return _CARRIERS.setdefault(module, Carrier())

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from kinetoscope.core.errors import ConfigError, InputError, ModelLoadError
+from kinetoscope.core.serial import serialize_calls
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.protocols import Event
@@ -121,6 +122,8 @@ class ComposedPipeline:
         self.given = tuple(given)
         self.load_listeners: list[Callable[[str, Any], None]] = []
         for name, module in given.items():
+            if not name.startswith("transformer"):
+                serialize_calls(module)
             self._modules[name] = Lazy(lambda module=module: module)
             self._modules[name].peek()
         self.stages: dict[str, Stage] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar, cast
 
@@ -9,7 +10,7 @@ T = TypeVar("T")
 
 
 class Lazy(Generic[T]):
-    """A value made on first use and kept.
+    """A value made on first use and kept; threads that ask at the same time get one value.
 
     Args:
         make: makes the value; called at most once unless it raises.
@@ -20,6 +21,7 @@ class Lazy(Generic[T]):
         self._make = make
         self._before_use = before_use
         self._value: T | None = None
+        self._making = threading.RLock()
 
     @property
     def loaded(self) -> bool:
@@ -36,7 +38,9 @@ class Lazy(Generic[T]):
     def peek(self) -> T:
         """The value, wherever it is."""
         if self._value is None:
-            self._value = self._make()
+            with self._making:
+                if self._value is None:
+                    self._value = self._make()
         return self._value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ class Loras:
     """Which LoRAs the runs of one generator start with.
 
     A change while a run is in progress is for the runs that start later. Modules are changed when no run holds them:
-    at once if they are loaded, else when they load or at the start of the next run.
+    at once if they are loaded, else when they load or at the start of the next run. Threads may share it.
 
     Args:
         pipeline: whose transformers they change.
@@ -77,6 +78,8 @@ class Loras:
         self._targets: dict[str, Target] = {}
         self._loaded: dict[str, tuple[Lora, LoraFile]] = {}
         self._runs: dict[object, Mapping[str, Mapping[str, Weighted]]] = {}
+        self._lock = threading.RLock()
+        self._modules: dict[str, nn.Module] = {n: m for n, m in pipeline.loaded_modules().items() if n in COMPONENTS}
         pipeline.load_listeners.append(self._take)
 
     @property
@@ -110,11 +113,6 @@ class Loras:
                 f"LoRA {file.path} has changed since (hash {sha256[:12]} then, {file.sha256[:12]} now); bring back the "
                 "old one"
             )
-        own = name or self._free_name(file.path)
-        lora = Lora(
-            own, file.path, file.sha256, weight, component, tuple(n for n, c in file.changes.items() if c),
-            sum(len(c) for c in file.changes.values()), file.styles, file.ranks, file.unmatched,
-        )  # fmt: skip
         if file.unmatched:
             more = f" and {len(file.unmatched) - SHOWN} more" if len(file.unmatched) > SHOWN else ""
             logger.warning(
@@ -122,29 +120,37 @@ class Loras:
                 file.path, len(file.unmatched), len(file.unmatched) + file.matched,
                 ", ".join(file.unmatched[:SHOWN]), more,
             )  # fmt: skip
-        self._loaded[own] = (lora, file)
-        try:
-            self._apply()
-        except KinetoscopeError:
-            del self._loaded[own]
-            self._apply()
-            raise
+        with self._lock:
+            own = name or self._free_name(file.path)
+            lora = Lora(
+                own, file.path, file.sha256, weight, component, tuple(n for n, c in file.changes.items() if c),
+                sum(len(c) for c in file.changes.values()), file.styles, file.ranks, file.unmatched,
+            )  # fmt: skip
+            self._loaded[own] = (lora, file)
+            try:
+                self._apply()
+            except KinetoscopeError:
+                del self._loaded[own]
+                self._apply()
+                raise
         return lora
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Give weights by name; those not named rest at 0."""
-        for name in weights:
-            self._known(name)
         checked = {name: _checked(weight, name) for name, weight in weights.items()}
-        for name, (lora, file) in self._loaded.items():
-            self._loaded[name] = (replace(lora, weight=checked.get(name, 0.0)), file)
-        self._apply()
+        with self._lock:
+            for name in weights:
+                self._known(name)
+            for name, (lora, file) in self._loaded.items():
+                self._loaded[name] = (replace(lora, weight=checked.get(name, 0.0)), file)
+            self._apply()
 
     def unload(self, name: str) -> None:
         """Forget a LoRA."""
-        self._known(name)
-        del self._loaded[name]
-        self._apply()
+        with self._lock:
+            self._known(name)
+            del self._loaded[name]
+            self._apply()
 
     def _known(self, name: str) -> None:
         if name not in self._loaded:
@@ -173,10 +179,12 @@ class Loras:
         """A component was loaded: it gets what the runs in progress began with, or else what is set now."""
         if name not in COMPONENTS:
             return
-        for run, wanted in self._runs.items():
-            carrier_of(module).hold(run, module, wanted.get(name, {}), self._dtype)
-        if not self._runs and self._loaded:
-            carrier_of(module).carry(module, self._wanted().get(name, {}), self._dtype)
+        with self._lock:
+            self._modules[name] = module
+            for run, wanted in self._runs.items():
+                carrier_of(module).hold(run, module, wanted.get(name, {}), self._dtype)
+            if not self._runs and self._loaded:
+                carrier_of(module).carry_unless_held(module, self._wanted().get(name, {}), self._dtype)
 
     @contextmanager
     def run(self) -> Generator[None]:
@@ -185,30 +193,33 @@ class Loras:
         Raises:
             CompositionError: a run in progress uses the same weights with other LoRAs.
         """
-        run, wanted = object(), self._wanted()
-        if any(other != wanted for other in self._runs.values()):
-            raise CompositionError(
-                "LoRAs were changed while a run is in progress; finish or close it before starting the next one"
-            )
+        run = object()
         try:
-            for name, module in self._modules().items():
-                carrier_of(module).hold(run, module, wanted.get(name, {}), self._dtype)
-            self._runs[run] = wanted
+            with self._lock:
+                wanted = self._wanted()
+                if any(other != wanted for other in self._runs.values()):
+                    raise CompositionError(
+                        "LoRAs were changed while a run is in progress; finish or close it before starting the next one"
+                    )
+                for name, module in self._modules.items():
+                    carrier_of(module).hold(run, module, wanted.get(name, {}), self._dtype)
+                self._runs[run] = wanted
             yield
         finally:
-            self._runs.pop(run, None)
-            for module in self._modules().values():
-                carrier_of(module).release(run)
+            with self._lock:
+                self._runs.pop(run, None)
+                for module in self._modules.values():
+                    carrier_of(module).release(run)
+
+    @property
+    def held(self) -> int:
+        """Number of runs in progress, each of which holds the LoRAs that it began with."""
+        return len(self._runs)
 
     def _apply(self) -> None:
         wanted = self._wanted()
-        for name, module in self._modules().items():
-            carrier = carrier_of(module)
-            if not carrier.held:
-                carrier.carry(module, wanted.get(name, {}), self._dtype)
-
-    def _modules(self) -> dict[str, nn.Module]:
-        return {n: m for n, m in self._pipeline.loaded_modules().items() if n in COMPONENTS}
+        for name, module in self._modules.items():
+            carrier_of(module).carry_unless_held(module, wanted.get(name, {}), self._dtype)
 
     def _wanted(self) -> dict[str, dict[str, Weighted]]:
         """component -> parameter -> changes of all LoRAs."""

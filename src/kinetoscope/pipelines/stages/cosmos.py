@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
+from kinetoscope.pipelines.stages.prompt_cache import PromptCache
 from kinetoscope.pipelines.stages.text import TextEncodingStage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
 
@@ -52,7 +52,7 @@ class AllLayersTextStage(Stage):
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
         self.max_length = max_length
         self.system = system
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache = PromptCache[Tensor](STATES_CACHE)
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
         """Fills the embeddings; there are no lengths, since the padding is read like any token."""
@@ -67,13 +67,10 @@ class AllLayersTextStage(Stage):
         Raises:
             InputError: a prompt with the chat template is longer than `max_length` tokens.
         """
-        return torch.stack([self._encode_one(p, device) for p in prompts])
+        return torch.stack([self._cache.get(p, lambda p=p: self._encode_one(p, device)) for p in prompts])
 
     @torch.no_grad()
     def _encode_one(self, prompt: str, device: torch.device) -> Tensor:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
         length = len(self._ids(prompt))
         if length > self.max_length:
             raise InputError(
@@ -83,10 +80,7 @@ class AllLayersTextStage(Stage):
         ids = torch.tensor([self._ids(prompt, padding="max_length", max_length=self.max_length)], device=device)
         states = resolve(self._text_encoder).model(ids, output_hidden_states=True).hidden_states[1:]
         normed = [(s - s.mean(-1, keepdim=True)) / (s.std(-1, keepdim=True) + 1e-8) for s in states]
-        embeds = self._cache[prompt] = torch.cat(normed, dim=-1)[0]  # [max_length, layers D]
-        if len(self._cache) > STATES_CACHE:
-            self._cache.popitem(last=False)
-        return embeds
+        return torch.cat(normed, dim=-1)[0]  # [max_length, layers D]
 
     def _ids(self, prompt: str, **padding: Any) -> list[int]:
         chat = [

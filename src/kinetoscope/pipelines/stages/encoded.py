@@ -1,10 +1,9 @@
-"""What text and image stages share: a memory of encoded prompts, texts as rows of one length, images for encoders."""
+"""What text and image stages share: two text encoders, texts as rows of one length, images for encoders."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,25 +12,7 @@ from torch import Tensor, nn
 from kinetoscope.core.errors import InputError
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
-from kinetoscope.pipelines.stages.text import CACHE_SIZE
-
-T = TypeVar("T")
-
-
-class PromptCache(Generic[T]):
-    """What the last `CACHE_SIZE` distinct prompts were encoded to."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, T] = OrderedDict()
-
-    def get(self, prompt: str, encode: Callable[[], T]) -> T:
-        """The prompt's encoding, made by `encode` if it is not known."""
-        if prompt not in self._kept:
-            self._kept[prompt] = encode()
-            if len(self._kept) > CACHE_SIZE:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(prompt)
-        return self._kept[prompt]
+from kinetoscope.pipelines.stages.prompt_cache import PromptCache
 
 
 class TwoTextStage(Stage):

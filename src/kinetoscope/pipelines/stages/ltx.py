@@ -9,14 +9,14 @@ from torch import Tensor
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
-from kinetoscope.diffusion.noise import NoiseSource
+from kinetoscope.diffusion.noise import NoiseSource, SeededDraws
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
 from kinetoscope.models.ltx.strategy import start_schedule
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
-from kinetoscope.pipelines.stages.text import CACHE_SIZE, TextEncodingStage
+from kinetoscope.pipelines.stages.text import TextEncodingStage
 from kinetoscope.pipelines.stages.validation import InputValidationStage, VideoGeometry
 
 
@@ -48,18 +48,13 @@ class PaddedTextEncodingStage(TextEncodingStage):
             raise InputError(
                 f"the prompt has {max(lengths)} tokens and the model reads at most {self.max_length}; shorten it"
             )
-        return torch.stack([self._encode_one(prompt, device) for prompt in prompts]), torch.tensor(lengths)
+        embeds = [self._cache.get(p, lambda p=p: self._encode_one(p, device)) for p in prompts]
+        return torch.stack(embeds), torch.tensor(lengths)
 
     def _encode_one(self, prompt: str, device: torch.device) -> Tensor:
-        if prompt not in self._cache:
-            padded = resolve(self._tokenizer)(
-                prompt, padding="max_length", max_length=self.max_length, return_tensors="pt"
-            )
-            with torch.no_grad():
-                self._cache[prompt] = resolve(self._text_encoder)(padded.input_ids.to(device)).last_hidden_state[0]
-            if len(self._cache) > CACHE_SIZE:
-                self._cache.popitem(last=False)
-        return self._cache[prompt]
+        padded = resolve(self._tokenizer)(prompt, padding="max_length", max_length=self.max_length, return_tensors="pt")
+        with torch.no_grad():
+            return resolve(self._text_encoder)(padded.input_ids.to(device)).last_hidden_state[0]
 
 
 class SizedTimestepStage(Stage):
@@ -159,10 +154,7 @@ class TimedDecodingStage(DecodingStage):
         vae = resolve(self._vae)
         z = z.unsqueeze(0).to(next(vae.parameters()).dtype)
         time = None if level is None else torch.tensor([level], device=z.device, dtype=z.dtype)
-        # Some of these VAEs add noise from torch's global generator; the request's seed decides it, and nobody else's
-        # draws are moved.
-        with torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []):
-            torch.random.manual_seed(seed)
+        with SeededDraws(seed, z.device):  # some of these VAEs add noise as they decode
             video = vae.decode(z, time, return_dict=False)[0][0]  # [3, T, H, W] in [-1, 1]
         return to_frames(video)
 

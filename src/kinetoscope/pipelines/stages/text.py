@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections import OrderedDict
 from typing import Any
 
 import ftfy
@@ -20,8 +19,7 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
-
-CACHE_SIZE = 128
+from kinetoscope.pipelines.stages.prompt_cache import PromptCache
 
 
 def clean_prompt(text: str) -> str:
@@ -44,10 +42,10 @@ class TextEncodingStage(Stage):
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self.max_length = max_length
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache = PromptCache[Tensor]()
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
-        """Encode each distinct prompt once; the last `CACHE_SIZE` stay for later batches."""
+        """Encode each distinct prompt once; the prompts used last stay for later batches."""
         batch.prompt_embeds, batch.prompt_lengths = self.encode(batch.prompts, args.device)
         if batch.params.guided:
             batch.negative_embeds, batch.negative_lengths = self.encode(batch.negative_prompts, args.device)
@@ -59,14 +57,12 @@ class TextEncodingStage(Stage):
         Raises:
             InputError: a prompt is longer than `max_length` tokens.
         """
-        encoded = [self._encode_one(clean_prompt(p), device) for p in prompts]
+        cleaned = [clean_prompt(p) for p in prompts]
+        encoded = [self._cache.get(p, lambda p=p: self._encode_one(p, device)) for p in cleaned]
         padded = [nn.functional.pad(e, (0, 0, 0, self.max_length - len(e))) for e in encoded]
         return torch.stack(padded), torch.tensor([len(e) for e in encoded])
 
     def _encode_one(self, prompt: str, device: torch.device) -> Tensor:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
         ids = resolve(self._tokenizer)(prompt, add_special_tokens=True, return_tensors="pt").input_ids
         length = ids.shape[1]
         if length > self.max_length:
@@ -75,8 +71,4 @@ class TextEncodingStage(Stage):
             )
         ids = ids.to(device)
         with torch.no_grad():
-            embeds = resolve(self._text_encoder)(ids, torch.ones_like(ids)).last_hidden_state[0]  # [n, D]
-        self._cache[prompt] = embeds
-        if len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
-        return embeds
+            return resolve(self._text_encoder)(ids, torch.ones_like(ids)).last_hidden_state[0]  # [n, D]
