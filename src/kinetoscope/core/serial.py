@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -67,7 +67,11 @@ def _function_of(owner: nn.Module, method: str) -> Callable[..., Any]:
         return getattr(type(owner), method)
     if isinstance(own, MethodType) and own.__self__ is owner:
         return own.__func__
-    return lambda _, *args, **kwargs: own(*args, **kwargs)
+
+    def call(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    return call
 
 
 def _locked(function: Callable[..., Any], component: nn.Module) -> Callable[..., Any]:
@@ -84,7 +88,7 @@ def _locked(function: Callable[..., Any], component: nn.Module) -> Callable[...,
 
 def _serialize_tokenizer(tokenizer: Any) -> None:
     """Give the tokenizer a class of the same name whose calls take turns: Python looks `__call__` up in the class."""
-    kind = type(tokenizer)
+    kind = cast(Any, type(tokenizer))
     if hasattr(kind, _MARK):
         return
 

@@ -85,7 +85,8 @@ class Loras:
     @property
     def loras(self) -> dict[str, Lora]:
         """name -> LoRA, in the order of loading."""
-        return {name: lora for name, (lora, _) in self._loaded.items()}
+        with self._lock:
+            return {name: lora for name, (lora, _) in self._loaded.items()}
 
     def records(self) -> list[dict[str, Any]]:
         """What loads the same again, as JSON."""
