@@ -39,9 +39,9 @@ def test_files_that_are_none(targets: dict[str, Target], tmp_path: Path) -> None
     whole = path.read_bytes()
     for size in (0, 7, 100, len(whole) - 5):
         path.write_bytes(whole[:size])
-        refused(path, targets, "truncated or not a safetensors file")
+        refused(path, targets, f"{path} is", "safetensors", "download it again")
     (tmp_path / "a.pt").write_bytes(b"x")
-    refused(tmp_path / "a.pt", targets, "may run code")
+    refused(tmp_path / "a.pt", targets, "which can run code when they are read", "convert them: python -c")
     refused(write(tmp_path / "b.safetensors", {}), targets, "no tensors")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,46 @@ def test_experts(tiny_experts: Path, files: dict[str, Path]) -> None:
     near(latents(opened), latents(expected), base)
 
 
+@pytest.mark.parametrize(
+    ("header", "scales"),
+    [
+        ({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer_2.lora_alpha": 1}, (2, 0.5)),
+        ({"transformer_2.lora_alpha": 1}, (1, 0.5)),
+        ({"transformer.lora_alpha": 8}, (2, 1)),
+        ({"lora_alpha": 4}, (1, 2)),  # without a prefix: for both
+        ({"transformer_2.lora_alpha": 1, "transformer_2.use_rslora": True}, (1, 0.5**0.5)),
+        (
+            {
+                "transformer.lora_alpha": 8,
+                "transformer_2.lora_alpha": 1,
+                "transformer_2.alpha_pattern": {r"attn\d\.to_q": 6, "ffn.net.2": 6},
+            },
+            (2, 0.5),
+        ),
+    ],
+)  # fmt: skip
+def test_scales_of_each_expert_are_those_of_its_part_of_the_header(
+    tiny_experts: Path, tmp_path: Path, header: dict[str, Any], scales: tuple[float, float]
+) -> None:
+    content = tensors("diffusers", PAIRS["one"]) | tensors("diffusers-2", PAIRS["two"])
+    file = write(tmp_path / "a.safetensors", content, {"lora_adapter_metadata": json.dumps(header)})
+    generator = VideoGenerator.from_pretrained(tiny_experts, device="cpu", lora=file)
+    plain = VideoGenerator.from_pretrained(tiny_experts, device="cpu")
+    pattern = header.get("transformer_2.alpha_pattern", {})
+    for name, scale, pairs in zip(("transformer", "transformer_2"), scales, PAIRS.values(), strict=True):
+        ours, before = (g.pipeline.get_module(name).state_dict() for g in (generator, plain))
+        for layer, delta in deltas(pairs).items():
+            own = 3.0 if name == "transformer_2" and any(re.search(p, layer) for p in pattern) else scale
+            assert torch.allclose(ours[layer] - before[layer], own * delta, atol=1e-5), (layer, own)
+
+
+def test_header_of_one_expert_refuses_dora_by_name(tiny_experts: Path, tmp_path: Path) -> None:
+    content = tensors("diffusers", PAIRS["one"]) | tensors("diffusers-2", PAIRS["two"])
+    header = {"lora_adapter_metadata": json.dumps({"transformer_2.use_dora": True})}
+    with pytest.raises(ModelLoadError, match="DoRA is not supported"):
+        VideoGenerator.from_pretrained(tiny_experts, lora=write(tmp_path / "a.safetensors", content, header))
+
+
 # -- records, command line, bad values --------------------------------------------------------------------------------
 
 
@@ -273,6 +315,7 @@ def test_unmatched_keys_are_logged(generator: VideoGenerator, tmp_path: Path, ca
         lora = generator.load_lora(write(tmp_path / "a.safetensors", content))
     assert lora.unmatched == ("lora_te_x.alpha",)
     assert "1 of 61 keys" in caplog.text and "lora_te_x.alpha" in caplog.text
+    assert "1 of them change a text encoder" in caplog.text
 
 
 def test_bad_values_change_nothing(generator: VideoGenerator, files: dict[str, Path], tmp_path: Path) -> None:

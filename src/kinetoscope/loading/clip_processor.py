@@ -16,4 +16,4 @@ def _load(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) 
     return CLIPImageProcessorPil.from_pretrained(model.folder(name), local_files_only=True)
 
 
-register_component("CLIPProcessor", _load)
+register_component("CLIPProcessor", _load, weights=False)

@@ -18,7 +18,16 @@ from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
 from kinetoscope.loading.directory import ModelDir
 from kinetoscope.loading.lora import Target
 from kinetoscope.loading.lora_keys import Rename
-from kinetoscope.loading.weights import KeyMap, load_weights, rename_key, tensor_names, tensor_shapes, weight_files
+from kinetoscope.loading.weights import (
+    KeyMap,
+    check_headers,
+    check_unquantized,
+    load_weights,
+    read_headers,
+    rename_key,
+    tensor_shapes,
+    weight_files,
+)
 
 Loader = Callable[[ModelDir, str, torch.dtype, torch.device], Any]
 Place = Callable[[nn.Module, ShardPlan], Share | None]
@@ -28,19 +37,26 @@ ANY_CLASS = ("AutoTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 """Names of tokenizers that say nothing of their kind."""
 _LOADERS: dict[str, Loader] = {}
 _EMPTY: dict[str, Callable[[ModelDir, str], nn.Module]] = {}
+_WITHOUT_WEIGHTS: set[str] = set()
+"""Classes of tokenizers, processors and schedulers."""
 _PLANS: dict[str, ShardPlan] = {}
 """Classes that can be shared out among devices; their loaders take a keyword `place`."""
 _NAMES: dict[str, tuple[KeyMap, Rename]] = {}
 """Class of a transformer -> how weights are named that are stored otherwise, and how LoRA files name them."""
 
 
-def register_component(class_name: str, loader: Loader, plan: ShardPlan | None = None) -> None:
+def register_component(class_name: str, loader: Loader, plan: ShardPlan | None = None, *, weights: bool = True) -> None:
     """Say how components of a class are loaded: (model, component name, dtype, device) -> component.
 
     Args:
+        class_name: as published in model_index.json.
+        loader: loads the component.
         plan: how devices can share its weights; the loader then takes `place`, a `Place`, by keyword.
+        weights: whether such components have weights, whose files can be checked before they are loaded.
     """
     _LOADERS[class_name] = loader
+    if not weights:
+        _WITHOUT_WEIGHTS.add(class_name)
     if plan is not None:
         _PLANS[class_name] = plan
 
@@ -75,7 +91,7 @@ def register_transformer(
     def empty(model: ModelDir, name: str) -> nn.Module:
         folder = model.folder(name)
         there = optional and any(folder.glob("*.safetensors*"))  # a directory of configurations alone tells nothing
-        found = tensor_names(weight_files(folder)) if there else []
+        found = read_headers(weight_files(folder)) if there else {}
         present = {f: True for f, part in (optional or {}).items() if any(part in key.split(".") for key in found)}
         config = read_config({**model.config(name), **present})
         with torch.device("meta"):
@@ -155,6 +171,28 @@ def load_component(
     return component if class_name in _EMPTY else serialize_calls(component)
 
 
+def check_files(model: ModelDir, name: str) -> None:
+    """Refuse a component whose files cannot be loaded, as far as their headers say; no weights are read.
+
+    Of our own transformers the names, shapes and types of all tensors are checked, of other components that there are
+    files, that they are whole, and that they are not quantized.
+
+    Raises:
+        ModelLoadError: see `weight_files`, `read_headers` and `check_headers`.
+        ConfigError: the configuration cannot be read.
+    """
+    class_name = model.components().get(name, "")
+    if class_name not in _LOADERS or class_name in _WITHOUT_WEIGHTS:
+        return
+    model.config(name)
+    folder = model.folder(name)
+    headers = read_headers(weight_files(folder))
+    if (module := empty_transformer(model, name)) is None:
+        check_unquantized(folder, headers, headers)
+    else:
+        check_headers(module, folder, headers, partial(rename_key, key_map=_NAMES[class_name][0]))
+
+
 def _load_vae(model: ModelDir, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
 
@@ -207,6 +245,6 @@ def _load_scheduler(model: ModelDir, name: str, dtype: torch.dtype, device: torc
 
 register_component("AutoencoderKLWan", _load_vae)
 for _tokenizer in ("T5Tokenizer", "T5TokenizerFast", "AutoTokenizer"):
-    register_component(_tokenizer, load_tokenizer)
+    register_component(_tokenizer, load_tokenizer, weights=False)
 for _scheduler in SCHEDULERS.values():
-    register_component(_scheduler, _load_scheduler)
+    register_component(_scheduler, _load_scheduler, weights=False)

@@ -28,4 +28,4 @@ def _load_scheduler(model: ModelDir, name: str, dtype: torch.dtype, device: torc
 
 
 register_component("AutoencoderKLCosmos", _load_vae)
-register_component("EDMEulerScheduler", _load_scheduler)
+register_component("EDMEulerScheduler", _load_scheduler, weights=False)

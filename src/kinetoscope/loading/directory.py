@@ -13,6 +13,7 @@ from typing import Any
 
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import SamplingParams
+from kinetoscope.loading.weight_formats import UNQUANTIZED
 from kinetoscope.reference import embedded_models
 
 INDEX = "model_index.json"
@@ -186,10 +187,14 @@ class ModelDir:
         """The component's parsed configuration.
 
         Raises:
-            ModelLoadError: missing, not JSON, or the configuration of another class than the index names.
+            ModelLoadError: missing, not JSON, of quantized weights, or the configuration of another class than the
+                index names.
         """
         file, expected = self.config_file(component), self.components()[component]
         config = read_json(file)
+        if quantized := config.get("quantization_config"):
+            kind = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else quantized
+            raise ModelLoadError(f"{file}: the weights of {component} are quantized by {kind}; {UNQUANTIZED}")
         own = config.get("_class_name") or config.get("architectures") or expected
         if expected not in (own if isinstance(own, list) else [own]):
             raise ModelLoadError(f"{file} describes {own!r}, but {INDEX} says that {component} is {expected!r}")

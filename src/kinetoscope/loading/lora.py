@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError, ModelLoadError
 from kinetoscope.core.lora import Change, Full, LowRank
 from kinetoscope.loading.directory import file_digest, read_json
 from kinetoscope.loading.lora_keys import STYLES, TWO, Key, Names, Rename, parse_key, refused_kind
+from kinetoscope.loading.not_models import INDEX, LORA_FILES
+from kinetoscope.loading.weight_formats import describe_other_file
+from kinetoscope.loading.weights import is_finite, opened, read_headers, read_tensors
 
 SHOWN = 4
 """Keys that a message names; the rest is counted."""
-FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""What PEFT and diffusers save into a folder."""
 PEFT_CONFIG = "adapter_config.json"
 BOTH = "both"
 """Stands for both transformers of a model with two."""
@@ -79,10 +79,11 @@ def read_lora(path: str | Path, targets: Mapping[str, Target], component: str | 
         ConfigError: `component` is needed, unknown, or contradicts the file.
     """
     file = _resolve(path)
-    tensors, metadata = _read(file)
-    keys = [parse_key(text) for text in tensors]
-    config = _peft_config(file, metadata)
+    metadata = read_header(file)
+    keys = _keys(file)
+    scalings = {second: _scaling(file, metadata, second) for second in {key.second for key in keys}}
     places = _places(file, keys, targets, component)
+    tensors = _read(file)
     changes: dict[str, dict[str, tuple[Change, ...]]] = {}
     used: set[str] = set()
     for second, components in places.items():
@@ -90,8 +91,8 @@ def read_lora(path: str | Path, targets: Mapping[str, Target], component: str | 
         for key in keys:
             if key.second == second and key.kind is not None:
                 layers.setdefault(key.layer, {})[key.kind] = key
-        for name in components:
-            finder = _Finder(file, tensors, config, targets[name])
+        for name in components if layers else ():
+            finder = _Finder(file, tensors, scalings[second], targets[name])
             changes[name] = finder.changes(layers)
             used |= finder.used
     unmatched = tuple(text for text in tensors if text not in used)
@@ -125,15 +126,8 @@ def read_header(path: str | Path) -> dict[str, str]:
         ModelLoadError: there is no such file, or it is damaged.
     """
     file = _resolve(path)
-    try:
-        with safe_open(file, "pt", device="cpu") as content:
-            return dict(content.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> ModelLoadError:
-    return ModelLoadError(f"{file} is truncated or not a safetensors file ({error}); download it again")
+    with opened(file) as content:
+        return dict(content.metadata() or {})
 
 
 class _Finder:
@@ -250,54 +244,74 @@ def _is_number(value: Any) -> bool:
 def _resolve(path: str | Path) -> Path:
     file = Path(path).expanduser().absolute()
     if file.is_dir():
-        inside = next((file / name for name in FOLDER_FILES if (file / name).is_file()), None)
+        inside = next((file / name for name in LORA_FILES if (file / name).is_file()), None)
+        if inside is None and (file / INDEX).is_file():
+            raise ModelLoadError(f"{file} is a model, not a LoRA, which changes one; give it as the model (--model)")
         if inside is None:
-            raise ModelLoadError(f"{file} is a folder without {' or '.join(FOLDER_FILES)}; name the LoRA's file")
+            raise ModelLoadError(f"{file} is a folder without {' or '.join(LORA_FILES)}; name the LoRA's file")
         return inside
     if not file.is_file():
         raise ModelLoadError(f"there is no LoRA file {file}")
     if file.suffix != ".safetensors":
-        raise ModelLoadError(f"{file} is not a .safetensors file; other formats may run code when they are read")
+        raise ModelLoadError(f"{file} is not a .safetensors file{describe_other_file(file)}")
     return file
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, finite and of kinds that we apply, and the header's metadata."""
-    try:
-        with safe_open(file, "pt", device="cpu") as content:
-            metadata = dict(content.metadata() or {})
-            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
-    if not tensors:
+def _keys(file: Path) -> list[Key]:
+    """Return the keys of a file, from its header: a file that is no LoRA is refused before its tensors are read.
+
+    Raises:
+        ModelLoadError: the file is damaged, holds no tensors or whole weights, or is of a kind that is not supported.
+    """
+    headers = read_headers([file])
+    keys = [parse_key(text) for text in headers]
+    if not keys:
         raise ModelLoadError(f"{file} holds no tensors")
+    for text, header in headers.items():
+        if (kind := refused_kind(text)) is not None:
+            raise ModelLoadError(f"{file}: {text} is of {kind}, which is not supported; only LoRA and plain deltas are")
+        if header.dtype[:1] in "IUB" and header.dtype != "BF16" and not text.endswith(".alpha"):
+            raise ModelLoadError(f"{file}: {text} has dtype {header.dtype}; a LoRA has floating-point numbers")
+    if all(key.kind is None for key in keys):
+        raise ModelLoadError(
+            f"{file} holds no key of a LoRA ({_some(list(headers))}); whole weights are a model, which is given as the "
+            f"model (--model) in diffusers layout. Keys of a LoRA are, for instance, {STYLES}"
+        )
+    return keys
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """Read all tensors; each is finite."""
+    tensors = {stored.key: stored.tensor for stored in read_tensors([file])}
     for key, value in tensors.items():
-        if (kind := refused_kind(key)) is not None:
-            raise ModelLoadError(f"{file}: {key} is of {kind}, which is not supported; only LoRA and plain deltas are")
-        if not value.is_floating_point() and not key.endswith(".alpha"):
-            raise ModelLoadError(f"{file}: {key} has dtype {value.dtype}; a LoRA has floating-point numbers")
-        if not torch.isfinite(value.float()).all():
+        if not is_finite(value):
             raise ModelLoadError(f"{file}: {key} holds NaN or infinity; the file is damaged or its training failed")
-    return tensors, metadata
+    return tensors
 
 
 def _has_config(file: Path) -> bool:
-    return file.name == FOLDER_FILES[0] and (file.parent / PEFT_CONFIG).is_file()
+    return file.name == LORA_FILES[0] and (file.parent / PEFT_CONFIG).is_file()
 
 
-def _peft_config(file: Path, metadata: Mapping[str, str]) -> _Scaling:
-    """PEFT's configuration: beside its file, or as diffusers writes it into the header."""
+def _scaling(file: Path, metadata: Mapping[str, str], second: bool) -> _Scaling:
+    """Return the scales of the keys of one transformer: PEFT's configuration lies beside its file, and diffusers writes
+    one for each transformer into the header ("transformer.r", "transformer_2.r"; without a prefix: for both)."""
     config: dict[str, Any] = {}
     if _has_config(file):
         config = read_json(file.parent / PEFT_CONFIG)
     elif "lora_adapter_metadata" in metadata:
         try:
             told: dict[str, Any] = json.loads(metadata["lora_adapter_metadata"])
-            config = {name.removeprefix("transformer."): value for name, value in told.items()}
+            plain = {name: value for name, value in told.items() if "." not in name}
+            prefix = f"{TWO}." if second else "transformer."
+            own = {name.removeprefix(prefix): value for name, value in told.items() if name.startswith(prefix)}
+            config = {**plain, **own}
         except (ValueError, AttributeError) as error:
             raise ModelLoadError(f"{file}: lora_adapter_metadata in its header is not readable ({error})") from error
     if config.get("use_dora"):
         raise ModelLoadError(f"{file}: use_dora is set; DoRA is not supported")
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ModelLoadError(f"{file}: peft_type={kind!r} of its configuration; only LORA is supported")
     return _Scaling(file, config)
 
 

@@ -61,6 +61,7 @@ _REFUSED = (
     (re.compile(r"\.(oft_blocks|oft_diag|oft_R)"), "OFT"),
     (re.compile(r"\.(set_weight|reshape_weight)$"), "replaced weights"),
 )
+_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d)?\.|lora_te\d?_|cond_stage_model\.)")
 MASKS = 1 << 10
 """Ways to read the underscores of a kohya name that are tried at most."""
 
@@ -104,6 +105,11 @@ def parse_key(text: str) -> Key:
 def refused_kind(text: str) -> str | None:
     """What a key is of that we do not apply, or None."""
     return next((name for pattern, name in _REFUSED if pattern.search(text)), None)
+
+
+def names_text_encoder(text: str) -> bool:
+    """Return whether a key is of a text encoder (diffusers, kohya and ComfyUI name it in the prefix)."""
+    return _TEXT_ENCODER.match(text) is not None
 
 
 class Names:

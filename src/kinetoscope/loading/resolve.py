@@ -10,6 +10,7 @@ from kinetoscope.core.config import settings
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.spec import nearest
 from kinetoscope.loading.directory import INDEX, ModelDir, find_layout
+from kinetoscope.loading.not_models import describe_file, describe_folder
 from kinetoscope.reference import embedded_models
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -48,11 +49,9 @@ def resolve_model(name_or_path: str | Path, published: Iterable[str] = ()) -> Mo
 
 def _checked(path: Path, name: str) -> ModelDir:
     if not path.is_dir():
-        raise ModelLoadError(f"{path} is a file; give the directory that holds {INDEX}")
+        raise ModelLoadError(describe_file(path))
     if not (path / INDEX).is_file() and find_layout(path) is None:
-        inner = sorted(p.parent.name for p in path.glob(f"*/{INDEX}"))
-        hint = f"; did you mean {path / inner[0]}?" if inner else ""
-        raise ModelLoadError(f"{path} has no {INDEX}, so it is not a model in diffusers layout{hint}")
+        raise ModelLoadError(describe_folder(path))
     return ModelDir(path, name)
 
 

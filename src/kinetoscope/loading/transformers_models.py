@@ -10,7 +10,8 @@ from torch import nn
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.loading.components import check_class, load_tokenizer, register_component
 from kinetoscope.loading.directory import ModelDir
-from kinetoscope.loading.weights import SHOWN
+from kinetoscope.loading.weight_files import weight_files, weight_variant
+from kinetoscope.loading.weights import SHOWN, check_unquantized, read_headers
 
 
 def register_transformers_model(class_name: str) -> None:
@@ -26,9 +27,12 @@ def register_transformers_model(class_name: str) -> None:
         transformers.utils.logging.disable_progress_bar()  # the command line shows its own
         folder = model.folder(name)
         model.config(name)  # refuses a directory of another class
+        headers = read_headers(weight_files(folder))  # transformers would load pickles without a word
         module, report = getattr(transformers, class_name).from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            use_safetensors=True, variant=weight_variant(folder, "model"),
+        )  # fmt: skip
+        check_unquantized(folder, headers, report["unexpected_keys"])
         # transformers would fill the first two with random numbers
         if missing := sorted(report["missing_keys"]):
             raise ModelLoadError(f"{folder} does not fit {class_name}: missing {', '.join(missing[:SHOWN])}")
@@ -45,7 +49,7 @@ def register_transformers_model(class_name: str) -> None:
 
 def register_tokenizer(class_name: str) -> None:
     """Say that components of `class_name` are tokenizers."""
-    register_component(class_name, load_tokenizer)
+    register_component(class_name, load_tokenizer, weights=False)
 
 
 def register_image_processor(class_name: str) -> None:
@@ -57,4 +61,4 @@ def register_image_processor(class_name: str) -> None:
         check_class(model, name, "preprocessor_config.json", "image_processor_type")
         return getattr(transformers, class_name).from_pretrained(model.folder(name), local_files_only=True)
 
-    register_component(class_name, load)
+    register_component(class_name, load, weights=False)

@@ -19,7 +19,7 @@ from kinetoscope.core.lora import Weighted
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.components import lora_target
 from kinetoscope.loading.lora import BOTH, SHOWN, LoraFile, Target, read_lora
-from kinetoscope.loading.lora_keys import TWO
+from kinetoscope.loading.lora_keys import TWO, names_text_encoder
 from kinetoscope.loading.lora_sampling import LoraSampling, SampledDir, sampled_as
 from kinetoscope.nn.lora import carrier_of
 from kinetoscope.pipelines.composed import ComposedPipeline
@@ -116,6 +116,8 @@ class Loras:
             )
         if file.unmatched:
             more = f" and {len(file.unmatched) - SHOWN} more" if len(file.unmatched) > SHOWN else ""
+            if text := [key for key in file.unmatched if names_text_encoder(key)]:
+                more += f"; {len(text)} of them change a text encoder, and LoRAs of text encoders are not applied"
             logger.warning(
                 "LoRA %s: %d of %d keys fit no parameter of the model and do nothing: %s%s",
                 file.path, len(file.unmatched), len(file.unmatched) + file.matched,

@@ -55,6 +55,7 @@ def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: 
     """The request, resolved and checked for a model.
 
     Raises:
+        ModelLoadError: the files of a component that is not loaded yet cannot be loaded.
         InputError: a field is out of range.
         OutputError: an output cannot be written.
     """
@@ -62,6 +63,7 @@ def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: 
     plan = request.plan(defaults, pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
                         continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
     pipeline.check(plan.params)
+    pipeline.check_files()
     return plan
 
 

@@ -60,6 +60,7 @@ def session_batch(
     common = {k: v for k, v in fields.items() if k not in own}
     request = VideoRequest(UNREAD if prompt is None else prompt, **common, extra=own)
     plan = request.plan(defaults, pipeline.geometry, pipeline.inputs, pipeline.extra_defaults)
+    pipeline.check_files()
     given: dict[str, Any] = dict(plan.given())
     return ForwardBatch(
         plan.params,
