@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kinetoscope.core.errors import InputError, KinetoscopeError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.pipelines.stages.validation import VideoGeometry, check_params
+from kinetoscope.runtime.output_names import file_stem
 from kinetoscope.runtime.request import VideoRequest
 
 DEFAULTS = SamplingParams(
@@ -46,7 +47,7 @@ def test_a_request_is_accepted_or_refused_in_words(fields: dict[str, Any]) -> No
     assert len(plan.prompts) == len(plan.seeds) == len(plan.negative_prompts) == len(plan.paths) > 0
     assert all(isinstance(p, str) and p.strip() for p in plan.prompts)
     assert all(isinstance(p, str) for p in plan.negative_prompts)
-    assert all(0 <= s < 2**63 for s in plan.seeds)
+    assert all(0 <= s < 2**32 for s in plan.seeds)
 
 
 @given(st.integers(-40, 4000), st.integers(-40, 4000), st.integers(-4, 400))
@@ -82,4 +83,11 @@ def test_any_prompt_gives_a_plain_file_name(prompt: str, other: str) -> None:
     except InputError:
         return
     for path in plan.paths:
-        assert isinstance(path, Path) and path.parent == Path("outputs") and path.name.isascii()
+        assert isinstance(path, Path) and path.parent == Path("outputs") and len(path.name.encode()) < 160
+        assert not set(path.name) & set(' /\\:*?"<>|\0\n') and path.name[0].isdigit()
+
+
+@given(st.text(max_size=200), st.text(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_different_prompts_have_different_file_names(prompt: str, other: str) -> None:
+    assert (file_stem(prompt) == file_stem(other)) == (prompt == other)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from kinetoscope.core.errors import InputError
 from kinetoscope.diffusion.noise import NoiseSource
+from kinetoscope.pipelines.stages.validation import check_text
 
 
 def test_first_draw_is_that_of_diffusers() -> None:
@@ -28,3 +30,19 @@ def test_forks_are_reproducible_distinct_and_leave_the_parent_alone() -> None:
     assert torch.equal(source.fork(1).draw((64,)), draws[1])
     assert torch.equal(source.draw((64,)), NoiseSource([1]).draw((64,)))
     assert all(0 <= s < 2**63 for s in source.fork(5).seeds)
+
+
+def test_accepted_seeds_that_differ_have_different_noise() -> None:
+    """torch's CPU generator reads 32 bits of a seed, so larger ones are refused, with the one that they would equal."""
+    accepted: list[int] = []
+    for seed in (0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40, 2**63 - 1):
+        try:
+            check_text("a prompt", seed)
+        except InputError as error:
+            same = int(str(error).partition("; seed=")[2].split()[0])
+            assert torch.equal(NoiseSource([seed]).draw((4,)), NoiseSource([same]).draw((4,)))
+        else:
+            accepted.append(seed)
+    assert accepted == [0, 1, 2**31, 2**32 - 1]
+    draws = [noise.draw((4,)) for s in accepted for noise in (NoiseSource([s]), NoiseSource([s]).fork(3))]
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])

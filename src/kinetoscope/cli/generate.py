@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kinetoscope.cli.progress import RunProgress, leads
     from kinetoscope.runtime.generator import VideoGenerator
-    from kinetoscope.runtime.request import output_paths
+    from kinetoscope.runtime.output_names import output_paths
 
     generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args), **device_fields(args))
     fields: dict[str, Any] = {

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.cli.progress import leads
     from kinetoscope.media import VideoWriter
     from kinetoscope.runtime.generator import VideoGenerator
-    from kinetoscope.runtime.request import output_paths
+    from kinetoscope.runtime.output_names import output_paths
 
     path = output_paths(args.output, [args.prompt or NAME], [args.seed], one=True)[0]
     assert path is not None

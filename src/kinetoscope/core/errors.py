@@ -5,6 +5,20 @@ A message says what was wrong, where, and what to do. The command line prints it
 
 from __future__ import annotations
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlong = 40
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it: its `repr`, cut where it is long."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return f"a whole number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
 
 class KinetoscopeError(Exception):
     """Base of all errors raised on purpose. `str(error)` is one line, fit to show to a user."""

@@ -29,7 +29,8 @@ class NoiseSource:
     """Noise of one run: one generator for each sample.
 
     Args:
-        seeds: one seed a sample, each in [0, 2**63).
+        seeds: one seed a sample. torch's CPU generator reads their low 32 bits, so requests may not have larger ones
+            (`pipelines.stages.validation.MAX_SEED`); `fork` reads all of a seed.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:

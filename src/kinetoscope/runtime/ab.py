@@ -22,9 +22,9 @@ from kinetoscope.pipelines.presets import pipeline_class
 from kinetoscope.reference import embedded_models
 from kinetoscope.runtime.device import dtype_name
 from kinetoscope.runtime.generator import GenerationResult, RunEvent, VideoGenerator
+from kinetoscope.runtime.output_names import slug
 from kinetoscope.runtime.peak import PeakMemory
 from kinetoscope.runtime.record import versions
-from kinetoscope.runtime.request import slug
 from kinetoscope.runtime.settings import Configuration, known_options, parse_configuration
 from kinetoscope.worlds import get_world
 

@@ -217,7 +217,7 @@ class VideoGenerator(HasExecutor, HasLoras):
             fps: frames a second of the file.
             num_inference_steps: denoising steps.
             guidance_scale: w in u + w (c - u); 1 switches guidance off.
-            seed: one for all, or one each, in [0, 2**63).
+            seed: one for all, or one each, in [0, 2**32).
             latents: starting noise [C, T, H, W], or [B, C, T, H, W] for several prompts, instead of the seed's.
             output_path: where to write: an .mp4 file; or a directory, which gets one file a prompt; or one path each.
             on_event: called with every stage and step event.

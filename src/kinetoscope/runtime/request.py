@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,16 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinetoscope.core.errors import InputError
+from kinetoscope.core.errors import InputError, shown
 from kinetoscope.core.spec import nearest
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.hooks import Hook, StepTraceHook
-from kinetoscope.media import Array, Clip, Picture, check_output, fit_picture, load_clip, load_picture
+from kinetoscope.media import Array, Clip, Picture, fit_picture, load_frames, load_picture
 from kinetoscope.pipelines.stages.validation import VideoGeometry, check_params, check_text
+from kinetoscope.runtime.output_names import output_paths
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T", str, int)
 DEFAULT_STRENGTH = 0.8
 """How much of a given video is noised unless the request says otherwise, as in diffusers' video-to-video pipelines."""
+MAX_GIVEN = 4096
+"""Frames of a video to continue that are read at most."""
+_SAMPLING = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "guidance_rescale",
+             "guidance", "flow_shift", "scheduler")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +70,17 @@ class VideoRequest:
         continues: bool = False,
         follows: bool = False,
     ) -> VideoPlan:
-        """What to make, fully resolved and checked.
+        """Return what to make, fully resolved and checked.
+
+        The length of a given video that is not continued is the default of `num_frames`: the nearest length that the
+        model can make and that is at most the video's own.
 
         Args:
             defaults: of the model.
             geometry: of the model.
             inputs: what the model takes beside the prompt, and whether it must be given.
             extra_defaults: the family's own parameters with their defaults.
-            continues: a given video is carried on, so all of it is read; else it is the start that is noised by
+            continues: a given video is carried on, so its end is read; else it is the start that is noised by
                 `strength`, and `num_frames` of it are read.
             follows: a given video is neither: it says frame by frame what to make, and `num_frames` of it are read.
 
@@ -79,28 +88,11 @@ class VideoRequest:
             InputError: a field is out of range or of the wrong kind.
             OutputError: an output path cannot be written.
         """
-        params = SamplingParams(
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            fps=self.fps,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            guidance_rescale=self.guidance_rescale,
-            guidance=self.guidance,
-            flow_shift=self.flow_shift,
-            scheduler=self.scheduler,
-            guidance_scale_2=self._second_scale(defaults),
-            strength=self._strength(inputs or {}, continues or follows),
-            extra=_known_extra(self.extra, extra_defaults or {}),
-        ).over(defaults)
-        if extra_defaults:  # below what the model's own defaults say
-            params = params.over(SamplingParams(extra=dict(extra_defaults)))
-            _check_switches(params.extra or {}, extra_defaults)
+        params = self._params(defaults, inputs or {}, extra_defaults or {}, kept=continues or follows)
         check_params(params, geometry)
         one = isinstance(self.prompt, str)
         if not isinstance(self.prompt, (str, list, tuple)):
-            raise InputError(f"prompt={self.prompt!r} is neither text nor a list of texts")
+            raise InputError(f"prompt={shown(self.prompt)} is neither text nor a list of texts")
         prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
         if not prompts:
             raise InputError("the list of prompts is empty")
@@ -109,21 +101,45 @@ class VideoRequest:
         negatives = _one_each("negative_prompt", negative, len(prompts))
         for prompt, unwanted, seed in zip(prompts, negatives, seeds, strict=True):
             check_text(prompt, seed, unwanted)
-        if self.batch_size is not None and not (type(self.batch_size) is int and self.batch_size > 0):
-            raise InputError(f"batch_size={self.batch_size!r} is not a positive whole number")
+        size = _plain(self.batch_size)
+        if size is not None and not (type(size) is int and size > 0):
+            raise InputError(f"batch_size={shown(self.batch_size)} is not a positive whole number")
         self._check_inputs(inputs or {})
+        paths = output_paths(self.output_path, prompts, seeds, one=one)
+        video = None
+        if self.video is not None and continues:
+            video = _end_of(self.video, params)
+        elif self.video is not None:
+            video, length = _start_of(self.video, params, geometry if self.num_frames is None else None)
+            params = replace(params, num_frames=length)
         return VideoPlan(
             params,
             prompts,
             negatives,
             seeds,
             _with_batch(self.latents, len(prompts)),
-            output_paths(self.output_path, prompts, seeds, one=one),
+            paths,
             [*self.hooks, *([StepTraceHook()] if self.trace else [])],
             _pictures("image", self.image, len(prompts), params),
             _pictures("last_image", self.last_image, len(prompts), params),
-            _video(self.video, len(prompts), params, whole=continues),
+            None if video is None else video.expand(len(prompts), -1, -1, -1, -1),
         )
+
+    def _params(
+        self, defaults: SamplingParams, inputs: Mapping[str, bool], extra_defaults: Mapping[str, Any], *, kept: bool
+    ) -> SamplingParams:
+        """Return the sampling parameters over the model's defaults; numbers of numpy become Python's."""
+        given = {name: _plain(getattr(self, name)) for name in _SAMPLING}
+        params = SamplingParams(
+            **given,
+            guidance_scale_2=self._second_scale(defaults),
+            strength=self._strength(inputs, kept),
+            extra=_known_extra(self.extra, extra_defaults),
+        ).over(defaults)
+        if extra_defaults:  # below what the model's own defaults say
+            params = params.over(SamplingParams(extra=dict(extra_defaults)))
+            _check_switches(params.extra or {}, extra_defaults)
+        return params
 
     def _second_scale(self, defaults: SamplingParams) -> float | None:
         """Of a second expert: as given, else as the given first."""
@@ -198,7 +214,7 @@ def _check_switches(extra: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     """Refuse what is neither true nor false where a family's parameter is one of them: any text would be true."""
     for name, default in defaults.items():
         if type(default) is bool and type(extra.get(name)) is not bool:
-            raise InputError(f"{name}={extra.get(name)!r} is neither true nor false")
+            raise InputError(f"{name}={shown(extra.get(name))} is neither true nor false")
 
 
 def _to_tensor(frames: list[Array]) -> Tensor:
@@ -220,23 +236,55 @@ def _pictures(
     return _to_tensor(fitted * (count // len(fitted)))
 
 
-def _video(value: Clip | None, count: int, params: SamplingParams, *, whole: bool) -> Tensor | None:
-    """[B, 3, T, H, W] in [-1, 1] at the request's size, whole or its first `num_frames`; the same for all prompts."""
-    if value is None:
-        return None
-    assert params.height and params.width and params.num_frames
-    frames = load_clip(value, None if whole else params.num_frames)
-    if not whole and len(frames) < params.num_frames:
-        raise InputError(f"the video has {len(frames)} frames and num_frames={params.num_frames} are asked for")
-    tensor = _to_tensor([fit_picture(f, params.height, params.width) for f in frames])
-    return tensor.transpose(0, 1).unsqueeze(0).repeat(count, 1, 1, 1, 1)
+def _start_of(value: Clip, params: SamplingParams, geometry: VideoGeometry | None) -> tuple[Tensor, int]:
+    """Return the beginning of a video, [1, 3, T, H, W] in [-1, 1] at the request's size and rate, and T.
+
+    Args:
+        value: the video.
+        params: of the request; T is its `num_frames`.
+        geometry: of the model, where T is to be the nearest length that is at most the video's own.
+    """
+    assert params.height and params.width and params.num_frames and params.fps
+    limit = None if geometry else params.num_frames
+    frames = load_frames(value, params.height, params.width, fps=params.fps, limit=limit)
+    length = geometry.longest(len(frames)) if geometry else params.num_frames
+    if len(frames) < length:
+        raise InputError(
+            f"the video has {len(frames)} frames and num_frames={length} are asked for; leave num_frames out to take "
+            "as many as the video has"
+        )
+    if length != params.num_frames:
+        logger.info(
+            "num_frames=%d: the given video has %d frames at %g a second; give num_frames= for another length",
+            length, len(frames), params.fps,
+        )  # fmt: skip
+    return _to_tensor(frames[:length]).transpose(0, 1).unsqueeze(0), length
+
+
+def _end_of(value: Clip, params: SamplingParams) -> Tensor:
+    """Return the end of a video to continue, [1, 3, T, H, W] in [-1, 1] at the request's size and rate: as many frames
+    as a model may be given, which is less than it makes or what a parameter of its family says."""
+    assert params.height and params.width and params.num_frames and params.fps
+    last = max([params.num_frames, *(v for v in (params.extra or {}).values() if type(v) is int)])
+    frames = load_frames(value, params.height, params.width, fps=params.fps, last=min(last, MAX_GIVEN))
+    return _to_tensor(frames).transpose(0, 1).unsqueeze(0)
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of numpy as Python's, also in a list; anything else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        return value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _one_each(name: str, value: T | Sequence[T], count: int) -> list[T]:
+    value = _plain(value)
     if isinstance(value, (str, int)):
         return cast(list[T], [value] * count)
     if not isinstance(value, Sequence):
-        raise InputError(f"{name}={value!r} is neither one value nor a list of them")
+        raise InputError(f"{name}={shown(value)} is neither one value nor a list of them")
     if len(value) != count:
         raise InputError(f"{count} prompts but {len(value)} values for {name}; give one for all or one each")
     return list(value)
@@ -254,53 +302,3 @@ def _with_batch(latents: Tensor | None, count: int) -> Tensor | None:
             "give [C, T, H, W] for one prompt or [B, C, T, H, W]"
         )
     return latents
-
-
-def slug(prompt: str, limit: int = 48) -> str:
-    """A file name made of the prompt's letters and digits, whole words up to `limit` characters."""
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    if len(name) > limit:
-        name = name[: limit + 1].rpartition("-")[0] or name[:limit]
-    return name or "video"
-
-
-def output_paths(
-    output: str | Path | Sequence[str | Path] | None,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    one: bool,
-) -> list[Path | None]:
-    """Where each video goes; None for those that are not written.
-
-    Args:
-        output: a file (with a suffix, for `one` video), a directory, or one path each.
-        one: whether a single video was asked for, not a list of one.
-
-    Raises:
-        InputError: a list of paths of the wrong length, or the same file twice.
-        OutputError: a path cannot be written.
-    """
-    if output is None:
-        return [None] * len(prompts)
-    if isinstance(output, (str, Path)):
-        if one and Path(output).suffix:
-            paths = [Path(output)]
-        elif Path(output).suffix and not Path(output).is_dir():
-            raise InputError(f"output {output} is one file for {len(prompts)} videos; give a directory")
-        else:
-            names = [f"{slug(p)}-{s}" for p, s in zip(prompts, seeds, strict=True)]
-            if not one:
-                names = [f"{i:0{len(str(len(prompts) - 1))}d}-{n}" for i, n in enumerate(names)]
-            paths = [Path(output) / f"{n}.mp4" for n in names]
-    elif isinstance(output, (list, tuple)) and all(isinstance(p, (str, Path)) for p in output):
-        paths = [Path(p) for p in output]
-    else:
-        raise InputError(f"output_path={output!r} is neither a path nor a list of paths")
-    if len(paths) != len(prompts):
-        raise InputError(f"{len(prompts)} prompts but {len(paths)} output paths")
-    if len(set(paths)) != len(paths):
-        raise InputError("two videos would be written to the same file")
-    for path in paths:
-        check_output(path)
-    return list(paths)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kinetoscope.core.errors import InputError
+from kinetoscope.core.errors import InputError, shown
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.guidance import Guidance
 from kinetoscope.diffusion.solver import solver_names
@@ -17,7 +17,8 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_SHIFT = 100.0
 MAX_FPS = 240.0
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**32 - 1
+"""torch's CPU generator reads 32 bits of a seed: above, seeds would share the noise of smaller ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ class VideoGeometry:
         size = self.latent_size(num_frames, height, width)
         return math.prod(n // p for n, p in zip(size, self.patch, strict=True))
 
+    def longest(self, num_frames: int) -> int:
+        """Return the greatest number of frames that the model can make and that is at most `num_frames`."""
+        step = self.temporal * self.patch[0]
+        return 1 + step * min((num_frames - 1) // step, self.max_positions - 1)
+
     def check(self, params: SamplingParams) -> None:
         """Refuse a size that does not divide into tokens; the message names the nearest sizes that do.
 
@@ -82,9 +88,9 @@ def _check_grid(name: str, value: int | None, step: int, offset: int, largest: i
     smallest = offset or step
     rule = f"a multiple of {step}" if offset == 0 else f"{offset} + a multiple of {step}"
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{name}={value!r} is not a whole number; it must be {rule}")
+        raise InputError(f"{name}={shown(value)} is not a whole number; it must be {rule}")
     if not smallest <= value <= largest:
-        raise InputError(f"{name}={value} is outside [{smallest}, {largest}]; it must be {rule}")
+        raise InputError(f"{name}={shown(value)} is outside [{smallest}, {largest}]; it must be {rule}")
     if (value - offset) % step:
         below = value - (value - offset) % step
         near = [str(v) for v in (below, below + step) if smallest <= v <= largest]
@@ -94,9 +100,9 @@ def _check_grid(name: str, value: int | None, step: int, offset: int, largest: i
 def _check_number(name: str, value: object, low: float, high: float, *, whole: bool = False, hint: str = "") -> None:
     kind = int if whole else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool) or value != value:
-        raise InputError(f"{name}={value!r} is not a {'whole ' if whole else ''}number")
+        raise InputError(f"{name}={shown(value)} is not a {'whole ' if whole else ''}number")
     if not low <= value <= high:
-        raise InputError(f"{name}={value} is outside [{low:g}, {high:g}]{hint}")
+        raise InputError(f"{name}={shown(value)} is outside [{low:g}, {high:g}]{hint}")
 
 
 def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
@@ -111,7 +117,7 @@ def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
     _check_number("guidance_rescale", 0.0 if params.guidance_rescale is None else params.guidance_rescale, 0, 1)
     if params.guidance is not None:
         if not isinstance(params.guidance, str):
-            raise InputError(f"guidance={params.guidance!r} is not text such as 'cfg-zero' or 'apg:eta=0'")
+            raise InputError(f"guidance={shown(params.guidance)} is not text such as 'cfg-zero' or 'apg:eta=0'")
         Guidance.make(2.0, 0.0, params.guidance)
     _check_number("fps", params.fps, 1, MAX_FPS)
     if params.guidance_scale_2 is not None:
@@ -121,25 +127,26 @@ def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
     if params.flow_shift is not None:
         _check_number("flow_shift", params.flow_shift, 0.01, MAX_SHIFT)
     if params.scheduler is not None and params.scheduler not in solver_names():  # a list takes unhashable values
-        raise InputError(f"unknown scheduler {params.scheduler!r}; known: {', '.join(solver_names())}")
+        raise InputError(f"unknown scheduler {shown(params.scheduler)}; known: {', '.join(solver_names())}")
 
 
 def check_text(prompt: object, seed: object, negative_prompt: object = "") -> None:
     """Refuse a prompt or seed of the wrong kind.
 
     Raises:
-        InputError: a prompt is not text, the prompt is empty, or the seed is no integer in [0, 2**63).
+        InputError: a prompt is not text, the prompt is empty, or the seed is no integer in [0, 2**32).
     """
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
-            raise InputError(f"{name}={text!r} is not text")
+            raise InputError(f"{name}={shown(text)} is not text")
         if any("\ud800" <= c <= "\udfff" for c in text):  # what bytes of the command line become that are not UTF-8
-            raise InputError(f"{name}={text!r} is not valid Unicode text; write it in UTF-8")
+            raise InputError(f"{name}={shown(text)} is not valid Unicode text; write it in UTF-8")
     assert isinstance(prompt, str)
     if not prompt.strip():
         raise InputError("the prompt is empty; describe the video in a sentence")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
-        raise InputError(f"seed={seed!r} is not a whole number in [0, 2**63)")
+        same = f"; seed={seed % 2**32} starts from the same noise" if type(seed) is int and seed > MAX_SEED else ""
+        raise InputError(f"seed={shown(seed)} is not a whole number in [0, 2**32){same}")
 
 
 class InputValidationStage(Stage):
