@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from distributed.ranks import run_ranks
 from kinetoscope import VideoGenerator
 from kinetoscope.core.config import read_launch
 from kinetoscope.core.errors import CompositionError, ConfigError, InputError, ModelLoadError, RunCancelled
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.engine.hooks import Hook
+from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.loading import resolve_model
 from kinetoscope.parallel import Groups
+from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.runtime.executors import processes
 from kinetoscope.runtime.executors.base import ExecutorSpec, replica_shares
 from kinetoscope.runtime.executors.pool import Pool
 from kinetoscope.runtime.executors.ranks import rank_generator
 from kinetoscope.runtime.executors.torchrun import Torchrun
+from kinetoscope.runtime.replay import replay
 from pipelines.test_causal_wan import make_directory
 from tiny import make_tiny_wan
 
@@ -62,6 +67,71 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
 def starts(generator: VideoGenerator) -> int:
     assert isinstance(generator.executor, Pool)
     return sum(g.starts for g in generator.executor.gangs)
+
+
+# -- what a program changes -------------------------------------------------------------------------------------------
+
+
+class Watching(Hook):
+    name = "watching"
+
+
+class Doubled(Stage):
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        return batch
+
+
+def replace_strategy(pipeline: Any) -> None:
+    pipeline.stages["denoising"].strategy_cls = type("Other", (StandardStrategy,), {})
+
+
+def scale_weights(pipeline: Any) -> None:
+    next(pipeline.get_module("transformer").parameters()).data.mul_(2)
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "stage added": (lambda p: p.add_stage("doubled", Doubled(), after="latents"), "stage 'doubled' \\(added\\)"),
+    "stage replaced": (lambda p: p.add_stage("latents", Doubled()), "stage 'latents' \\(replaced\\)"),
+    "stage set": (lambda p: p.stages.update(latents=Doubled()), "stage 'latents' \\(replaced\\)"),
+    "stage removed": (lambda p: p.stages.pop("latents"), "stage 'latents' \\(removed\\)"),
+    "stages in another order": (lambda p: setattr(p, "stages", dict(reversed(p.stages.items()))), "the order of"),
+    "method of a stage": (lambda p: setattr(p.stages["latents"], "forward", print), "forward of stage 'latents'"),
+    "strategy": (replace_strategy, "strategy_cls of stage 'denoising'"),
+    "hooks": (lambda p: setattr(p, "hooks", (Watching(),)), "pipeline.hooks \\(watching\\)"),
+    "arguments": (lambda p: setattr(p, "args", replace(p.args, cfg="batched")), "pipeline.args"),
+    "listener": (lambda p: p.load_listeners.append(print), "pipeline.load_listeners"),
+    "weights": (scale_weights, "weights of 'transformer'"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_change_of_a_pipeline_is_refused_by_name_when_workers_run_it(
+    wan: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes are not started: what this process refuses must not depend on them."""
+    monkeypatch.setattr("kinetoscope.runtime.generator.open_pool", lambda *args: object.__new__(Pool))
+    monkeypatch.setattr(Pool, "name", "processes", raising=False)
+    generator = VideoGenerator.from_pretrained(wan, device="cpu", executor="processes")
+    if name == "weights":
+        generator.pipeline.get_module("transformer")  # to look is no change
+        assert generator.pipeline.changes(weights=True) == []
+    change, message = CHANGES[name]
+    change(generator.pipeline)
+    with pytest.raises(CompositionError, match=f"{message}.* and executor='processes' cannot be used together"):
+        generator.generate_video(RED, **ASKED)
+
+
+def test_unchanged_pipeline_has_no_changes_after_a_run(here: VideoGenerator) -> None:
+    result = here.generate_video(RED, **ASKED)
+    assert here.pipeline.changes() == [] and result.record["changed"] == []
+
+
+def test_video_of_a_changed_pipeline_is_not_replayed(wan: Path, tmp_path: Path) -> None:
+    generator = VideoGenerator.from_pretrained(wan, device="cpu")
+    generator.pipeline.add_stage("doubled", Doubled(), after="latents")
+    generator.generate_video(RED, output_path=tmp_path / "a.mp4", **ASKED)
+    with pytest.raises(InputError, match=r"a pipeline that a program had changed.*stage 'doubled'"):
+        replay(tmp_path / "a.mp4")
 
 
 # -- the same ---------------------------------------------------------------------------------------------------------

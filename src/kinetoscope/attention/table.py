@@ -25,6 +25,7 @@ from kinetoscope.attention.roles import Role
 from kinetoscope.attention.sparse.base import SparseAttention
 from kinetoscope.attention.sparse.kinds import SPARSE, make_sparse
 from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.core.protocols import check_call
 from kinetoscope.core.spec import unknown
 
 Refuse = Callable[[str, torch.dtype], str | None]
@@ -88,8 +89,12 @@ def register_backend(
         key_bias: whether it adds `key_bias`; one that does not is refused for roles that may carry one.
 
     Raises:
-        ConfigError: the name is "auto", that of a built-in backend or of a sparse kind.
+        ConfigError: the name is "auto", that of a built-in backend or of a sparse kind; a function takes other
+            arguments.
     """
+    check_call(backend, math_attention, f"attention backend {name!r}", ConfigError)
+    if refuse is not None:
+        check_call(refuse, _serves, f"attention backend {name!r}, refuse", ConfigError)
     if name == "auto" or name in BUILT_IN or name in SPARSE:
         raise ConfigError(f"attention: the backend name {name!r} is taken; choose another")
     if set(name) & set(":;=,"):

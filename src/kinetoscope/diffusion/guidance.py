@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +41,30 @@ class GuidanceMemory:
         if index == 0 or self.owner is not guidance:
             self.owner, self.average, self.delta, self.agreed = guidance, None, None, False
         return self
+
+
+class GuidanceRule(Protocol):
+    """What the engine and its hooks ask of a run's guidance."""
+
+    @property
+    def scale(self) -> float:
+        """The scale, for the trace."""
+        ...
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches that some step may evaluate, in row order."""
+        ...
+
+    def needed(self, index: int, count: int, memory: GuidanceMemory) -> tuple[str, ...]:
+        """Return the branches that step `index` of `count` evaluates, in row order."""
+        ...
+
+    def combine(
+        self, predictions: Mapping[str, Tensor], index: int, count: int, memory: GuidanceMemory | None
+    ) -> Tensor:
+        """Return one prediction [B, ...] float32 from the prediction of each branch [B, ...]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from kinetoscope.core.context import ForwardContext, StepInfo, forward_context
 from kinetoscope.core.errors import CompositionError
+from kinetoscope.core.protocols import check_protocol
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.diffusion.guidance import GuidanceRule
 from kinetoscope.engine.hooks.base import Hook, Interceptor, arrange
 from kinetoscope.engine.protocols import (
     BlockContext,
@@ -28,6 +30,7 @@ from kinetoscope.engine.protocols import (
     ModelInputs,
     Step,
     StrategyState,
+    wanted_protocol,
 )
 from kinetoscope.engine.rows import plan_rows
 
@@ -44,10 +47,11 @@ class DenoisingEngine:
         hooks: observers and interceptors; they fire in the order each declares, whatever the order given here.
 
     Raises:
-        CompositionError: two hooks conflict, or one is given twice.
+        CompositionError: two hooks conflict, or one is given twice; the strategy or a hook lacks a method.
     """
 
     def __init__(self, strategy: DenoisingStrategy, hooks: Sequence[Hook] = ()) -> None:
+        check_protocol(strategy, wanted_protocol(strategy), "strategy")
         self.strategy = strategy
         self.hooks = arrange(hooks)
         self.interceptors = [h for h in self.hooks if isinstance(h, Interceptor)]
@@ -126,6 +130,7 @@ class DenoisingEngine:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def _run(self, state: StrategyState, body: Iterator[Any]) -> Generator[Any, None, None]:
+        check_protocol(state.guidance, GuidanceRule, f"guidance of {type(self.strategy).__name__}")
         with ExitStack() as ends:  # every started hook ends, even when another one's end fails
             ends.callback(state.scratch.clear)
             for hook in self.hooks:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from kinetoscope.core.protocols import has_any
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise
 from kinetoscope.diffusion.guidance import Guidance, GuidanceMemory
 from kinetoscope.diffusion.scheduler import ScheduleRun
@@ -307,3 +308,9 @@ class PromptedStrategy(Protocol):
     def reprompt(self, state: StrategyState) -> None:
         """Let the blocks from now on follow the prompt embeddings that are in the batch now."""
         ...
+
+
+def wanted_protocol(strategy: object) -> type:
+    """Return the protocol that a strategy, or a class of them, must have: of blocks if it has any of their methods."""
+    in_blocks = has_any(strategy, BlockDenoisingStrategy, DenoisingStrategy)
+    return BlockDenoisingStrategy if in_blocks else DenoisingStrategy

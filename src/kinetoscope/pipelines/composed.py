@@ -13,12 +13,12 @@ import torch
 from kinetoscope.core.errors import ConfigError, InputError, ModelLoadError
 from kinetoscope.core.serial import serialize_calls
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
-from kinetoscope.engine.hooks.base import Hook
+from kinetoscope.engine.hooks.base import Hook, arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.loading import ModelDir, load_component
 from kinetoscope.loading.components import Place, check_files
 from kinetoscope.pipelines.lazy import Lazy
-from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.base import Stage, Stages
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
 
@@ -53,6 +53,14 @@ class ComponentCare(Protocol):
 
     def stage_ended(self) -> None:
         """Called when a stage of a run is done."""
+        ...
+
+
+class Changes(Protocol):
+    """Compares a pipeline with how it was opened (`pipelines.changes`)."""
+
+    def changes(self, *, weights: bool = False) -> list[str]:
+        """Return what a program changed since, one phrase each."""
         ...
 
 
@@ -108,7 +116,7 @@ class ComposedPipeline:
     ) -> None:
         self.model = model
         self.args = args
-        self.hooks = tuple(hooks)
+        self._hooks = arrange(hooks)
         self._care = care
         given = dict(modules or {})
         missing = [n for n in self.required if n not in given and n not in model.components()]
@@ -120,6 +128,7 @@ class ComposedPipeline:
             n: Lazy(self._loader(n), partial(care.need, n) if care else None) for n in {*model.components(), *given}
         }
         self.given = tuple(given)
+        self.snapshot: Changes | None = None
         self._checked: set[str] = set()
         self.load_listeners: list[Callable[[str, Any], None]] = []
         for name, module in given.items():
@@ -127,7 +136,7 @@ class ComposedPipeline:
                 serialize_calls(module)
             self._modules[name] = Lazy(lambda module=module: module)
             self._modules[name].peek()
-        self.stages: dict[str, Stage] = {}
+        self._stages = Stages()
         self.create_stages()
         self._needed = frozenset(name for name, stage in self.stages.items() if not stage.optional)
         self.tasks = self._own_tasks()  # pyright: ignore[reportAttributeAccessIssue] - the class's, narrowed
@@ -217,6 +226,10 @@ class ComposedPipeline:
             InputError: says how many there can be.
         """
 
+    def changes(self, *, weights: bool = False) -> list[str]:
+        """Return what a program changed on this pipeline since a generator opened it (`PipelineSnapshot.changes`)."""
+        return self.snapshot.changes(weights=weights) if self.snapshot else []
+
     # -- modules ------------------------------------------------------------------------------------------------------
 
     def lazy(self, name: str) -> Lazy[Any]:
@@ -266,11 +279,33 @@ class ComposedPipeline:
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """Name -> stage, in the order in which they run; to set one refuses what lacks a method of `Stage`."""
+        return self._stages
+
+    @stages.setter
+    def stages(self, stages: Mapping[str, Stage]) -> None:
+        self._stages = Stages(stages)
+
+    @property
+    def hooks(self) -> tuple[Hook, ...]:
+        """Engine hooks of every run in the order in which they fire; to set them changes the runs that start later."""
+        return self._hooks
+
+    @hooks.setter
+    def hooks(self, hooks: Sequence[Hook]) -> None:
+        self._hooks = arrange(hooks)
+        for stage in self._stages.values():
+            if isinstance(stage, DenoisingStage):
+                stage.hooks = self._hooks
+
     def add_stage(self, name: str, stage: Stage, *, before: str | None = None, after: str | None = None) -> None:
         """Add a stage at the end, or before or after another; a stage of the same name is replaced where it stands.
 
         Raises:
             ConfigError: the stage named by `before` or `after` does not exist.
+            CompositionError: the stage lacks a method of `Stage`.
         """
         if name in self.stages and before is None and after is None:
             self.stages[name] = stage

@@ -18,6 +18,7 @@ from kinetoscope.loading import ModelDir
 from kinetoscope.media import Clip, Picture
 from kinetoscope.parallel import Groups
 from kinetoscope.pipelines.catalogue import find_model
+from kinetoscope.pipelines.changes import PipelineSnapshot
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.device import resolve_device
@@ -60,6 +61,7 @@ class VideoGenerator(HasExecutor, HasLoras):
         self._loras = Loras(pipeline)
         self.options["lora"] = self._loras.records()
         self.executor: Executor = InProcess(pipeline, self._loras, groups)
+        pipeline.snapshot = PipelineSnapshot(pipeline)
 
     @classmethod
     def from_pretrained(
@@ -159,6 +161,7 @@ class VideoGenerator(HasExecutor, HasLoras):
         if spec.name in POOLS:
             kept = {**given, "scheduler": scheduler, "lora": generator.options["lora"]}
             args = pipeline.args
+            pipeline.snapshot = PipelineSnapshot(pipeline, weights=True)
             generator.executor = open_pool(spec, layout, model, args.device, args.dtype, kept, threads)
         return generator
 
@@ -327,7 +330,7 @@ class VideoGenerator(HasExecutor, HasLoras):
                 raise InputError(f"blocks={blocks!r} is not a positive whole number")
             self.pipeline.check_blocks(batch, blocks)
         if isinstance(self.executor, Pool):
-            check_pool(self.executor.name, fields.get("hooks") or (), None)
+            check_pool(self.executor.name, fields.get("hooks") or (), None, self._changes())
             order = {"prompt": prompt, "blocks": blocks, "fields": dict(fields), "lora": list(self.options["lora"])}
             return partial(RemoteSession, self.executor, order, on_event)
         return lambda: Session(self.pipeline, batch, self.options, on_event, self._loras.run())
@@ -335,4 +338,10 @@ class VideoGenerator(HasExecutor, HasLoras):
     def _run(self, request: VideoRequest) -> Generator[RunEvent, None, list[GenerationResult]]:
         plan = plan_request(self.pipeline, self.defaults(), request)
         size = request.batch_size or usual_batch_size(self.pipeline, plan.params)
+        if isinstance(self.executor, Pool):
+            check_pool(self.executor.name, request.hooks, None, self._changes())
         return self.executor.run(Job(plan, size, self.options, request.trace, request.preview))
+
+    def _changes(self) -> list[str]:
+        """Return what this program changed on the pipeline; LoRAs change weights too, and workers have them."""
+        return self.pipeline.changes(weights=not self.loras)

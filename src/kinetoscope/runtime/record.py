@@ -79,6 +79,7 @@ def make_record(
             for h in [*pipeline.hooks, *batch.hooks]
             if isinstance(h, Interceptor) and h.name != cache and not h.from_options
         ],
+        "changed": pipeline.changes(),
         "versions": versions(),
         "frames_sha256": digest or frames_digest(batch.frames[index]),
     }

@@ -56,6 +56,11 @@ def replay(
     if outside := [*record["given"], *digests]:
         names = ", ".join(outside)
         raise InputError(f"{path} was made with {names} of the request, which the file does not hold")
+    if changed := record.get("changed"):
+        raise InputError(
+            f"{path} was made with a pipeline that a program had changed, and the file does not hold how: "
+            f"{', '.join(changed)}"
+        )
     if record["interceptors"]:
         names = ", ".join(record["interceptors"])
         raise InputError(f"{path} was made with hooks of a program, which the file does not hold: {names}")

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from kinetoscope.core.types import ForwardBatch, SamplingParams
+from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.media import write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
@@ -58,11 +59,13 @@ def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: 
         ModelLoadError: the files of a component that is not loaded yet cannot be loaded.
         InputError: a field is out of range.
         OutputError: an output cannot be written.
+        CompositionError: a hook of the call lacks a method, or conflicts with another one.
     """
     follows = "control" in pipeline.tasks
     plan = request.plan(defaults, pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
                         continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
     pipeline.check(plan.params)
+    arrange([*pipeline.hooks, *plan.hooks])
     pipeline.check_files()
     return plan
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kinetoscope.core.errors import CompositionError
+from kinetoscope.core.protocols import check_protocol, check_spelling
 from kinetoscope.engine.protocols import BlockContext, ModelInputs, Step, StrategyState
 
 Forward = Callable[[StrategyState, ModelInputs], Tensor]
@@ -61,12 +62,32 @@ class Interceptor(Hook):
         return lambda state, inputs: self.around_forward(call, state, inputs)
 
 
+def check_hook(hook: Hook) -> None:
+    """Refuse a hook that would not be called as its author means.
+
+    Raises:
+        CompositionError: it lacks a method of `Hook` (or `Interceptor`) or has one of another signature; a name looks
+            like a misspelt method; it has `around_forward` and is no `Interceptor`.
+    """
+    kind = type(hook)
+    role = f"hook {getattr(hook, 'name', '') or kind.__name__!r}"
+    intercepts = hasattr(hook, "around_forward")
+    check_protocol(hook, Interceptor if intercepts else Hook, role)
+    if intercepts and not isinstance(hook, Interceptor):
+        raise CompositionError(f"{role}: {kind.__name__} has around_forward and is no Interceptor; derive it from one")
+    for base in kind.__mro__:
+        if base not in (Hook, Interceptor, object):
+            check_spelling(base, Interceptor, "on_", role)
+
+
 def arrange(hooks: Sequence[Hook]) -> tuple[Hook, ...]:
     """`hooks` in firing order.
 
     Raises:
-        CompositionError: one is given twice, or two conflict; the message names both.
+        CompositionError: one is given twice, two conflict (the message names both), or one lacks a method of `Hook`.
     """
+    for hook in hooks:
+        check_hook(hook)
     ordered = tuple(sorted(hooks, key=lambda h: h.order))
     for i, first in enumerate(ordered):
         for second in ordered[i + 1 :]:

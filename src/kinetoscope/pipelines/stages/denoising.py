@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import KinetoscopeError
+from kinetoscope.core.protocols import check_factory
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
 from kinetoscope.engine.batching import StepBatcher
 from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.hooks.base import Hook, Interceptor
-from kinetoscope.engine.protocols import DenoisingStrategy, Event
+from kinetoscope.engine.protocols import DenoisingStrategy, Event, wanted_protocol
 from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
@@ -44,9 +45,19 @@ class DenoisingStage(Stage):
         self._transformer = transformer
         self._scheduler = scheduler
         self.strategy_cls = strategy_cls
-        self.hooks = tuple(hooks)
+        self.hooks: tuple[Hook, ...] = tuple(hooks)
         self._transformer_2 = transformer_2
         self.boundary = boundary
+
+    @property
+    def strategy_cls(self) -> Callable[[DenoisingStage], DenoisingStrategy]:
+        """What makes the strategy of a run from this stage; to set a class refuses one that lacks a method."""
+        return self._strategy_cls
+
+    @strategy_cls.setter
+    def strategy_cls(self, strategy_cls: Callable[[DenoisingStage], DenoisingStrategy]) -> None:
+        check_factory(strategy_cls, wanted_protocol, "strategy_cls")
+        self._strategy_cls = strategy_cls
 
     @property
     def transformer(self) -> Any:

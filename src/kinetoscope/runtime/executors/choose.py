@@ -48,8 +48,15 @@ def choose_executor(executor: str | None, config: ParallelConfig) -> ExecutorSpe
     return spec
 
 
-def check_pool(executor: str, hooks: Sequence[Any], modules: Mapping[str, Any] | None) -> None:
+def check_pool(
+    executor: str, hooks: Sequence[Any], modules: Mapping[str, Any] | None, changes: Sequence[str] = ()
+) -> None:
     """Refuse what other processes cannot have.
+
+    Args:
+        executor: name of the executor.
+        hooks, modules: given when the model is opened, or with a request.
+        changes: what the program changed on the pipeline of this process (`ComposedPipeline.changes`).
 
     Raises:
         CompositionError: names both.
@@ -60,6 +67,12 @@ def check_pool(executor: str, hooks: Sequence[Any], modules: Mapping[str, Any] |
                 f"{name}= and executor={executor!r} cannot be used together: the model runs in other processes, which "
                 "do not have the objects of this one"
             )
+    if changes:
+        raise CompositionError(
+            f"{', '.join(changes)} and executor={executor!r} cannot be used together: the model runs in other "
+            "processes, which opened it without what this program changed; use executor='in-process' or 'torchrun', or "
+            "put the change into a pipeline class of a module that they import (imports=, --import)"
+        )
 
 
 def open_pool(
