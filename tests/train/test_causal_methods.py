@@ -338,6 +338,28 @@ def test_gradients_are_those_of_full_backpropagation(name: str) -> None:
         assert every is not None and (every - grads[0]["proj_out.weight"]).abs().max() > 1e-2, "it must leave out some"
 
 
+@pytest.mark.parametrize("name", ["random steps", "window of gradients", "rolling past"])
+def test_rollouts_recompute_blocks_when_checkpointing_is_set(name: str) -> None:
+    """Gradients are equal; each block of a pass with a gradient is computed once more, in the backward pass."""
+    case, weight = CASES[name], draw(2, SIZE[0], FRAMES, *SIZE[1:], seed=9)
+    grads: list[dict[str, Tensor]] = []
+    computed: list[list[int]] = []
+    for checkpointing in (False, True):
+        student, calls, counts = causal(local_attn_size=case.window), [0], list[int]()
+        student.checkpointing = checkpointing
+        for block in student.transformer.blocks:
+            block.register_forward_pre_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+        made = roll_out(student, batch_of(), SETTINGS, case.exits, SEEDS)
+        counts.append(calls[0])
+        (made * weight).sum().backward()
+        computed.append([*counts, calls[0] - counts[0]])
+        grads.append({n: p.grad for n, p in student.transformer.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+    layers, with_gradient = len(student.transformer.blocks), 3 - case.exits.gradient_start // 2
+    assert computed == [[computed[0][0], 0], [computed[0][0], layers * with_gradient]]
+
+
 def test_losses_of_self_forcing() -> None:
     """Gradients stay in the role that is updated; exits are drawn as asked."""
     roles = {"student": causal(), "critic": wan(2, trainable=True), "teacher": wan(1)}
@@ -408,3 +430,5 @@ def test_what_does_not_fit() -> None:
         TeacherForcingSettings(resample_passes=1)
     with pytest.raises(ConfigError, match=r"chunk=2: the chunks of a causal student are its blocks"):
         make_method(DiffusionForcingSettings(chunk=2), {"student": causal()})
+    with pytest.raises(ConfigError, match="gradient_frames=1: no whole block"):
+        exits_of(SelfForcing({"student": causal(), **others}, settings_of(gradient_frames=1)), 0)

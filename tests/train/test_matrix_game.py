@@ -113,6 +113,22 @@ def test_whole_videos_and_their_blocks_agree() -> None:
     assert (everything - whole).abs().max() > 1e-3, "the foundation model sees the future"
 
 
+def test_rollouts_have_the_same_gradients_when_blocks_are_recomputed() -> None:
+    """Also where a block remembers actions: the second computation writes the same values to the same places."""
+    batch, grads, recomputed = batch_of(), list[dict[str, Tensor]](), list[int]()
+    for checkpointing in (False, True):
+        model = role(trainable=True)
+        model.checkpointing = checkpointing
+        made = roll_out(model, batch, SelfForcingSettings(steps=STEPS, warp=True), Exits([1, 0, 2]), SEEDS)
+        for block in model.transformer.blocks:
+            block.register_forward_pre_hook(lambda *_: recomputed.append(1))
+        made.square().sum().backward()
+        grads.append({n: p.grad for n, p in model.transformer.named_parameters() if p.grad is not None})
+    assert len(recomputed) == len(model.transformer.blocks) * FRAMES // BLOCK
+    assert grads[0].keys() == grads[1].keys() and any("action" in name for name in grads[0])
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
 def test_rollouts_are_the_engines_own_and_have_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the last step of every block: the very latents of sampling. Stopped early: in closed form the gradient of what
     is added to the flow of each exit step."""

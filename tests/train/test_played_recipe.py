@@ -133,7 +133,10 @@ WORLD = WorldSection(name="maze", height=32, width=32, num_frames=13, fps=16)
 
 def source(opened: Opened, folder: Path, **settings: Any) -> PlayedSource:
     section = {"world": WORLD, "batch": 3, "clips": 5, "basis_clips": 2, "cache": str(folder), "latents": "basis"}
-    made = make_source(PlayedData(source="played", **{**section, **settings}), SourceContext(opened, folder))
+    section |= settings
+    if section["latents"] != "basis":
+        del section["basis_clips"]
+    made = make_source(PlayedData(source="played", **section), SourceContext(opened, folder))
     assert isinstance(made, PlayedSource)
     return made
 

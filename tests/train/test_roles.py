@@ -107,6 +107,23 @@ def test_gradients_go_through_the_block_at_hand(only: str) -> None:
     torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_with_a_past_are_recomputed_when_checkpointing_is_set() -> None:
+    batch, zero, s = batch_of(), torch.zeros(2, 2), torch.full((2, 2), 0.6)
+    grads: list[list[Tensor]] = []
+    for checkpointing in (False, True):
+        role, calls = causal(trainable=True, checkpointing=checkpointing), [0]
+        role.transformer.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+        role.predict_streaming(batch.latents[:, :, :2], zero, batch, cur_start_frame=0, store_kv=True)
+        out = role.predict_streaming(batch.latents[:, :, 2:4], s, batch, cur_start_frame=2)
+        role.predict_streaming(batch.latents[:, :, 2:4], zero, batch, cur_start_frame=2, store_kv=True)
+        assert out is not None and calls == [3]
+        out.square().sum().backward()
+        assert calls == [3 + checkpointing]
+        grads.append([p.grad for p in role.transformer.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_caches_have_tags_and_a_past() -> None:
     role, batch = causal(), batch_of()
     block, s = batch.latents[:, :, :2], torch.zeros(2, 2)

@@ -286,6 +286,16 @@ class Writer:
         ("loop.step=3", "unknown key loop.step; did you mean steps"),
         ("precision=bfloat16", "unknown key precision; did you mean loop.precision"),
         ("models.other={init_from: x, lora: {}}", "models.other has a lora but is not trainable"),
+        ("models.other={init_from: x, checkpointing: true}", "models.other has checkpointing but is not trainable"),
+        ("models.other={init_from: x, optimizer: {learning_rate: 1}}", "models.other has an optimizer but is not"),
+        ("models.other={init_from: x}", r"finetune does not use models\.other; leave it out \(its roles are: student"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
+        ("export.defaults.steps=4", "unknown sampling parameter steps; .*num_inference_steps"),
+        ("callbacks.validation={every: 1, params: {size: 4}}", "unknown sampling parameter size"),
+        ("method.mode_scale=1.0", "mode_scale=1.0 has no effect without sampling=mode"),
+        ("method={name: finetune, sampling: uniform, logit_std: 2}", "logit_std=2.0 has no effect without sampling="),
+        ("data.whitening=0.5", "whitening=0.5 has no effect without latents=basis"),
+        ("data.latents=none", "data.source=world gives prompts without latents, and method finetune learns from"),
     ],
 )
 def test_recipe_mistakes_are_explained(tmp_path: Path, override: str, says: str) -> None:
@@ -298,6 +308,14 @@ def test_roles_and_methods_that_do_not_go_together(model: Path, tmp_path: Path) 
     missing = {"models": {k: v for k, v in sections["models"].items() if k != "teacher"}}
     with pytest.raises(ConfigError, match=r"method toy needs models\.teacher"):
         Trainer(load_post_recipe(write_recipe(tmp_path / "a", model, **sections | missing)), tmp_path)
-    frozen = load_post_recipe(write_recipe(tmp_path / "b", model, **sections), ["models.critic.trainable=false"])
-    with pytest.raises(ConfigError, match=r"updates models\.critic; set its trainable"):
-        Trainer(frozen, tmp_path).step(0)
+    path = write_recipe(tmp_path / "b", model, **sections)
+    for override, says in (
+        ("models.critic.trainable=false", r"updates models\.critic; set its trainable"),
+        (
+            "loop.steps=1",
+            r"models\.student is trainable, and method toy does not update it in any of the loop\.steps=1",
+        ),
+        ("models.teacher.trainable=true", r"models\.teacher is trainable, and method toy does not update it"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            Trainer(load_post_recipe(path, [override]), tmp_path)

@@ -29,7 +29,8 @@ def opened() -> Opened:
 
 
 def source(opened: Opened, folder: Path, **settings: Any) -> WorldSource:
-    section = WorldData(source="world", world=WORLD, batch=3, clips=4, basis_clips=2, cache=str(folder), **settings)
+    basis = {"basis_clips": 2} if settings.get("latents") == "basis" else {}
+    section = WorldData(source="world", world=WORLD, batch=3, clips=4, cache=str(folder), **basis, **settings)
     made = make_source(section, SourceContext(opened, folder))
     assert isinstance(made, WorldSource)
     return made

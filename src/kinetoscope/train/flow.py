@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kinetoscope.core.errors import ConfigError
 from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.noise import randn
@@ -76,8 +75,6 @@ class FlowTask:
         text_encoder: nn.Module,
         seed: int,
     ) -> None:
-        if too_long := [k.frames for k in section.batches if k.frames > world.num_frames]:
-            raise ConfigError(f"transformer.batches of {too_long[0]} frames from clips of {world.num_frames}")
         self.section = section
         self.latents, self.scale = latents, scale  # of a latent channel in pixels [C]
         self.temporal = (world.num_frames - 1) // max(latents.shape[2] - 1, 1)  # frames a latent frame

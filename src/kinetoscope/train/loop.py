@@ -65,8 +65,10 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def learning_rate(section: OptimizerSection, step: int) -> float:
-    """Linear warm-up, then cosine decay to `final_fraction` of the highest, in every cycle."""
+    """Return the learning rate of a step: linear warm-up, then cosine decay to `final_fraction` of the highest, in
+    every cycle; after the last cycle it stays at the value that the cycle ended with."""
     begin, end = section.cycle(step)
+    step = min(step, end)
     warm = min(1.0, (step - begin + 1) / max(section.warmup, 1))
     cosine = 0.5 * (1 + math.cos(math.pi * (step - begin) / (end - begin)))
     return section.learning_rate * warm * (section.final_fraction + (1 - section.final_fraction) * cosine)

@@ -14,8 +14,8 @@ from kinetoscope.parallel import ParallelConfig
 from kinetoscope.reference import embedded_models
 from kinetoscope.train.causalize import CausalSection
 from kinetoscope.train.data import DataSection, source_class
-from kinetoscope.train.methods import MethodSettings, method_class
-from kinetoscope.train.recipe import OptimizerSection, Positive, Section, read_recipe, validated
+from kinetoscope.train.methods import MethodSettings, check_roles, method_class
+from kinetoscope.train.recipe import OptimizerSection, Positive, SamplingFields, Section, read_recipe, validated
 from kinetoscope.train.roles import Uncond
 
 STUDENT = "student"
@@ -23,7 +23,10 @@ STUDENT = "student"
 
 
 class RoleOptimizer(OptimizerSection):
-    """As `OptimizerSection`; the schedule is that of the loop unless `steps` says otherwise."""
+    """As `OptimizerSection`; the schedule is as long as the loop unless `steps` says otherwise.
+
+    A shorter schedule leaves the learning rate at its last value for the rest of the loop, a longer one is cut off.
+    """
 
     steps: int = Field(default=0, ge=0)
 
@@ -54,7 +57,7 @@ class ModelSection(Section):
         attention: "dense", or a sparse kind with its settings ("vsa:sparsity=0.8").
         shift: of noise levels; None: that of the family.
         uncond: what the unconditional branch reads.
-        checkpointing: recompute blocks in the backward pass, for less memory.
+        checkpointing: recompute blocks in the backward pass, for less memory, in rollouts with a cache too.
         compile: generate fused kernels of the blocks (`torch.compile`), for less time; the first updates take a minute.
         lora: train low-rank changes of it alone.
         optimizer: its own, in place of the recipe's.
@@ -114,7 +117,7 @@ class ValidationSection(Section):
 
     every: int = Field(default=0, ge=0)
     videos: Positive = 8
-    params: dict[str, Any] = Field(default_factory=dict)
+    params: SamplingFields = Field(default_factory=dict)
 
 
 class CallbacksSection(Section):
@@ -142,7 +145,7 @@ class ExportSection(Section):
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    defaults: dict[str, Any] = Field(default_factory=dict)
+    defaults: SamplingFields = Field(default_factory=dict)
     index: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
     share: str | None = None
@@ -188,10 +191,40 @@ class PostRecipe(Section):
     def _roles(self) -> PostRecipe:
         if STUDENT not in self.models or not self.models[STUDENT].trainable:
             raise ValueError("models needs a student that is trainable")
-        if frozen := [name for name, m in self.models.items() if m.lora and not m.trainable]:
-            raise ValueError(f"models.{frozen[0]} has a lora but is not trainable")
-        if self.models[STUDENT].lora and self.export.scheduler:
+        for name, model in self.models.items():
+            options = {"lora": model.lora, "optimizer": model.optimizer, "checkpointing": model.checkpointing}
+            if not model.trainable and (unread := [option for option, value in options.items() if value]):
+                raise ValueError(f"models.{name} has {_article(unread[0])} but is not trainable")
+            if name != STUDENT and model.optimizer is not None and model.optimizer.ema:
+                raise ValueError(f"models.{name}.optimizer.ema has no effect: the average of the student alone is used")
+        return self
+
+    @model_validator(mode="after")
+    def _lora(self) -> PostRecipe:
+        if not self.models[STUDENT].lora:
+            return self
+        if self.export.scheduler:
             raise ValueError("export.scheduler is of a directory; the file of a LoRA says defaults and index alone")
+        if self.export.share:
+            raise ValueError(f"export.share={self.export.share} is of a directory; a LoRA is exported as a file alone")
+        if "dtype" in self.export.model_fields_set and self.export.dtype != "float32":
+            raise ValueError(f"export.dtype={self.export.dtype} is of a directory; a LoRA is exported in float32")
+        return self
+
+    @model_validator(mode="after")
+    def _read_by_the_method(self) -> PostRecipe:
+        for place, why in self.method.unread_options().items():
+            role, _, option = place.partition(".")
+            if role not in self.models:
+                continue
+            value: Any = getattr(self.models[role], option)
+            if value != ModelSection.model_fields[option].default:
+                raise ValueError(f"models.{place}={value} has no effect: {why}; leave it out")
+        if self.method.reads_latents and self.data.prompts_only:
+            raise ValueError(
+                f"data.source={self.data.source} gives prompts without latents, and method {self.method.name} learns "
+                "from latents; set data.latents to encoder or basis"
+            )
         return self
 
     @model_validator(mode="after")
@@ -211,6 +244,10 @@ class PostRecipe(Section):
         """The optimizer of a role, its schedule as long as the loop."""
         section = self.models[role].optimizer or self.optimizer
         return section if section.steps else section.model_copy(update={"steps": self.loop.steps})
+
+
+def _article(noun: str) -> str:
+    return noun if noun == "checkpointing" else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _multiple(count: int, of: int) -> int:
@@ -247,7 +284,8 @@ def load_post_recipe(path: str | Path, overrides: Sequence[str] = ()) -> PostRec
     """A recipe of post-training from a YAML file; its method and its source check their own sections.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a key or value does not fit; the message names the place.
+        ConfigError: the file is missing or not YAML, a key or value does not fit, or an option has no effect; the
+            message names the place.
     """
     data = read_recipe(path, overrides)
     for key, told, find in (("method", "name", method_class), ("data", "source", source_class)):
@@ -255,4 +293,6 @@ def load_post_recipe(path: str | Path, overrides: Sequence[str] = ()) -> PostRec
         if not isinstance(section, dict) or not isinstance(section.get(told), str):
             raise ConfigError(f"recipe {path}: {key} should be a section with {told}")
         data[key] = validated(find(section[told]).settings_class, section, path, f"{key}.")
-    return validated(PostRecipe, data, path)
+    recipe = validated(PostRecipe, data, path)
+    check_roles(recipe.method.name, recipe.models)
+    return recipe

@@ -5,15 +5,29 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.types import SamplingParams
 
 Positive = Annotated[int, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _known_sampling_fields(values: dict[str, Any]) -> dict[str, Any]:
+    known = [f.name for f in fields(SamplingParams)]
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"unknown sampling parameter {unknown[0]}; the known ones are: {', '.join(known)}")
+    return values
+
+
+SamplingFields = Annotated[dict[str, Any], AfterValidator(_known_sampling_fields)]
+"""Values of fields of `SamplingParams` by name."""
 
 
 class Section(BaseModel):
@@ -26,7 +40,7 @@ class OptimizerSection(Section):
     """AdamW with linear warm-up and cosine decay, and a moving average of the weights.
 
     Attributes:
-        steps: updates.
+        steps: updates of the schedule. In a training that goes on longer the learning rate stays at its last value.
         restarts: updates after which warm-up and decay begin anew (arXiv 1608.03983). Adding a restart at the end of
             a finished training continues it, and the recipe still tells the whole of it. Those at `steps` or later
             have no effect.
@@ -42,7 +56,7 @@ class OptimizerSection(Section):
     learning_rate: float = Field(gt=0)
     warmup: int = Field(50, ge=0)
     final_fraction: float = Field(0.02, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
@@ -54,9 +68,10 @@ class OptimizerSection(Section):
         return self
 
     def cycle(self, step: int) -> tuple[int, int]:
-        """First update, and the one after the last, of the cycle that `step` is in."""
+        """Return the first update, and the one after the last, of the cycle that `step` is in; after the last cycle
+        those of the last one."""
         marks = [0, *(r for r in self.restarts if r < self.steps), self.steps]
-        return max(m for m in marks[:-1] if m <= step), min(m for m in marks[1:] if m > step)
+        return max(m for m in marks[:-1] if m <= step), min((m for m in marks[1:] if m > step), default=self.steps)
 
 
 class WorldSection(Section):
@@ -78,11 +93,20 @@ class ClipMix(Section):
     start: int = Field(0, ge=0)
 
 
+def _drawn_from_the_start(kinds: list[ClipMix]) -> list[ClipMix]:
+    if not kinds or min(kind.start for kind in kinds):
+        raise ValueError("batches needs a kind with start: 0, which the first updates draw")
+    return kinds
+
+
+ClipMixes = Annotated[list[ClipMix], AfterValidator(_drawn_from_the_start)]
+
+
 class EncoderSection(Section):
     """Training of the encoder half."""
 
     optimizer: OptimizerSection
-    batches: list[ClipMix]
+    batches: ClipMixes
 
 
 class DecoderSection(Section):
@@ -94,7 +118,7 @@ class DecoderSection(Section):
     """
 
     optimizer: OptimizerSection
-    batches: list[ClipMix]
+    batches: ClipMixes
     noise: float = Field(0.05, ge=0)
     l1: float = 1.0
     l2: float = 1.0
@@ -114,6 +138,14 @@ class VaeSection(Section):
     whitening: float = Field(1.0, ge=0, le=1)
     encoder: EncoderSection
     decoder: DecoderSection
+
+    @model_validator(mode="after")
+    def _sizes(self) -> VaeSection:
+        for name in ("z_dim", "scale_factor_spatial", "scale_factor_temporal"):
+            value = self.config.get(name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"config.{name}={value!r} must be a positive whole number")
+        return self
 
 
 class TextSection(Section):
@@ -161,7 +193,7 @@ class TransformerSection(Section):
 
     config: dict[str, Any]
     optimizer: OptimizerSection
-    batches: list[ClipMix]
+    batches: ClipMixes
     clips: Positive = 8192
     levels: list[NoiseLevels] = Field(default_factory=lambda: [NoiseLevels.model_validate({})])
     sampling_shift: float = Field(3.0, gt=0)
@@ -171,6 +203,8 @@ class TransformerSection(Section):
     def _from_the_start(self) -> TransformerSection:
         if not self.levels or self.levels[0].start:
             raise ValueError("the first of levels must start at 0")
+        if any(a.start >= b.start for a, b in itertools.pairwise(self.levels)):
+            raise ValueError(f"the starts of levels must rise, got {[level.start for level in self.levels]}")
         return self
 
 
@@ -213,7 +247,32 @@ class Recipe(Section):
     checkpoint_minutes: float = Field(2.0, gt=0)
     world: WorldSection
     vae: VaeSection
-    defaults: dict[str, Any]
+    defaults: SamplingFields
+
+    @model_validator(mode="after")
+    def _clips_fit(self) -> Recipe:
+        world, vae = self.world, self.vae.config
+        if (world.num_frames - 1) % vae["scale_factor_temporal"]:
+            raise ValueError(
+                f"world.num_frames={world.num_frames}: use 1 + a multiple of {vae['scale_factor_temporal']} "
+                "(vae.config.scale_factor_temporal)"
+            )
+        for side in ("height", "width"):
+            if (pixels := getattr(world, side)) % vae["scale_factor_spatial"]:
+                raise ValueError(f"world.{side}={pixels}: use a multiple of {vae['scale_factor_spatial']}")
+        for place, kinds in self.clip_mixes().items():
+            for kind in kinds:
+                if kind.frames > world.num_frames or (kind.frames - 1) % vae["scale_factor_temporal"]:
+                    raise ValueError(
+                        f"{place}: batches of {kind.frames} frames; use 1 + a multiple of "
+                        f"{vae['scale_factor_temporal']}, and at most the {world.num_frames} frames of a clip "
+                        "(world.num_frames)"
+                    )
+        return self
+
+    def clip_mixes(self) -> dict[str, list[ClipMix]]:
+        """Return the kinds of batches of each training, by their place in the recipe."""
+        return {"vae.encoder.batches": self.vae.encoder.batches, "vae.decoder.batches": self.vae.decoder.batches}
 
 
 class VideoRecipe(Recipe):
@@ -221,6 +280,9 @@ class VideoRecipe(Recipe):
 
     text: TextSection
     transformer: TransformerSection
+
+    def clip_mixes(self) -> dict[str, list[ClipMix]]:
+        return {**super().clip_mixes(), "transformer.batches": self.transformer.batches}
 
 
 class PlayedRecipe(Recipe):

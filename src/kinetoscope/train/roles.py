@@ -10,14 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kinetoscope.attention import make_sparse
-from kinetoscope.core.context import ForwardContext, current_context, forward_context
+from kinetoscope.core.context import ForwardContext, forward_context, with_stack
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention, shift_sigma
@@ -30,6 +30,7 @@ from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.images import encode_video
 from kinetoscope.pipelines.stages.text import TextEncodingStage
 from kinetoscope.train.batch import Text, TrainBatch
+from kinetoscope.train.recompute import recomputed
 
 Uncond = Literal["negative", "empty", "zero"]
 """What the unconditional branch reads: the negative prompt, the empty one, or zeros in place of text."""
@@ -46,7 +47,8 @@ class ModelBase:
         shift: of noise levels; None: the convention's.
         uncond: what the unconditional branch reads.
         attention: "dense", or a sparse kind with its settings ("vsa:sparsity=0.8"), for self-attention.
-        checkpointing: recompute each block in the backward pass rather than keep what it computed.
+        checkpointing: recompute each block in the backward pass rather than keep what it computed; also in passes over
+            a part of a video with a memory of the other parts.
         compile: generate fused kernels of the blocks for predictions of whole videos; the first ones take a minute.
         shard: the processes that share the tokens of each forward; None: all are computed here.
 
@@ -57,6 +59,8 @@ class ModelBase:
     convention: ClassVar[Convention]
     grid_role: ClassVar[str] = "self"
     """The attention over the tokens of the video, which may be sparse."""
+    has_unconditional: ClassVar[bool] = True
+    """Whether there is an unconditional branch, which reads no prompt."""
 
     def __init__(
         self,
@@ -141,6 +145,23 @@ class ModelBase:
     def on_train_start(self) -> None:
         """Modes of the modules; called once, after weights were loaded or resumed."""
         self.transformer.train(self.trainable)
+
+    def need_unconditional(self, setting: str, without: str) -> None:
+        """Refuse a setting of a method that needs the unconditional branch, where there is none.
+
+        Args:
+            setting: "name=value".
+            without: the value that needs no such branch.
+
+        Raises:
+            ConfigError: the family has no unconditional branch.
+        """
+        if not self.has_unconditional:
+            name = setting.partition("=")[0]
+            raise ConfigError(
+                f"{setting}: a {type(self.transformer).__name__} reads no text and has no unconditional branch; set "
+                f"{name}={without}"
+            )
 
     # -- batches and noise --------------------------------------------------------------------------------------------
 
@@ -240,40 +261,27 @@ class ModelBase:
 
     @contextmanager
     def context(self, *, whole: bool = True) -> Generator[None]:
-        """What the network's attention and loop over blocks are told in a forward of this role, of a whole video or of
-        a part with a memory of others."""
-        stack = self._stack if whole and (self.checkpointing or self._kernels is not None) else None
+        """Open the context of a forward of this role: its attention and its loop over blocks.
+
+        Args:
+            whole: whether the forward is of a whole video; compiled blocks are not used for a part of one with a memory
+                of the other parts.
+        """
+        compiled = whole and self._kernels is not None
+        stack = partial(self._stack, compiled=compiled) if compiled or self.checkpointing else None
         with forward_context(ForwardContext(attention=dict(self._attention), stack=stack, shard=self.shard)):
             yield
 
-    def _stack(self, x: Any, calls: Sequence[BlockCall]) -> Any:
-        """The loop over blocks, compiled and recomputed as was asked for."""
-        return run_calls(x, [replace(call, block=self._trained(call.block)) for call in calls])
+    def _stack(self, x: Any, calls: Sequence[BlockCall], *, compiled: bool) -> Any:
+        """Run the loop over blocks, compiled, and recomputed in the backward pass, as the role says."""
+        return run_calls(x, [replace(call, block=self._trained(call.block, compiled)) for call in calls])
 
-    def _trained(self, block: Callable[..., Any]) -> Callable[..., Any]:
-        if self._kernels is not None and isinstance(block, nn.Module):
+    def _trained(self, block: Callable[..., Any], fused: bool) -> Callable[..., Any]:
+        if fused and self._kernels is not None and isinstance(block, nn.Module):
             if block not in self._kernels:
                 self._kernels[block] = compiled(block, block)
             block = self._kernels[block]
-        return _forgetful(block) if self.checkpointing and torch.is_grad_enabled() else block
-
-
-def _forgetful(block: Callable[..., Any]) -> Callable[..., Any]:
-    """The context is opened again around the second computation, which happens in the backward pass, where the first
-    one's is long closed."""
-
-    def call(*x: Any, **told: Any) -> Any:
-        context = current_context()
-        assert context is not None
-        kept = replace(context, stack=None)
-
-        def compute(*x: Any, **told: Any) -> Any:
-            with forward_context(replace(kept)):
-                return block(*x, **told)
-
-        return checkpoint(compute, *x, use_reentrant=False, preserve_rng_state=False, **told)
-
-    return call
+        return recomputed(block) if self.checkpointing and torch.is_grad_enabled() else block
 
 
 class CausalModelBase(ModelBase, ABC):
@@ -293,6 +301,20 @@ class CausalModelBase(ModelBase, ABC):
         if self._attention:
             raise ConfigError("a causal model attends densely: blocks with a cache are not a grid; set attention=dense")
         self._caches: dict[tuple[str, bool], tuple[Any, Any]] = {}
+
+    @contextmanager
+    def partial_passes(self) -> Generator[None]:
+        """Recompute blocks in the backward pass, if the role says so, in forwards of parts of a video that somebody
+        else runs (the engine, in rollouts), in the context that is open there.
+
+        What a block reads of the memory must stay as it is until the backward pass: such a forward has a memory of its
+        own (`nn.ring_cache.with_own_caches`), and the second computation writes the same values to the same places.
+        """
+        if not self.checkpointing:
+            yield
+            return
+        with with_stack(partial(self._stack, compiled=False)):
+            yield
 
     @property
     def devices(self) -> int:

@@ -122,6 +122,7 @@ class Trainer:
             for name, role in self.roles.items()
             if role.trained is not None
         }
+        self._check_updates()
         for model in models.values():
             model.on_train_start()
 
@@ -140,8 +141,6 @@ class Trainer:
         values: dict[str, float] = {}
         batches = [(micro, self._batch(step, micro)) for micro in self.team.micro_batches(self.recipe.loop.accumulate)]
         for name in self.method.updates(step):
-            if name not in self.learners:
-                raise ConfigError(f"method {self.recipe.method.name} updates models.{name}; set its trainable: true")
             values |= {f"{name}.{k}": v for k, v in self._update(name, step, batches).items()}
         if self.after_step:
             self.after_step(step, values)
@@ -169,6 +168,22 @@ class Trainer:
         calls it."""
         student = self.roles[STUDENT]
         return {} if student.lora is not None else whole(student.opened.transformer.state_dict(), kept=self.team.leads)
+
+    def _check_updates(self) -> None:
+        """Check, over all steps, that the roles that are updated are those that are trainable.
+
+        Raises:
+            ConfigError: a role is updated that is not trainable, or is trainable and never updated.
+        """
+        method, updated = self.recipe.method.name, {n for s in range(self.steps) for n in self.method.updates(s)}
+        if frozen := sorted(updated - self.learners.keys()):
+            raise ConfigError(f"method {method} updates models.{frozen[0]}; set its trainable: true")
+        if idle := sorted(self.learners.keys() - updated):
+            raise ConfigError(
+                f"models.{idle[0]} is trainable, and method {method} does not update it in any of the "
+                f"loop.steps={self.steps} steps; set more loop.steps, an earlier start (method.{idle[0]}_start, where "
+                "the method has one), or trainable: false"
+            )
 
     def _update(self, name: str, step: int, batches: list[tuple[int, TrainBatch]]) -> dict[str, float]:
         learner, loop = self.learners[name], self.recipe.loop

@@ -22,6 +22,11 @@ class DataSection(Section):
 
     source: str
 
+    @property
+    def prompts_only(self) -> bool:
+        """Return whether batches bring prompts, and zeros in place of latents."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class SourceContext:

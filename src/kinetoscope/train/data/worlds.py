@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError
@@ -51,6 +51,19 @@ class WorldData(DataSection):
     basis_frames: Positive | None = None
     whitening: float = Field(default=1.0, ge=0, le=1)
     cache: str = "runs/latents"
+
+    @property
+    def prompts_only(self) -> bool:
+        """Return whether latents are zeros."""
+        return self.latents == "none"
+
+    @model_validator(mode="after")
+    def _basis(self) -> WorldData:
+        for name in ("basis_clips", "basis_frames", "whitening"):
+            value = getattr(self, name)
+            if self.latents != "basis" and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={value} has no effect without latents=basis; leave it out")
+        return self
 
 
 class WorldSource:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.registry import Registry
 from kinetoscope.train.methods.base import BatchSource, Method, MethodSettings
 from kinetoscope.train.roles import ModelBase
 
-__all__ = ["METHODS", "BatchSource", "Method", "MethodSettings", "make_method", "method_class", "register_method"]
+__all__ = [
+    "METHODS",
+    "BatchSource",
+    "Method",
+    "MethodSettings",
+    "check_roles",
+    "make_method",
+    "method_class",
+    "register_method",
+]
 
 METHODS = Registry(
     "unknown method {name!r}; the known ones are: {known}",
@@ -40,13 +49,32 @@ def method_class(name: str) -> type[Method]:
     return METHODS.find(name)
 
 
-def make_method(settings: MethodSettings, roles: Mapping[str, ModelBase]) -> Method:
-    """The method of a recipe's section over opened roles.
+def check_roles(name: str, roles: Iterable[str]) -> None:
+    """Check that a recipe has the roles of its method, and no others.
+
+    Args:
+        name: of the method.
+        roles: names of the roles that the recipe has.
 
     Raises:
-        ConfigError: a role that it needs is missing.
+        ConfigError: a role that the method needs is missing, or one is there that it does not use.
     """
-    made = method_class(settings.name)
-    if missing := [name for name in made.needs if name not in roles]:
-        raise ConfigError(f"method {settings.name} needs models.{', models.'.join(missing)} in the recipe")
-    return made(roles, settings)
+    made, found = method_class(name), list(roles)
+    if missing := [role for role in made.needs if role not in found]:
+        raise ConfigError(f"method {name} needs models.{', models.'.join(missing)} in the recipe")
+    used = {*made.needs, *getattr(made, "optional", ())}
+    if unused := [role for role in found if role not in used]:
+        raise ConfigError(
+            f"method {name} does not use models.{', models.'.join(unused)}; leave it out (its roles are: "
+            f"{', '.join(sorted(used))})"
+        )
+
+
+def make_method(settings: MethodSettings, roles: Mapping[str, ModelBase]) -> Method:
+    """Return the method of a recipe's section over opened roles.
+
+    Raises:
+        ConfigError: see `check_roles`, and the method's own.
+    """
+    check_roles(settings.name, roles)
+    return method_class(settings.name)(roles, settings)

@@ -23,6 +23,25 @@ class MethodSettings(Section):
 
     name: str
 
+    @property
+    def reads_latents(self) -> bool:
+        """Return whether the method learns from the latents of the data, which zeros cannot stand for."""
+        return True
+
+    def unread_options(self) -> dict[str, str]:
+        """Return the options of roles that have no effect under these settings: "role.option" -> the reason.
+
+        A recipe that sets one of them is refused by name when it is read.
+        """
+        return {}
+
+    def _refuse_unread(self, **needed: str) -> None:
+        """Refuse settings that other settings leave without effect: name -> the setting that it needs."""
+        for name, setting in needed.items():
+            value: Any = getattr(self, name)
+            if value != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"{name}={value} has no effect without {setting}; leave it out")
+
 
 def pace_of(step: int, role: str) -> torch.Generator:
     """For what decides how many forwards a loss takes: the same for all micro-batches of an update.
@@ -42,7 +61,8 @@ class Method(Protocol):
 
     Attributes:
         settings_class: of the recipe's `method` section.
-        needs: names of the roles it cannot do without.
+        needs: names of the roles it cannot do without. A class may also have `optional`, names of roles that a recipe
+            may have or not; a recipe with any other role is refused.
         roles: "student" (what is exported), "teacher", "critic".
     """
 

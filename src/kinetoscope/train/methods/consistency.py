@@ -37,6 +37,14 @@ class ConsistencySettings(MethodSettings):
     guidance: float = Field(3.0, ge=1)
     huber: float = Field(0.0, ge=0)
 
+    def unread_options(self) -> dict[str, str]:
+        """Return the options of branches and noise levels that no loss reads."""
+        found = {
+            "student.uncond": "consistency predicts the conditional branch of the student alone",
+            "teacher.shift": "noise levels are those of models.student.shift",
+        }
+        return found if self.guidance > 1 else {**found, "teacher.uncond": "method.guidance=1 needs one branch"}
+
 
 class Consistency:
     """Consistency distillation on videos of the data.
@@ -61,6 +69,8 @@ class Consistency:
         for name in self.needs:
             if (predicts := roles[name].convention.prediction) != "flow":
                 raise ConfigError(f"consistency distillation is for flow models; models.{name} predicts {predicts!r}")
+        if settings.guidance > 1:
+            self.teacher.need_unconditional(f"method.guidance={settings.guidance:g}", "1")
         self.levels = shift_sigma(torch.linspace(1.0, 0.0, settings.intervals + 1), self.student.shift)
 
     def updates(self, step: int) -> Sequence[str]:

@@ -51,6 +51,19 @@ class DMD2Settings(MethodSettings):
             raise ValueError(f"levels must rise within (0, 1], got {self.levels}")
         return self
 
+    @property
+    def reads_latents(self) -> bool:
+        """Return whether rollouts begin with videos of the data."""
+        return self.rollout == "data_latent"
+
+    def unread_options(self) -> dict[str, str]:
+        """Return the options of branches and noise levels that no loss reads."""
+        found = {
+            f"{role}.uncond": f"the {role} predicts the conditional branch alone" for role in ("student", "critic")
+        }
+        found["critic.shift"] = "noise levels of the scores are those of models.teacher.shift"
+        return found if self.guidance > 1 else {**found, "teacher.uncond": "method.guidance=1 needs one branch"}
+
 
 class DMD2:
     """DMD2 over any family of flow models.
@@ -76,6 +89,8 @@ class DMD2:
                     f"dmd2 samples its student, and noises what it makes, as flow models do; models.{name} predicts "
                     f"{predicts!r}"
                 )
+        if settings.guidance > 1:
+            self.teacher.need_unconditional(f"method.guidance={settings.guidance:g}", "1")
         self.schedule = FewStepSchedule.make(settings.steps, self.student.shift, warp=settings.warp)
 
     def updates(self, step: int) -> Sequence[str]:

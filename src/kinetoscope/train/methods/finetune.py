@@ -48,7 +48,17 @@ class FinetuneSettings(MethodSettings):
     def _steps(self) -> FinetuneSettings:
         if (self.sampling == "steps") != bool(self.steps):
             raise ValueError("steps are of sampling: steps, which needs them")
+        if self.sampling != "logit_normal":
+            self._refuse_unread(logit_mean="sampling=logit_normal", logit_std="sampling=logit_normal")
+        if self.sampling != "mode":
+            self._refuse_unread(mode_scale="sampling=mode")
+        if self.sampling != "steps":
+            self._refuse_unread(warp="sampling=steps")
         return self
+
+    def unread_options(self) -> dict[str, str]:
+        """Return what the student reads for the unconditional branch, where no caption is dropped."""
+        return {} if self.caption_dropout else {"student.uncond": "method.caption_dropout=0 drops no caption"}
 
 
 class Finetune:
@@ -80,6 +90,8 @@ class Finetune:
             if (predicts := self.student.convention.prediction) != "flow":
                 raise ConfigError(f"method.sampling=steps is for flow models; this one predicts {predicts!r}")
             self.few = FewStepSchedule.make(settings.steps, self.student.shift, warp=settings.warp).sigmas
+        if settings.caption_dropout:
+            self.student.need_unconditional(f"method.caption_dropout={settings.caption_dropout:g}", "0")
 
     def updates(self, step: int) -> Sequence[str]:
         """The student, always."""

@@ -30,6 +30,13 @@ class OdeDistillSettings(MethodSettings):
     name: Literal["ode_distill"] = "ode_distill"  # pyright: ignore[reportIncompatibleVariableOverride]
     past: Literal["noisy", "clean"] = "noisy"
 
+    def unread_options(self) -> dict[str, str]:
+        """Return the options of branches and noise levels, which the trajectories of the data bring."""
+        return {
+            "student.uncond": "ode_distill predicts the conditional branch alone",
+            "student.shift": "noise levels are those of the trajectories (data.shift)",
+        }
+
 
 class OdeDistill:
     """Mean squared error of the clean latents, from the teacher's own samples at one level a sample, or, for a causal

@@ -51,6 +51,11 @@ class SelfForcingSettings(DMD2Settings):
     context_noise: int = Field(default=0, ge=0, lt=1000)
     sampling: Literal["sde", "ode"] = "sde"
 
+    def unread_options(self) -> dict[str, str]:
+        """Return what DMD2 leaves out, and compiled blocks, which are those of predictions of whole videos."""
+        why = "rollouts go block by block with a cache, and compiled blocks are of predictions of whole videos"
+        return {**super().unread_options(), "student.compile": why}
+
 
 @dataclass(frozen=True, slots=True)
 class Exits:
@@ -85,16 +90,16 @@ class RolloutSteps:
     constants. Passes that remember have none.
 
     Args:
-        parts: the student's transformer.
+        student: whose blocks are recomputed in the backward pass, if its role says so.
         exits: where blocks stop.
 
     Attributes:
         made: the finished blocks, with their gradients.
     """
 
-    def __init__(self, parts: StudentParts, exits: Exits) -> None:
-        super().__init__(parts)  # pyright: ignore[reportCallIssue]
-        self.exits, self.made = exits, list[Tensor]()
+    def __init__(self, student: CausalModelBase, exits: Exits) -> None:
+        super().__init__(StudentParts(student.transformer))  # pyright: ignore[reportCallIssue]
+        self.student, self.exits, self.made = student, exits, list[Tensor]()
         self._whole: Any = super()  # the strategy that follows, as it samples
 
     def process_block(self, state: StrategyState, ctx: BlockContext, item: Any) -> Iterator[Event]:
@@ -111,7 +116,8 @@ class RolloutSteps:
                 return self._whole.forward(state, model_inputs)
         own = {name: with_own_caches(tree) for name, tree in model_inputs.conditioning.items()}
         model_inputs.conditioning = own
-        return self._whole.forward(state, model_inputs)
+        with self.student.partial_passes():
+            return self._whole.forward(state, model_inputs)
 
     def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
         """The clean block at its exit; before, the next step's sample."""
@@ -139,7 +145,7 @@ class RolloutSteps:
 def rollout_strategy(student: CausalModelBase, exits: Exits) -> Any:
     """What samples the student, stopping at `exits`: `RolloutSteps` before the family's own strategy."""
     base = student.strategy
-    return type(f"{base.__name__}Rollout", (RolloutSteps, base), {})(StudentParts(student.transformer), exits)
+    return type(f"{base.__name__}Rollout", (RolloutSteps, base), {})(student, exits)
 
 
 def roll_out(
@@ -203,4 +209,9 @@ class SelfForcing(DMD2):
         drawn = torch.randint(0, last + 1, (len(self.causal.blocks(frames)),), generator=generator).tolist()
         steps = {"block": drawn, "video": drawn[:1] * len(drawn), "last": [last] * len(drawn)}[settings.exits]
         start = max(0, frames - (settings.gradient_frames or frames))
+        if start > frames - (last_block := self.causal.blocks(frames)[-1]):
+            raise ConfigError(
+                f"method.gradient_frames={settings.gradient_frames}: no whole block is in the last so many latent "
+                f"frames, so nothing would be learned; use {last_block} or more"
+            )
         return Exits(steps, start, settings.context_noise, settings.sampling == "ode")

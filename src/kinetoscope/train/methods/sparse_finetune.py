@@ -41,6 +41,10 @@ class SparseFinetuneSettings(FinetuneSettings):
             raise ValueError(f"tile={self.tile} should be three sizes above 0")
         return self
 
+    def unread_options(self) -> dict[str, str]:
+        """Return the student's kind of attention as well, which the schedule of sparsity sets."""
+        return {**super().unread_options(), "student.attention": "sparse_finetune sets it (method.sparsity, tile)"}
+
 
 class SparseFinetune(Finetune):
     """Fine-tuning under video sparse attention whose sparsity is a function of the step.
@@ -55,7 +59,10 @@ class SparseFinetune(Finetune):
         super().__init__(roles, settings)
         if isinstance(self.student, CausalModelBase):
             raise ConfigError("sparse_finetune is for models that see the whole video; a causal one attends densely")
+        if self.student.shard is not None and self.student.shard.ring.size > 1:
+            raise ConfigError("sparse_finetune needs all tokens in one place; set parallel.ulysses in place of ring")
         self.ramp = settings
+        self.student.attend_with(self.attention(10**9))  # refuses here what the last steps could not attend with
         self._now = ""
 
     def losses(self, role: str, batch: TrainBatch, step: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ class MatrixGameVideoModel(ModelBase):
     """The foundation model: all frames see each other."""
 
     convention: ClassVar[Convention] = CONVENTION
+    has_unconditional: ClassVar[bool] = False
 
     def __init__(self, transformer: nn.Module, **options: Any) -> None:
         """
