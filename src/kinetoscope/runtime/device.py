@@ -18,7 +18,9 @@ DTYPES = {
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device for a name; "auto" is CUDA if there is one, else the CPU.
+    """Return the device of a name; "auto" is CUDA if there is one, else the CPU.
+
+    A backend from outside torch that has registered its device (torch's PrivateUse1, such as "npu:0") is accepted.
 
     Raises:
         ConfigError: no such device here.
@@ -29,13 +31,19 @@ def resolve_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
+    if found.type not in ("cpu", "cuda", _registered()):
         raise ConfigError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for, but torch sees no CUDA device here; use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0")
     return found
+
+
+def _registered() -> str | None:
+    """Return the type of the device that a backend from outside torch has registered here, or None."""
+    name: str = torch._C._get_privateuse1_backend_name()  # pyright: ignore
+    return name if hasattr(torch, name) else None
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
