@@ -34,14 +34,48 @@ DEVICE = f"{NAME}:0"
 SOURCE = "/src/kinetoscope/"
 """Part of the file names in which the place of a count is looked up first."""
 VIEWS = frozenset(
-    "view reshape permute transpose unsqueeze squeeze expand slice select split chunk unbind t as_strided detach alias "
-    "_unsafe_view split_with_sizes unflatten lift_fresh _reshape_alias empty empty_strided unfold diagonal movedim narrow "
-    "is_same_size view_as_complex view_as_real is_pinned empty_like new_empty new_empty_strided record_stream".split()
+    [
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "slice",
+        "select",
+        "split",
+        "chunk",
+        "unbind",
+        "t",
+        "as_strided",
+        "detach",
+        "alias",
+        "_unsafe_view",
+        "split_with_sizes",
+        "unflatten",
+        "lift_fresh",
+        "_reshape_alias",
+        "empty",
+        "empty_strided",
+        "unfold",
+        "diagonal",
+        "movedim",
+        "narrow",
+        "is_same_size",
+        "view_as_complex",
+        "view_as_real",
+        "is_pinned",
+        "empty_like",
+        "new_empty",
+        "new_empty_strided",
+        "record_stream",
+    ]
 )
 """Operators that launch no kernel."""
-HOST_READS = frozenset("nonzero equal is_nonzero masked_select unique2 _unique2".split())
+HOST_READS = frozenset(["nonzero", "equal", "is_nonzero", "masked_select", "unique2", "_unique2"])
 """Operators whose result, or its size, the host reads."""
-HOST_INDEX = frozenset("index index_put index_put_ _index_put_impl_".split())
+HOST_INDEX = frozenset(["index", "index_put", "index_put_", "_index_put_impl_"])
 """Operators that accept index tensors of the host, and copy them to the device."""
 
 
@@ -53,7 +87,7 @@ class Counts:
         mixes: operations on tensors of both devices.
         syncs: reads of a device value by the host.
         copies: copies from pageable host memory.
-        pinned: asynchronous copies from pinned host memory, which stall nothing.
+        pinned: asynchronous copies from or to pinned host memory, which stall nothing.
         launches: kernels, counted by operator.
     """
 
@@ -179,16 +213,16 @@ def _moved(func: Callable[..., Any], source: Tensor, kwargs: dict[str, Any]) -> 
     """Convert `source` to another dtype, device or memory format."""
     target = kwargs.get("device")
     goes = _is_pretend(target) if target is not None else isinstance(source, PretendTensor)
-    _count_copy(source, goes, _place())
+    _count_copy(source, goes, _place(), bool(kwargs.get("non_blocking")))
     kept = {k: v for k, v in kwargs.items() if v is not None and k not in ("device", "pin_memory")}
     out = func(_held(source), **kept)
     return PretendTensor(out) if goes else out
 
 
-def _count_copy(source: Tensor, goes: bool, place: str) -> None:
+def _count_copy(source: Tensor, goes: bool, place: str, non_blocking: bool = False) -> None:
     """Count a copy of `source` between the two devices; `goes` tells whether the result is on the pretend device."""
     if isinstance(source, PretendTensor) and not goes:
-        COUNTS.syncs[f"to host {place}"] += 1
+        (COUNTS.pinned if non_blocking else COUNTS.syncs)[f"to host {place}"] += 1
     if not isinstance(source, PretendTensor) and goes:
         (COUNTS.pinned if _is_pinned(source) else COUNTS.copies)[place] += 1
 
@@ -212,6 +246,17 @@ def _pin_memory(x: Tensor, device: Any = None) -> Tensor:
     return pinned
 
 
+class _Event:
+    """An event of a device whose work is done at once."""
+
+    def __init__(self, device: Any = None) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
 _LIBRARY: torch.library.Library | None = None
 
 
@@ -225,6 +270,8 @@ def _register() -> None:
     _setup_privateuseone_for_python_backend(NAME)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.Tensor.pin_memory = _pin_memory  # pyright: ignore
+    torch.Event = _Event  # pyright: ignore
+    torch.pretend.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # pyright: ignore
     library = torch.library.Library("aten", "IMPL")
     library.impl(
         "empty_strided",

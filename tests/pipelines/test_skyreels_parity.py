@@ -290,7 +290,7 @@ def test_step_matrix(pair: Callable[..., Pair], ready: int, ar_step: int, block:
     matrix = step_matrix(6, len(template), ready=ready, block=block, ar_step=ar_step)
     assert torch.equal(matrix, taken)
     assert torch.equal(moving_frames(matrix, len(template)), moving)
-    assert torch.equal(frames_timesteps(matrix, template), told)
+    assert torch.equal(frames_timesteps(matrix, template.tolist()), told)
 
 
 def test_the_published_example_of_a_schedule() -> None:

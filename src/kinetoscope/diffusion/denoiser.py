@@ -21,7 +21,7 @@ class Denoiser:
 
     Noise levels `s` (in [0, 1], or [0, inf) for EDM) are float tensors of shape [R] (one a sample), or any shape that
     broadcasts against the latents once trailing axes are added, for instance [R, T] for one level a latent frame (then
-    axis 2 of the latents).
+    axis 2 of the latents). A level without axes may stay on the host, and then no step copies it to the device.
 
     Args:
         network: the transformer.
@@ -123,7 +123,9 @@ class Denoiser:
         return self.convention.preconditioning
 
     def _levels(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma and alpha shaped to broadcast against x: [R] -> [R,1,1,1,1], [R,T] -> [R,1,T,1,1]."""
+        """Return sigma and alpha shaped to broadcast against x: [R] -> [R,1,1,1,1], [R,T] -> [R,1,T,1,1]; [] as it is."""
+        if s.ndim == 0:
+            return s.float(), self.convention.alpha(s.float())
         sigma = s.to(device=x.device, dtype=torch.float32)
         if sigma.ndim == 2:
             sigma = sigma.unsqueeze(1)

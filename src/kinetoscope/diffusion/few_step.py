@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.transfer import device_constant, to_device
 from kinetoscope.core.types import Noise
 from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.scheduler import ScheduleRun
@@ -130,7 +131,7 @@ class FewStepRun(ScheduleRun):
     def __init__(self, schedule: FewStepSchedule, noise: Noise, device: torch.device | str = "cpu") -> None:
         self.schedule, self.noise = schedule, noise
         self.times = list(schedule.times)
-        self.timesteps = torch.tensor(self.times, device=device)
+        self.timesteps = device_constant(self.times, device)
         self.sigmas = [*schedule.sigmas, 0.0]
         self.evaluations = [Evaluation(i, s) for i, s in enumerate(schedule.sigmas)]
         self.name = "few-step"
@@ -138,4 +139,4 @@ class FewStepRun(ScheduleRun):
     def step(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
         """The sample after step `index`, float32: [B, ...] prediction and sample in float32."""
         shape, device = sample.shape[1:], sample.device
-        return self.schedule.step(index, sample, prediction, lambda: self.noise.draw(shape).to(device))
+        return self.schedule.step(index, sample, prediction, lambda: to_device(self.noise.draw(shape), device))

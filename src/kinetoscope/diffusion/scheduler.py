@@ -213,5 +213,5 @@ class ScheduleRun:
 
 
 def as_floats(values: Tensor) -> list[float]:
-    """A 1-D tensor as Python numbers."""
-    return [float(v) for v in values]
+    """Return a 1-D tensor as Python numbers, which the host reads from its device at once."""
+    return [float(v) for v in values.tolist()]

@@ -45,6 +45,19 @@ class ModulatedNorm(nn.Module):
         return torch.addcmul(shift, normed, scale).to(x.dtype)
 
 
+def unit_scales(parts: int, like: Tensor) -> Tensor:
+    """Return [parts, 1] with a 1 at each scale of `parts` vectors in the order (shift, scale, gate), and 0 elsewhere.
+
+    It is made on the device of `like`, in its dtype, without a copy from the host.
+
+    Args:
+        parts: 2 (no gate), 3 or a multiple of 3.
+        like: any tensor.
+    """
+    scale = torch.eye(3, dtype=like.dtype, device=like.device)[:, 1:2]
+    return scale[:parts] if parts <= 3 else scale.repeat(parts // 3, 1)
+
+
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y gate in float32, `gate` broadcastable to x and y; result in the dtype of x."""
     return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)

@@ -16,7 +16,7 @@ from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.engine.protocols import Event, PromptedStrategy
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
 from kinetoscope.pipelines.stages.decoding import DecodingStage, FrameStream
-from kinetoscope.pipelines.stages.denoising import DenoisingStage, check_finite
+from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.pipelines.stages.validation import check_text
 from kinetoscope.runtime.record import make_record
 from kinetoscope.runtime.request import VideoRequest
@@ -190,9 +190,8 @@ class Session:
         self._turn()
         try:
             latents = self._engine.streaming_step(stream, item, self._on_event)
-            check_finite(latents)
             assert self._decoder is not None
-            frames = self._decoder.decode(latents[0])
+            frames = self._decoder.decode(latents[0], check=True)
         except BaseException:
             self.close()
             raise

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.transfer import device_constant, to_device
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.few_step import FewStepRun
 from kinetoscope.diffusion.guidance import Guidance
@@ -169,7 +170,7 @@ class CausalStrategy:
                     **conditioning_of(network, batch, args, branches),
                     "cache": network.new_cache(rows, (size.height, size.width), size.frames, **options),
                 },
-                steps_of(network, torch.tensor(times, device=args.device)),
+                steps_of(network, device_constant(times, args.device)),
             )
             for network, own in zip(networks, guidance, strict=True)
         ]
@@ -254,7 +255,7 @@ class CausalStrategy:
             latents = noise.draw(shape[1:]) if whole is None else whole[:, :, start:stop]
         if tuple(latents.shape) != shape:
             raise InputError(f"latents of a block have shape {tuple(latents.shape)}; it needs {shape}")
-        state.latents = latents.to(state.args.device, torch.float32)
+        state.latents = to_device(latents, state.args.device, torch.float32)
         assert isinstance(state.scheduler, FewStepRun)
         state.scheduler = FewStepRun(state.scheduler.schedule, noise, state.args.device)
         for expert in rollout.experts:

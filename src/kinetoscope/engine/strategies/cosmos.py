@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.transfer import to_device
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.denoiser import Denoiser
@@ -120,17 +121,19 @@ class CosmosStrategy(StandardStrategy):
         return conditioning
 
     def prepare_steps(self, batch: ForwardBatch, scheduler: ScheduleRun) -> list[dict[str, Tree]]:
-        """Timesteps as the network takes them: [1] a step, or [1, T] where given frames have one of their own.
+        """Return the timesteps as the network takes them: [1] a step, or [1, T] where given frames have their own.
 
-        What the network makes of them is left to each step: it is large where frames differ.
+        What the network makes of a timestep is computed ahead, but where frames differ: it is large there.
         """
-        inputs = _inputs(batch)
-        timestep = self.convention.timestep(_levels(scheduler.sigmas[:-1], scheduler.timesteps.device))
+        inputs, device = _inputs(batch), scheduler.timesteps.device
+        timestep = to_device(self.convention.timestep(torch.tensor(scheduler.sigmas[:-1])), device)
         if inputs.frames and inputs.level is not None:
             assert batch.latents is not None
             timestep = timestep.unsqueeze(1).repeat(1, batch.latents.shape[2])
-            timestep[:, : inputs.frames] = self.convention.timestep(_levels([inputs.level], timestep.device))
-        return split_rows({"timestep": timestep}, len(timestep))
+            timestep[:, : inputs.frames] = float(self.convention.timestep(torch.tensor(inputs.level)))
+            return split_rows({"timestep": timestep}, len(timestep))
+        ahead = self.parts.transformer.prepare_timesteps(timestep)
+        return split_rows({"timestep": timestep, **ahead}, len(timestep))
 
     def prepare_shared(self, batch: ForwardBatch, latents: Tensor) -> dict[str, Tree]:
         """Positions, in time by the frame rate where the model reads it."""
@@ -141,8 +144,9 @@ class CosmosStrategy(StandardStrategy):
         branches = state.guidance.branches
         rows = self._rows(state, step_idx, branches)
         latents = torch.cat(rows).to(state.args.dtype)
-        timestep = state.tables["steps"][step_idx]["timestep"]
-        step = self.parts.transformer.prepare_timesteps(timestep)
+        step = dict(state.tables["steps"][step_idx])
+        timestep = step.pop("timestep")
+        step = step or self.parts.transformer.prepare_timesteps(timestep)
         timestep = timestep.expand(len(latents), *timestep.shape[1:])
         return ModelInputs(latents, timestep, branches, len(rows[0]), state.conditioning, state.tables["shared"], step)
 
@@ -152,7 +156,7 @@ class CosmosStrategy(StandardStrategy):
         index = state.active.index
         if self.convention.preconditioning is not None:
             assert state.scheduler is not None
-            level = _levels([state.scheduler.sigmas[index]], state.latents.device)
+            level = torch.tensor(state.scheduler.sigmas[index])
             denoiser = Denoiser(self.parts.transformer, self.convention)
             predictions = {b: denoiser.to_x0(p.float(), state.latents, level) for b, p in predictions.items()}
         if _given_at(state, index):
@@ -163,18 +167,18 @@ class CosmosStrategy(StandardStrategy):
     def _rows(self, state: StrategyState, index: int, branches: tuple[str, ...]) -> list[Tensor]:
         """What each branch reads of the sample, [B, C, T, H, W] float32 each."""
         scaled = state.latents
-        edm, device = self.convention.preconditioning, state.latents.device
+        edm = self.convention.preconditioning
         if edm is not None:
             assert state.scheduler is not None
-            scaled = scaled * edm.c_in(_levels([state.scheduler.sigmas[index]], device))
+            scaled = scaled * edm.c_in(torch.tensor(state.scheduler.sigmas[index]))
         augment = _inputs(state.batch).augment_sigma
         given: dict[str, Tensor] = {}
         for branch in (COND, UNCOND):  # the published order of draws; they are also made where they are not used
             if augment is not None and branch in branches:
                 assert edm is not None
-                noise = state.noise.draw(state.latents.shape[1:]).to(device)
+                noise = to_device(state.noise.draw(state.latents.shape[1:]), state.latents.device)
                 noisy = state.tables["given"] + augment * noise
-                given[branch] = noisy * edm.c_in(_levels([augment], device))
+                given[branch] = noisy * edm.c_in(torch.tensor(augment))
         if not _given_at(state, index):
             return [scaled] * len(branches)
         clean: Tensor = state.tables["given"]
@@ -190,8 +194,3 @@ def _given_at(state: StrategyState, index: int) -> bool:
     inputs = _inputs(state.batch)
     assert state.scheduler is not None
     return inputs.frames > 0 and (inputs.augment_sigma is None or inputs.augment_sigma < state.scheduler.sigmas[index])
-
-
-def _levels(values: Sequence[float], device: torch.device) -> Tensor:
-    """Noise levels as a float32 tensor [len(values)]."""
-    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from kinetoscope.core.transfer import to_device
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.guidance import Guidance
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
@@ -66,7 +68,7 @@ class ExpertStrategy(StandardStrategy):
             guidance = self.make_guidance(replace(batch, params=replace(params, guidance_scale=weight)))
             experts.append(Expert(transformer, guidance, conditioning_of(transformer, batch, args, guidance.branches)))
         assert batch.latents is not None and batch.noise is not None
-        latents = batch.latents.to(args.device).float()
+        latents = to_device(batch.latents, args.device, torch.float32)
         return StrategyState(
             batch=batch,
             args=args,

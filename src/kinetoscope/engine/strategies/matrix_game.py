@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.transfer import device_constant, to_device
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.few_step import FewStepRun
 from kinetoscope.diffusion.guidance import COND, Guidance
@@ -158,7 +159,7 @@ class MatrixGameStrategy:
                 "latent frames"
             )
         schedule = few_step_schedule(params)
-        times = torch.tensor([*schedule.times, self._context_time(batch)], device=args.device)
+        times = device_constant([*schedule.times, self._context_time(batch)], args.device)
         size = (config.out_channels, *shape[2:])
         image = transformer.prepare_conditioning(image_embeds=batch.image_embeds.to(args.device, args.dtype))
         memory = transformer.new_memory(shape[0], size, args.dtype, args.ulysses)
@@ -240,9 +241,11 @@ class MatrixGameStrategy:
             latents = noise.draw(shape[1:])
         if tuple(latents.shape) != shape:
             raise InputError(f"latents of a block have shape {list(latents.shape)}; it needs {list(shape)}")
-        state.latents = latents.to(state.args.device, torch.float32)
-        places = [min(frame, known - 1) for frame in range(start, stop)]
-        condition = batch.condition[:, :, places].to(state.args.device, state.args.dtype)
+        state.latents = to_device(latents, state.args.device, torch.float32)
+        condition = batch.condition[:, :, min(start, known - 1) : stop]
+        if (missing := count - condition.shape[2]) > 0:  # beyond its end the last frame is repeated
+            condition = torch.cat([condition, condition[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
+        condition = to_device(condition, state.args.device, state.args.dtype)
         windows = self._windows(play, self._checked(item, rows, idx, state.args))
         play.conditioning = {**state.conditioning, "condition": condition, **windows}
         shared = self.parts.transformer.prepare_shared(shape, start)
@@ -264,8 +267,8 @@ class MatrixGameStrategy:
                 raise InputError(
                     f"{name} actions of block {idx} have shape {list(value.shape)}; it needs [{rows}, {count}, {width}]"
                 )
-        mouse = None if item.mouse is None else item.mouse.to(args.device, args.dtype)
-        return Actions(item.keyboard.to(args.device, args.dtype), mouse)
+        mouse = None if item.mouse is None else to_device(item.mouse, args.device, args.dtype)
+        return Actions(to_device(item.keyboard, args.device, args.dtype), mouse)
 
     def _windows(self, play: Play, actions: Actions) -> dict[str, Tensor]:
         """The windows that the block's frames read; keeps of the actions what later frames will."""

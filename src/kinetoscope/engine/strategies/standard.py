@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kinetoscope.core.transfer import to_device
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise, SamplingParams
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
 from kinetoscope.diffusion.noise import NoiseSource
@@ -73,7 +74,7 @@ class StandardStrategy:
         """
         assert batch.latents is not None
         guidance = self.make_guidance(batch)
-        latents = batch.latents.to(args.device, torch.float32)
+        latents = to_device(batch.latents, args.device, torch.float32)
         scheduler = self.start_schedule(batch, args)
         return StrategyState(
             batch=batch,

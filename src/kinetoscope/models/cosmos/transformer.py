@@ -19,7 +19,7 @@ from kinetoscope.core.errors import InputError
 from kinetoscope.models.cosmos.config import CosmosConfig
 from kinetoscope.nn.embeddings import sinusoidal_embedding
 from kinetoscope.nn.linear import Linear
-from kinetoscope.nn.norm import ModulatedNorm, RMSNorm, gated_add
+from kinetoscope.nn.norm import ModulatedNorm, RMSNorm, gated_add, unit_scales
 from kinetoscope.nn.patches import LearnedPositions, LinearPatchEmbedding, token_grid
 from kinetoscope.nn.rope import split_rope_dims
 from kinetoscope.nn.rope_halves import apply_rope_halves, halves_rope_table
@@ -126,10 +126,9 @@ class AdaptiveNorm(ModulatedNorm):
         self.linear_2 = Linear(rank, parts * dim, bias=False)
 
     def modulation(self, embedding: Tensor, shared: Tensor) -> Tensor:
-        """embedding [R, F, d], shared [R, F, 3 d] -> [R, F, parts, d] float32; the scale includes its 1"""
+        """embedding [R, F, d], shared [R, F, 3 d] -> [R, F, parts, d] float32; the scale does not include its 1"""
         own = self.linear_2(self.linear_1(F.silu(embedding)))  # [R, F, parts d]
-        parts = (own.float() + shared[..., : own.shape[-1]].float()).unflatten(-1, (self.parts, -1))
-        return parts + parts.new_tensor([0.0, 1.0, 0.0][: self.parts]).unsqueeze(-1)
+        return (own.float() + shared[..., : own.shape[-1]].float()).unflatten(-1, (self.parts, -1))
 
 
 class CosmosTransformerBlock(nn.Module):
@@ -352,8 +351,9 @@ class CosmosTransformer3DModel(nn.Module):
     def _modulation(self, timestep: Tensor) -> Modulation:
         """[R, F] -> tables of all blocks"""
         embedding, shared = self.time_embed(timestep)  # [R, F, d], [R, F, 3 d]
-        blocks = [block.modulation(embedding, shared) for block in self._blocks()]
-        return Modulation(torch.stack(blocks, dim=2), self.norm_out.modulation(embedding, shared))
+        blocks = torch.stack([block.modulation(embedding, shared) for block in self._blocks()], dim=2)
+        out = self.norm_out.modulation(embedding, shared)
+        return Modulation(blocks + unit_scales(3, blocks), out + unit_scales(2, out))
 
     def _with_masks(self, x: Tensor, condition_mask: Tensor | None, padding_mask: Tensor | None) -> Tensor:
         """[R, C, T, H, W] -> [R, C', T, H, W]: what the patch embedding reads"""

@@ -27,7 +27,7 @@ from kinetoscope.nn.block_causal import BlockRows, in_tokens, join_times, rows_o
 from kinetoscope.nn.embeddings import ImageProjection, TimestepEmbedding
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
-from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
+from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add, unit_scales
 from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.ring_cache import RingCache
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
@@ -384,8 +384,7 @@ class MatrixGameTransformer3DModel(nn.Module):
         tables = torch.cat([block.scale_shift_table for block in self._blocks()])  # [layers, 6, d]
         blocks = tables.float() + projected.float().unsqueeze(2)  # [R, F, layers, 6, d]
         out = self.scale_shift_table.float() + embedding.float().unsqueeze(2)  # [R, F, 2, d]
-        one_b = blocks.new_tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).unsqueeze(-1)
-        return Modulation(blocks + one_b, out + out.new_tensor([0.0, 1.0]).unsqueeze(-1))
+        return Modulation(blocks + unit_scales(6, blocks), out + unit_scales(2, out))
 
     def _grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """[..., T, H, W] -> tokens along each axis"""

@@ -143,10 +143,14 @@ def step_matrix(frames: int, steps: int, *, ready: int = 0, block: int = 1, ar_s
     return torch.stack(rows).repeat_interleave(block, dim=1)
 
 
-def frames_timesteps(matrix: Tensor, timesteps: Tensor) -> Tensor:
-    """The timestep each frame is told in each iteration: [iterations, frames] int64 from steps taken and [S]"""
-    table = torch.cat([torch.tensor([NOT_STARTED]), timesteps.cpu().long(), torch.tensor([0])])
-    return table[matrix]
+def frames_timesteps(matrix: Tensor, times: Sequence[float]) -> Tensor:
+    """Return the timestep that each frame is told in each iteration, [iterations, frames] int64 on the CPU.
+
+    Args:
+        matrix: [iterations, frames] steps taken (`step_matrix`).
+        times: timesteps of the S steps, which are cut to whole numbers.
+    """
+    return torch.tensor([NOT_STARTED, *map(int, times), 0])[matrix]
 
 
 def moving_frames(matrix: Tensor, steps: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinetoscope.core.transfer import to_device
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.scheduler import ScheduleRun
 from kinetoscope.engine.protocols import BlockContext, BlockPlan, Event, ModelInputs, StrategyState, split_rows
@@ -43,6 +44,7 @@ class Window:
     """One window in progress.
 
     Attributes:
+        times: timestep of each iteration as a Python number: that of the first frame that moves.
         timesteps: [S, T] what the network is told for each frame in each iteration.
         taken: steps each frame has taken after each iteration, as Python numbers.
         moving: whether each frame takes a step in each iteration.
@@ -51,6 +53,7 @@ class Window:
         modulation: of each iteration.
     """
 
+    times: list[float]
     timesteps: Tensor
     taken: list[list[int]]
     moving: list[list[bool]]
@@ -74,7 +77,7 @@ class ForcingStrategy(StandardStrategy):
         return StrategyState(
             batch=batch,
             args=args,
-            latents=batch.latents.to(args.device, torch.float32),
+            latents=to_device(batch.latents, args.device, torch.float32),
             guidance=guidance,
             noise=noise_of(batch),
             times=(),
@@ -102,7 +105,7 @@ class ForcingStrategy(StandardStrategy):
             _, channels, _, *size = state.latents.shape
             given = state.tables["video"][:, :, -plan.overlap :]
             given = given[:, :, : plan.overlap - plan.overlap % plan.block]
-            state.latents = state.noise.draw((channels, item, *size)).to(state.latents)
+            state.latents = to_device(state.noise.draw((channels, item, *size)), state.args.device)
         kept = 0 if given is None else given.shape[2]
         parts = [state.latents[:, :, kept:]]
         if given is not None:
@@ -116,12 +119,9 @@ class ForcingStrategy(StandardStrategy):
         return BlockContext(idx)
 
     def process_block(self, state: StrategyState, ctx: BlockContext, item: int) -> Iterator[Event]:
-        """One step an iteration; its timestep is that of the first frame that moves."""
+        """One step an iteration."""
         window: Window = state.tables["window"]
-        times = [
-            float(told[moves.index(True)]) for told, moves in zip(window.timesteps.tolist(), window.moving, strict=True)
-        ]
-        yield from ctx.steps(times)
+        yield from ctx.steps(window.times)
 
     def update_context(self, state: StrategyState, ctx: BlockContext, item: int) -> None:
         """The window's new frames join the video."""
@@ -145,7 +145,7 @@ class ForcingStrategy(StandardStrategy):
         share = NOISE_PER_TIMESTEP * _inputs(state).plan.noised
         if share and window.kept:
             clean = latents[:, :, : window.kept]
-            noise = state.noise.draw(clean.shape[1:]).to(clean)
+            noise = to_device(state.noise.draw(clean.shape[1:]), clean.device)
             latents = torch.cat([clean * (1 - share) + noise * share, latents[:, :, window.kept :]], dim=2)
         latents = latents.to(state.args.dtype).repeat(len(branches), 1, 1, 1, 1)
         timestep = window.timesteps[step_idx].expand(len(latents), -1)
@@ -177,14 +177,16 @@ class ForcingStrategy(StandardStrategy):
             matrix[:, -ends:] = steps + 1
             moving[:, -ends:] = False
         matrix, moving = matrix[moving.any(1)], moving[moving.any(1)]
-        timesteps = frames_timesteps(matrix, schedule.timesteps)
+        timesteps = frames_timesteps(matrix, schedule.times)
         if plan.noised and kept:
             timesteps[:, :kept] = int(plan.noised)
         runs = [(frames, self.start_schedule(batch, state.args)) for frames in groups_that_move_together(matrix)]
-        timesteps = timesteps.to(device)
+        moves: list[list[bool]] = moving.tolist()
+        times = [float(told[moving.index(True)]) for told, moving in zip(timesteps.tolist(), moves, strict=True)]
+        timesteps = to_device(timesteps, device)
         fps: Any = {"fps": batch.params.fps}
         modulation = split_rows(self.parts.transformer.prepare_timesteps(timesteps, **fps), len(timesteps))
-        return Window(timesteps, matrix.tolist(), moving.tolist(), runs, kept, modulation)
+        return Window(times, timesteps, matrix.tolist(), moves, runs, kept, modulation)
 
 
 def _inputs(state: StrategyState) -> ForcingInputs:

@@ -363,7 +363,7 @@ class SkyReelsV2Transformer3DModel(nn.Module):
         """[R, F] -> six-way projection and embedding"""
         projected, embedded = self.condition_embedder.embed_time(timestep)
         if self.config.inject_sample_info:
-            index = torch.tensor(int(fps != SLOW_FPS), device=timestep.device)
+            index = torch.full((), int(fps != SLOW_FPS), device=timestep.device)
             projected = projected + self.fps_projection(self.fps_embedding(index))  # [R, F, 6, d]
         return Modulation(projected, embedded)
 

@@ -20,7 +20,7 @@ from kinetoscope.nn.camera import CameraAdapter, Controls, add_controls
 from kinetoscope.nn.embeddings import ConditionEmbedder
 from kinetoscope.nn.feed_forward import FeedForward
 from kinetoscope.nn.linear import Linear
-from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add
+from kinetoscope.nn.norm import FP32LayerNorm, ModulatedNorm, RMSNorm, gated_add, unit_scales
 from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.split import TokenAxes
@@ -163,12 +163,7 @@ class WanTransformerBlock(nn.Module):
 
     def time_signal(self, modulation: Tensor, **rows: Any) -> Tensor:
         """The projected time embedding in this block's `modulation`, without its table: [R or 1, F, 6, d]."""
-        return modulation - self.scale_shift_table.to(modulation) - _ones(modulation)
-
-
-def _ones(modulation: Tensor) -> Tensor:
-    """The 1 of both scales of a modulation [..., 6, d], as [6, 1]."""
-    return modulation.new_tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0]).unsqueeze(-1)
+        return modulation - self.scale_shift_table.to(modulation) - unit_scales(6, modulation)
 
 
 class WanTransformer3DModel(nn.Module):
@@ -379,7 +374,7 @@ class WanTransformer3DModel(nn.Module):
         tables = torch.cat([block.scale_shift_table for block in self._blocks()])  # [layers, 6, d]
         blocks = tables.float() + projected.float().unsqueeze(2)  # [R, F, layers, 6, d]
         out = self.scale_shift_table.float() + embedding.float().unsqueeze(2)  # [R, F, 2, d]
-        return Modulation(blocks + _ones(blocks), out + out.new_tensor([0.0, 1.0]).unsqueeze(-1))
+        return Modulation(blocks + unit_scales(6, blocks), out + unit_scales(2, out))
 
     def _rope(self, latent_shape: Sequence[int], start_frame: int = 0) -> Tensor:
         """[..., T, H, W] of frames from `start_frame` on -> complex64 [N, D/2]"""

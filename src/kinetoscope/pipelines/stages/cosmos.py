@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.transfer import device_constant
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.strategies.cosmos import CosmosInputs
@@ -299,8 +301,11 @@ def latent_statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     if config.latents_mean is None:
         return latents.new_zeros(1), latents.new_ones(1)
     shape = (1, latents.shape[1], -1, 1, 1)
-    values = (torch.tensor(v).to(latents).view(shape) for v in (config.latents_mean, config.latents_std))
-    mean, std = (v[:, :, : latents.shape[2]] for v in values)
+    values = (
+        device_constant(np.ravel(v).tolist(), latents.device, latents.dtype)
+        for v in (config.latents_mean, config.latents_std)
+    )
+    mean, std = (v.view(shape)[:, :, : latents.shape[2]] for v in values)
     return mean, std
 
 

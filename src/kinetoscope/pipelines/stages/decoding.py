@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import CompositionError
+from kinetoscope.core.transfer import device_constant
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.denoising import not_finite
 
 VAE_MODES: dict[str, str] = {
     "whole": "all latent frames in one call",
@@ -82,9 +84,18 @@ class FrameStream:
         self._past: list[Any] | None = None
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Any:
-        """uint8 array [T, H, W, 3] from the next normalised latents [C, t, h, w]; T = 1 + 4 (t - 1) the first time, 4 t
-        later."""
+    def decode(self, latents: Tensor, *, check: bool = False) -> Any:
+        """Return frames uint8 [T, H, W, 3] of the next normalised latents [C, t, h, w].
+
+        T is 1 + 4 (t - 1) the first time, and 4 t later.
+
+        Args:
+            latents: see above.
+            check: refuse latents that are not finite; the host reads the frames and the answer at once.
+
+        Raises:
+            KinetoscopeError: `check` found values that are not finite.
+        """
         vae: Any = resolve(self._vae)
         z = latents.unsqueeze(0).to(next(vae.parameters()).dtype)
         z = vae.post_quant_conv(denormalize(z, vae.config))
@@ -95,7 +106,7 @@ class FrameStream:
                 self._past = [None] * vae._cached_conv_counts["decoder"]
             parts.append(vae.decoder(frame, feat_cache=self._past, feat_idx=[0], **first))
         video = torch.cat(parts, dim=2)  # [1, 3 p p, T, H / p, W / p]
-        return to_frames(_join_patches(video, vae.config.patch_size or 1)[0])
+        return to_frames(_join_patches(video, vae.config.patch_size or 1)[0], latents if check else None)
 
 
 def _join_patches(x: Tensor, p: int) -> Tensor:
@@ -103,15 +114,34 @@ def _join_patches(x: Tensor, p: int) -> Tensor:
     return x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
-def to_frames(video: Tensor) -> Any:
-    """uint8 array [T, H, W, 3] from a video [3, T, H, W] in [-1, 1]."""
-    video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+def to_frames(video: Tensor, latents: Tensor | None = None) -> Any:
+    """Return the uint8 array [T, H, W, 3] of a video [3, T, H, W] in [-1, 1].
+
+    Args:
+        video: see above.
+        latents: what the video was decoded from; whether they are finite is read together with the frames.
+
+    Raises:
+        KinetoscopeError: the latents are not finite.
+    """
+    pixels = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
+    if latents is None:
+        return pixels.contiguous().cpu().numpy()
+    finite = torch.isfinite(latents).all().to(torch.uint8).view(1)
+    read = torch.cat([pixels.flatten(), finite]).cpu().numpy()
+    if not read[-1]:
+        raise not_finite()
+    return read[:-1].reshape(pixels.shape)
 
 
 def denormalize(latents: Tensor, config: Any) -> Tensor:
     """The VAE's own latents from the transformer's normalised ones [B, C, T, H, W]: z std + mean per channel."""
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(config.latents_mean, device=latents.device, dtype=latents.dtype).view(shape)
-    std = torch.tensor(config.latents_std, device=latents.device, dtype=latents.dtype).view(shape)
+    mean, std = channel_statistics(config, latents)
     return latents * std + mean
+
+
+def channel_statistics(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of a VAE's latents, [1, C, 1, 1, 1] each, on the device of `like` in its dtype."""
+    values = (device_constant(v, like.device, like.dtype) for v in (config.latents_mean, config.latents_std))
+    mean, std = (v.view(1, -1, 1, 1, 1) for v in values)
+    return mean, std

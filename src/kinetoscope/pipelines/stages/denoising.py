@@ -129,4 +129,9 @@ def check_finite(latents: Tensor) -> None:
         KinetoscopeError: some are not finite (broken weights, or a dtype that overflows).
     """
     if not torch.isfinite(latents).all():
-        raise KinetoscopeError("denoising gave values that are not finite; try dtype float32, or check the weights")
+        raise not_finite()
+
+
+def not_finite() -> KinetoscopeError:
+    """Return the error of a result that is not numbers."""
+    return KinetoscopeError("denoising gave values that are not finite; try dtype float32, or check the weights")

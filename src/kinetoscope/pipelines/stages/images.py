@@ -13,6 +13,7 @@ from kinetoscope.diffusion.scheduler import SchedulerAdapter
 from kinetoscope.engine.strategies.standard import first_step
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.decoding import channel_statistics
 from kinetoscope.pipelines.stages.validation import VideoGeometry
 
 
@@ -25,8 +26,7 @@ def encode_video(vae: Any, video: Tensor) -> Tensor:
 
 def normalize(z: Tensor, config: Any) -> Tensor:
     """The transformer's latents from the VAE's own [B, C, T, H, W] float32: (z - mean) / std per channel."""
-    shape = (1, -1, 1, 1, 1)
-    mean, std = (torch.tensor(config[k], device=z.device).view(shape) for k in ("latents_mean", "latents_std"))
+    mean, std = channel_statistics(config, z)
     return (z - mean) / std
 
 

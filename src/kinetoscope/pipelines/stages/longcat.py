@@ -23,6 +23,7 @@ from kinetoscope.media import read_video
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
 from kinetoscope.pipelines.stages.decoding import DecodingStage
+from kinetoscope.pipelines.stages.images import normalize
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
 
@@ -165,10 +166,7 @@ class LongCatLatentStage(LatentPreparationStage):
         posteriors = [vae.encode(v.unsqueeze(0).to(weight)).latent_dist for v in video]
         mean, std = (torch.cat([getattr(p, n) for p in posteriors]).float().cpu() for n in ("mean", "std"))
         z = mean + std * noise.draw(mean.shape[1:])  # [B, C, t, h, w]
-        shape = (1, -1, 1, 1, 1)
-        return (z - torch.tensor(vae.config.latents_mean).view(shape)) / torch.tensor(vae.config.latents_std).view(
-            shape
-        )
+        return normalize(z, vae.config)
 
     def _refine(self, batch: ForwardBatch, extra: Mapping[str, Any]) -> ForwardBatch:
         """The upsampled video, noised, padded in time to whole blocks; condition frames padded in front."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.transfer import HostRead, device_constant
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.engine.strategies.matrix_game import Actions
 from kinetoscope.media.actions import ActionScript, load_actions, still
@@ -149,8 +151,8 @@ class SquareImageFeatureStage(Stage):
         encoder = resolve(self._encoder)
         parameter, size = next(encoder.parameters()), encoder.config.image_size
         pixels = F.interpolate(batch.image.float(), (size, size), mode="bicubic", align_corners=False)
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        pixels = (pixels.cpu() * 0.5 + 0.5 - mean) / std
+        mean, std = (device_constant(v, pixels.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        pixels = (pixels * 0.5 + 0.5 - mean) / std
         batch.image_embeds = encoder(pixels.to(parameter), output_hidden_states=True).hidden_states[-2]
         return batch
 
@@ -193,11 +195,17 @@ class ImageThenNothing:
     """
 
     def __init__(self, vae: Any, image: Tensor, step: int) -> None:
-        self.vae, self.step, self.settled = vae, step, False
+        self.vae, self.step = vae, step
+        self._unchanged: HostRead | None = None
         self._image: Tensor | None = image
         self._blank = image.new_zeros(1, 3, step, *image.shape[-2:])
         self._past: list[Any] = [None] * vae._cached_conv_counts["encoder"]
         self._last: Tensor | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the host knows that the last latent frame is that of all later ones; it never waits to know."""
+        return self._unchanged is not None and self._unchanged.ready and bool(self._unchanged.value)
 
     @torch.no_grad()
     def more(self, frames: int) -> Tensor:
@@ -215,11 +223,18 @@ class ImageThenNothing:
         patched = split_patches(video.to(next(vae.parameters()).dtype), vae.config.patch_size or 1)
         mode = vae.quant_conv(vae.encoder(patched, feat_cache=self._past, feat_idx=[0])).chunk(2, 1)[0].float()
         z = normalize(mode, vae.config)
-        kept = all(_same(a, b) for a, b in zip(before, self._past, strict=True))
-        self.settled = kept and _same(self._last, z)
+        self._unchanged = HostRead(_same([*before, self._last], [*self._past, z]))
         self._last = z
         return torch.cat([mask.expand(-1, -1, -1, *z.shape[-2:]).to(z), z], 1)
 
 
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
+def _same(before: Sequence[Any], after: Sequence[Any]) -> Tensor:
+    """Return whether all tensors and other values are equal, as a bool tensor [] on the device of the tensors."""
+    flags: list[Tensor] = []
+    equal = True
+    for a, b in zip(before, after, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
+            flags.append((a == b).all())
+        else:
+            equal &= type(a) is type(b) and not isinstance(a, Tensor) and a == b
+    return torch.stack(flags).all() if equal and flags else torch.tensor(equal and not flags)
