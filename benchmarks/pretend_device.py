@@ -1,8 +1,8 @@
 """A pretend accelerator for machines without one: a tensor of device "pretend:0" holds its data on the CPU.
 
-The pretend device counts what a GPU punishes: operations on tensors of two devices (an error on a GPU), reads of a device
-value by the host (a synchronisation), copies from pageable host memory (a stall), and launched kernels. Values are those of
-the CPU, so a result can be compared bit for bit with a run on "cpu".
+The pretend device counts what a GPU punishes: operations on tensors of two devices (an error on a GPU), reads of a
+device value by the host (a synchronisation), copies from pageable host memory (a stall), and launched kernels. Values
+are those of the CPU, so a result can be compared with a run on "cpu".
 
     with pretend_device() as counts:
         x = torch.ones(3, device=DEVICE)
@@ -34,43 +34,12 @@ DEVICE = f"{NAME}:0"
 SOURCE = "/src/kinetoscope/"
 """Part of the file names in which the place of a count is looked up first."""
 VIEWS = frozenset(
-    [
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "slice",
-        "select",
-        "split",
-        "chunk",
-        "unbind",
-        "t",
-        "as_strided",
-        "detach",
-        "alias",
-        "_unsafe_view",
-        "split_with_sizes",
-        "unflatten",
-        "lift_fresh",
-        "_reshape_alias",
-        "empty",
-        "empty_strided",
-        "unfold",
-        "diagonal",
-        "movedim",
-        "narrow",
-        "is_same_size",
-        "view_as_complex",
-        "view_as_real",
-        "is_pinned",
-        "empty_like",
-        "new_empty",
-        "new_empty_strided",
-        "record_stream",
-    ]
+    {
+        *("view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "expand", "slice", "select", "split"),
+        *("chunk", "unbind", "t", "as_strided", "detach", "alias", "_unsafe_view", "split_with_sizes", "unflatten"),
+        *("lift_fresh", "_reshape_alias", "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"),
+        *("unfold", "diagonal", "movedim", "narrow", "is_same_size", "view_as_complex", "view_as_real", "is_pinned"),
+    }
 )
 """Operators that launch no kernel."""
 HOST_READS = frozenset(["nonzero", "equal", "is_nonzero", "masked_select", "unique2", "_unique2"])
@@ -170,8 +139,12 @@ def _is_pretend(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
-def _is_pinned(x: Any) -> bool:
-    return getattr(x, "pretend_pinned", False)
+_PINNED: dict[int, Tensor] = {}
+"""Address -> pinned host memory, which is kept so that no other tensor gets its address."""
+
+
+def _is_pinned(x: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() in _PINNED
 
 
 def _call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -241,8 +214,8 @@ def _copy_from(source: Tensor, into: Tensor, non_blocking: bool = False) -> Tens
 
 def _pin_memory(x: Tensor, device: Any = None) -> Tensor:
     """Return a copy of a host tensor that counts as pinned."""
-    pinned: Any = x.clone()
-    pinned.pretend_pinned = True
+    pinned = x.clone()
+    _PINNED[pinned.untyped_storage().data_ptr()] = pinned
     return pinned
 
 

@@ -123,7 +123,7 @@ class Denoiser:
         return self.convention.preconditioning
 
     def _levels(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sigma and alpha shaped to broadcast against x: [R] -> [R,1,1,1,1], [R,T] -> [R,1,T,1,1]; [] as it is."""
+        """Return sigma and alpha shaped to broadcast against x: [R] -> [R,1,1,1,1], [R,T] -> [R,1,T,1,1]."""
         if s.ndim == 0:
             return s.float(), self.convention.alpha(s.float())
         sigma = s.to(device=x.device, dtype=torch.float32)

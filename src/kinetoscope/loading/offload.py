@@ -54,7 +54,7 @@ class Mover(Protocol):
 
 
 class HostMover:
-    """Weights rest in the memory of the host, pinned for CUDA.
+    """Weights rest in the memory of the host, pinned where the device is not the CPU.
 
     Args:
         device: where they are used.
@@ -67,7 +67,7 @@ class HostMover:
     def park(self, tensor: Tensor) -> Tensor:
         """On the CPU."""
         resting = tensor.to("cpu")
-        return changed_parts(resting, Tensor.pin_memory) if self._stream else resting
+        return resting if self.device.type == "cpu" else changed_parts(resting, Tensor.pin_memory)
 
     def bring(self, parked: Tensor) -> Tensor:
         """On the device."""

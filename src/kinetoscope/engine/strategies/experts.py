@@ -17,6 +17,7 @@ from kinetoscope.engine.strategies.standard import (
     StandardStrategy,
     VideoTransformer,
     conditioning_of,
+    place_condition,
     steps_of,
 )
 
@@ -69,6 +70,7 @@ class ExpertStrategy(StandardStrategy):
             experts.append(Expert(transformer, guidance, conditioning_of(transformer, batch, args, guidance.branches)))
         assert batch.latents is not None and batch.noise is not None
         latents = to_device(batch.latents, args.device, torch.float32)
+        place_condition(batch, args)
         return StrategyState(
             batch=batch,
             args=args,

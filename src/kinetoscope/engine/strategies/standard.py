@@ -75,6 +75,7 @@ class StandardStrategy:
         assert batch.latents is not None
         guidance = self.make_guidance(batch)
         latents = to_device(batch.latents, args.device, torch.float32)
+        place_condition(batch, args)
         scheduler = self.start_schedule(batch, args)
         return StrategyState(
             batch=batch,
@@ -165,6 +166,12 @@ def noise_of(batch: ForwardBatch) -> Noise:
     """Return the run's source of random numbers; make it from the seeds where no stage has made it."""
     batch.noise = batch.noise or NoiseSource(batch.seeds)
     return batch.noise
+
+
+def place_condition(batch: ForwardBatch, args: ExecutionArgs) -> None:
+    """Move the batch's condition to the device, so that no step does."""
+    if batch.condition is not None:
+        batch.condition = to_device(batch.condition, args.device)
 
 
 def conditioning_of(

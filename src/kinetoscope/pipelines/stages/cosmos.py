@@ -16,7 +16,7 @@ from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.strategies.cosmos import CosmosInputs
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
-from kinetoscope.pipelines.stages.decoding import DecodingStage
+from kinetoscope.pipelines.stages.decoding import DecodingStage, to_frames
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.prompt_cache import PromptCache
 from kinetoscope.pipelines.stages.text import TextEncodingStage
@@ -277,8 +277,7 @@ class CosmosDecodingStage(DecodingStage):
         mean, std = latent_statistics(vae.config, latents.unsqueeze(0))
         z = latents.unsqueeze(0) * std / self.sigma_data + mean
         video = vae.decode(z.to(next(vae.parameters()).dtype), return_dict=False)[0][0]  # [3, T, H, W] in [-1, 1]
-        video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-        return video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+        return to_frames(video)
 
 
 @torch.no_grad()

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.transfer import device_constant, to_device
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.noise import NoiseSource, SeededDraws
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
 from kinetoscope.models.ltx.strategy import start_schedule
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
-from kinetoscope.pipelines.stages.decoding import DecodingStage
+from kinetoscope.pipelines.stages.decoding import DecodingStage, to_frames
 from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.text import TextEncodingStage
 from kinetoscope.pipelines.stages.validation import InputValidationStage, VideoGeometry
@@ -142,7 +143,7 @@ class TimedDecodingStage(DecodingStage):
             level = float(extra.get("decode_timestep", 0.0))
             given = extra.get("decode_noise_scale")
             scale = level if given is None else float(given)
-            noise = batch.noise.draw(latents.shape[1:]).to(latents)
+            noise = to_device(batch.noise.draw(latents.shape[1:]), latents.device, latents.dtype)
             latents = (1 - scale) * latents + scale * noise
         batch.frames = [
             self.decode_timed(sample, level, seed) for sample, seed in zip(latents, batch.seeds, strict=True)
@@ -153,13 +154,7 @@ class TimedDecodingStage(DecodingStage):
         """uint8 array [T, H, W, 3] from the VAE's own latents [C, t, h, w]."""
         vae = resolve(self._vae)
         z = z.unsqueeze(0).to(next(vae.parameters()).dtype)
-        time = None if level is None else torch.tensor([level], device=z.device, dtype=z.dtype)
+        time = None if level is None else device_constant([level], z.device, z.dtype)
         with SeededDraws(seed, z.device):  # some of these VAEs add noise as they decode
             video = vae.decode(z, time, return_dict=False)[0][0]  # [3, T, H, W] in [-1, 1]
         return to_frames(video)
-
-
-def to_frames(video: Tensor) -> Any:
-    """uint8 array [T, H, W, 3] from [3, T, H, W] in [-1, 1]."""
-    video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return video.permute(1, 2, 3, 0).contiguous().cpu().numpy()

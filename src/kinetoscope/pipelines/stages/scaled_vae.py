@@ -10,6 +10,7 @@ from torch import Tensor
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.decoding import to_frames
 
 
 class ScaledDecodingStage(Stage):
@@ -38,8 +39,7 @@ class ScaledDecodingStage(Stage):
         vae = resolve(self._vae)
         z = latents.unsqueeze(0).to(next(vae.parameters()).dtype) / vae.config.scaling_factor
         video = vae.decode(z, return_dict=False)[0][0, :, self.skip * vae.temporal_compression_ratio :]
-        video = video.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)  # [3, T, H, W]
-        return video.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+        return to_frames(video)
 
 
 @torch.no_grad()
