@@ -74,7 +74,7 @@ class EDMAdapter(SchedulerAdapter):
             raise ConfigError("EDM schedules take neither sigmas nor mu")
         levels = self.noise_levels(num_steps)[schedule.pop("begin", 0) :]
         solver = EDMEuler(SolverInputs(tuple(as_floats(levels))))
-        return _EDMRun(solver, levels[:-1].to(device), float(levels[-1]), "euler")
+        return _EDMRun(solver, levels[:-1], float(levels[-1]), "euler", device)
 
     def noise_levels(self, num_steps: int) -> Tensor:
         """Return S + 1 float32 levels, computed in float64 (equation 5 of the paper, or geometric) and rounded; the

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kinetoscope.core.transfer import to_device
 from kinetoscope.diffusion.solver import Evaluation, SolverInputs
 
 
@@ -26,7 +27,7 @@ class EulerSolver:
         """See `Solver.step`."""
         now, after = self.inputs.levels[index : index + 2]
         if self.inputs.config.get("stochastic_sampling"):
-            noise = self.inputs.noise.draw(sample.shape[1:]).to(sample.device)
+            noise = to_device(self.inputs.noise.draw(sample.shape[1:]), sample.device)
             return (1.0 - after) * (sample - now * prediction) + after * noise
         return sample + (after - now) * prediction
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.core.transfer import to_device
 from kinetoscope.core.types import Noise
 from kinetoscope.diffusion.solver import (
     LEVELS,
@@ -159,15 +160,15 @@ class SchedulerAdapter:
             )
         published = getattr(diffusers, self.class_name).from_config(self.config)
         given = {k: v for k, v in (("sigmas", sigmas), ("mu", mu)) if v is not None}
-        published.set_timesteps(num_steps, device=torch.device(device), **given)
+        published.set_timesteps(num_steps, device="cpu", **given)
         levels = tuple(as_floats(published.sigmas))
         inputs = SolverInputs(levels[begin:], noise or WithoutNoise(), self.config, num_steps)
         solver = make_solver(self.solver, inputs)
         scale = float(self.config.get("num_train_timesteps", 1000))
         times = dict(zip(levels, as_floats(published.timesteps), strict=False))
         found = [times.get(e.level, e.level * scale) for e in solver.evaluations]
-        timesteps = torch.tensor(found, dtype=published.timesteps.dtype, device=device)
-        return ScheduleRun(solver, timesteps, levels[-1], self.solver)
+        timesteps = torch.tensor(found, dtype=published.timesteps.dtype)
+        return ScheduleRun(solver, timesteps, levels[-1], self.solver, device)
 
 
 class ScheduleRun:
@@ -175,9 +176,10 @@ class ScheduleRun:
 
     Args:
         solver: of this run alone.
-        timesteps: [E] of its evaluations, on the run's device.
+        timesteps: [E] of its evaluations, on the CPU.
         final: noise level of the result.
-        name: of the solver, for messages.
+        name: name of the solver, for messages.
+        device: where the timesteps are needed.
 
     Attributes:
         timesteps: [E] on the run's device, as the network is given them.
@@ -186,9 +188,11 @@ class ScheduleRun:
         sigmas: E + 1 Python floats, the level of each evaluation and the final one.
     """
 
-    def __init__(self, solver: Solver, timesteps: Tensor, final: float, name: str = "") -> None:
+    def __init__(
+        self, solver: Solver, timesteps: Tensor, final: float, name: str = "", device: torch.device | str = "cpu"
+    ) -> None:
         self.solver, self.name = solver, name
-        self.timesteps = timesteps
+        self.timesteps = to_device(timesteps, device)
         self.times = as_floats(timesteps)
         self.evaluations: Sequence[Evaluation] = tuple(solver.evaluations)
         self.sigmas = [*(e.level for e in self.evaluations), final]
@@ -214,4 +218,5 @@ class ScheduleRun:
 
 def as_floats(values: Tensor) -> list[float]:
     """Return a 1-D tensor as Python numbers, which the host reads from its device at once."""
-    return [float(v) for v in values.tolist()]
+    read: Any = values.tolist()  # pyright: ignore[reportUnknownMemberType]
+    return [float(v) for v in read]

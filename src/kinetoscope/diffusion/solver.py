@@ -147,7 +147,9 @@ def make_solver(name: str, inputs: SolverInputs) -> Solver:
     solver = SOLVERS.find(name)(inputs)
     check_protocol(solver, Solver, f"scheduler {name!r}", ConfigError)
     steps = [e.step for e in solver.evaluations]
-    if not steps or steps != sorted(steps) or solver.evaluations[0].level != inputs.levels[0]:
+    if len(inputs.levels) > 1 and (
+        not steps or steps != sorted(steps) or solver.evaluations[0].level != inputs.levels[0]
+    ):
         raise ConfigError(
             f"scheduler {name!r}: {type(solver).__name__}.evaluations should begin at the first noise level "
             f"({inputs.levels[0]:g}) with step 0 and name the steps in order; it is {list(solver.evaluations)[:4]}..."
