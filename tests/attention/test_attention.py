@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,12 +14,12 @@ from kinetoscope.attention import (
     Role,
     attention,
     capabilities,
-    default,
     dispatch,
     register_backend,
     resolve_attention,
 )
-from kinetoscope.attention.backends import CHUNK, math_attention
+from kinetoscope.attention.backends import math_attention
+from kinetoscope.attention.chunked import CHUNK
 from kinetoscope.attention.flex import flex_dense_attention
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import CompositionError, ConfigError
@@ -126,48 +125,6 @@ def test_auto_gives_a_reason() -> None:
     assert "self: " in str(table)
 
 
-@pytest.mark.parametrize(
-    ("processor", "device", "dtype", "expected"),
-    [
-        ("AVX512", "cpu", torch.float32, "chunked"),
-        ("AVX512", "cpu", torch.bfloat16, "chunked"),
-        ("AVX512", "cpu", torch.float16, "sdpa"),
-        ("AMX", "cpu", torch.float32, "sdpa"),
-        ("AMX", "cpu", torch.bfloat16, "sdpa"),
-        ("AVX2", "cpu", torch.float32, "sdpa"),
-        ("AVX2", "cuda", torch.bfloat16, "sdpa"),
-    ],
-)
-def test_preferred(
-    monkeypatch: pytest.MonkeyPatch, processor: str, device: str, dtype: torch.dtype, expected: str
-) -> None:
-    monkeypatch.setattr("kinetoscope.attention.default.AVX512", processor in ("AVX512", "AMX"))
-    monkeypatch.setattr("kinetoscope.attention.default.AMX", processor == "AMX")
-    found = capabilities.__wrapped__(device, dtype)  # the answer is kept for the process
-    assert resolve_attention("auto", found, ["self"]).choices["self"].backend == expected
-
-
-@pytest.mark.parametrize("amx", [False, True])
-def test_gradients_of_few_keys_in_bfloat16(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
-    """They alone are by plain products where SDPA is the faster one without gradients."""
-    seen: list[str] = []
-    for name in ("chunked", "sdpa"):
-        named = BACKENDS[name].function
-        spy = partial(lambda name, f, *x, **told: (seen.append(name), f(*x, **told))[1], name, named)
-        monkeypatch.setattr(default, f"{name}_attention", spy)
-    monkeypatch.setattr(default, "AVX512", amx)
-    monkeypatch.setattr(default, "AMX", amx)
-    monkeypatch.setattr(default, "GRADIENT_KEYS", 8)
-    for dtype in (torch.bfloat16, torch.float32):
-        for keys in (8, 9):
-            q, k, v = (x.requires_grad_() for x in qkv(2, 7, keys, dtype))
-            out = default.default_attention(q, k, v)
-            with torch.no_grad():
-                torch.testing.assert_close(default.default_attention(q, k, v), out, rtol=0, atol=3e-2)
-    with_gradient, without = seen[::2], seen[1::2]
-    assert with_gradient == ["chunked" if amx else "sdpa", "sdpa", "sdpa", "sdpa"] and set(without) == {"sdpa"}
-
-
 def test_named_backends() -> None:
     assert resolve_attention("math", CPU, ("self", "cross"))["cross"] is math_attention
     table = resolve_attention({"cross": "math"}, CPU, ("self", "cross"))
@@ -194,7 +151,6 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as patch:
         patch.setattr(table, "BACKENDS", dict(BACKENDS))
         yield
-    capabilities.cache_clear()
 
 
 @pytest.mark.usefixtures("registry")

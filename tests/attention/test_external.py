@@ -107,12 +107,9 @@ def install(monkeypatch: pytest.MonkeyPatch, backend: ExternalBackend, function:
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What capabilities remember is forgotten; the device is a Blackwell one, which all but FlashAttention 3 serve."""
-    capabilities.cache_clear()
+def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the device be a Blackwell one, which all backends but FlashAttention 3 serve."""
     monkeypatch.setattr("kinetoscope.attention.external.compute_capability", lambda: (10, 0))
-    yield
-    capabilities.cache_clear()
 
 
 def qkv(channels: int = 64) -> list[Tensor]:
@@ -155,7 +152,6 @@ def test_refused_for_keys_with_a_bias(backend: ExternalBackend, monkeypatch: pyt
 @pytest.mark.parametrize("backend", EXTERNAL, ids=lambda b: b.name)
 def test_refused_where_it_cannot_run(backend: ExternalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(device: str, dtype: torch.dtype) -> str:
-        capabilities.cache_clear()
         with pytest.raises(CompositionError, match=f"'{backend.name}' for 'self'") as error:
             resolve_attention({"self": backend.name}, capabilities(device, dtype), ROLES)
         return str(error.value)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from kinetoscope.cli import main
 from kinetoscope.cli.main import COMMANDS, build_parser
 from kinetoscope.cli.options import parse_size
+from kinetoscope.core.cpu import CpuLevel, cpu_level
 from kinetoscope.media import read_metadata, read_video
 from tiny import make_tiny_wan
 
@@ -82,7 +82,8 @@ def test_info_and_models_and_doctor(tiny: Path, capsys: pytest.CaptureFixture[st
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert set(facts["attention"]["float32"]["roles"]) == {"self", "cross"}
-    assert ("bfloat16" in facts["slow_dtypes"]) == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert facts["cpu"] == cpu_level().name
+    assert ("bfloat16" in facts["slow_dtypes"]) == (cpu_level() < CpuLevel.AVX512_BF16)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kinetoscope.attention import BACKENDS, capabilities
+from kinetoscope.attention import BACKENDS
 from kinetoscope.loading import components
 from kinetoscope.pipelines.presets import PIPELINES
 
@@ -21,4 +21,3 @@ def registries() -> Iterator[None]:
     for registry, entries in zip(known, before, strict=True):
         registry.clear()
         registry.update(entries)
-    capabilities.cache_clear()

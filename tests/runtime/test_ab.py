@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope import VideoGenerator
-from kinetoscope.attention import BACKENDS, capabilities, register_backend
+from kinetoscope.attention import BACKENDS, register_backend
 from kinetoscope.attention.backends import math_attention
 from kinetoscope.core.errors import ConfigError, InputError, KinetoscopeError
 from kinetoscope.engine.hooks.caches.base import StepCache
@@ -169,7 +169,6 @@ def test_an_attention_backend_that_drops_masks_is_caught(backend: str, tmp_path:
         out = compare_configurations(made).comparison
     finally:
         del BACKENDS["forgetful"]
-        capabilities.cache_clear()
     assert bool(out.failures(EXACT)) is (backend == "forgetful")
 
 

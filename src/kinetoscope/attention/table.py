@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kinetoscope.attention.backends import (
     SDPA_KINDS,
-    chunked_attention,
     math_attention,
     refuse_sdpa,
     sdpa_attention,
     sdpa_by,
     sdpa_without_bias,
 )
+from kinetoscope.attention.chunked import chunked_attention
 from kinetoscope.attention.default import preferred_backend
 from kinetoscope.attention.external import EXTERNAL, LOSSY
 from kinetoscope.attention.flex import flex_dense_attention, refuse_flex
@@ -101,7 +101,6 @@ def register_backend(
         raise ConfigError(f"attention: the backend name {name!r} may not hold any of : ; = ,")
     without = _honours_bias if key_bias else (lambda device: "it was registered with key_bias=False")
     BACKENDS[name] = Backend(backend, refuse or _serves, without)
-    capabilities.cache_clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +159,8 @@ class AttentionTable(Mapping[str, Callable[..., Tensor]]):
         return "; ".join(f"{role}: {c.backend} ({c.reason})" for role, c in self.choices.items())
 
 
-@cache
 def capabilities(device: str, dtype: torch.dtype) -> Capabilities:
-    """What the backends registered so far can do on a device type in a dtype."""
+    """Return what the backends registered so far can do on a device type in a dtype."""
     refused = {name: why for name, b in BACKENDS.items() if (why := b.refuse(device, dtype))}
     without = {name: why for name, b in BACKENDS.items() if (why := b.without_bias(device))}
     preferred, reason = preferred_backend(device, dtype)

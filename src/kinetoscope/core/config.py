@@ -99,3 +99,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
 def launch() -> Launch | None:
     """This process among those that torchrun started, or None; read once."""
     return read_launch(os.environ)
+
+
+def onednn_limit() -> str:
+    """Return the highest instruction set that oneDNN may use here, such as "AVX2"; "" where it may use all."""
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
