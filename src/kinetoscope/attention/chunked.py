@@ -181,7 +181,7 @@ def _gradients(
     once = queries.shape[1] <= CHUNK  # one chunk of queries, so nothing is added up
     for heads, part, own in _chunks(queries, keys, weights):
         g = grad[heads, part]
-        dlogits = torch._softmax_backward_data(torch.bmm(g, values[heads].mT), own, -1, own.dtype)
+        dlogits = torch.ops.aten._softmax_backward_data(torch.bmm(g, values[heads].mT), own, -1, own.dtype)
         dq[heads, part] = torch.bmm(dlogits, keys[heads])
         if once:
             torch.bmm(dlogits.mT, queries[heads, part], out=dk[heads])

@@ -7,7 +7,7 @@ that every choice is tested on any CPU. The kernels of a lower level run on a hi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from types import MappingProxyType
@@ -88,7 +88,7 @@ def has_bfloat16_kernels() -> bool:
 
 
 @contextmanager
-def override_cpu_level(level: CpuLevel) -> Iterator[None]:
+def override_cpu_level(level: CpuLevel) -> Generator[None, None, None]:
     """Choose kernels in this process as a CPU of another level does, for tests.
 
     Only the choice changes: the kernels are those of this CPU. A kernel that it lacks is not chosen at a higher level.
