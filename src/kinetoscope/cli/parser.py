@@ -19,12 +19,12 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {line} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse as `ArgumentParser` does; arguments that no option takes are an error here, in the parser they are of.
 
         A parser of a command is the last to know its own options, so it is the one that can suggest the nearest.
         """
-        found, left = super().parse_known_args(args, namespace)
+        found, left = super().parse_known_args(*args, **kwargs)
         if left:
             self.error(self._not_taken(left))
         return found, left
