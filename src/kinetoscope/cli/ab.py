@@ -12,6 +12,7 @@ from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
     add_input_options,
+    add_quiet_option,
     add_video_options,
     compute_fields,
     input_fields,
@@ -41,6 +42,7 @@ _LIMITS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    add_quiet_option(parser)
     parser.add_argument(
         "--a", default=None, metavar="SETTINGS", help='first configuration, "name=value,..." (default: the defaults)'
     )
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.output)
     for name in (REPORT, PAGE):
         check_output(folder / name, (Path(name).suffix,))
-    with RunProgress() as progress:
+    with RunProgress(args.quiet) as progress:
         if args.videos:
             ab.check_thresholds_of_files(asked)
             first, second = map(Path, args.videos)

@@ -8,6 +8,7 @@ from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
     add_input_options,
+    add_quiet_option,
     add_video_options,
     compute_fields,
     input_fields,
@@ -22,6 +23,7 @@ HELP = "measure a model for the step caches magcache and teacache"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    add_quiet_option(parser)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"a model (default: {DEFAULT_MODEL})")
     parser.add_argument(
         "--prompts-file", metavar="FILE",
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         prompts = [spec.caption() for spec in heldout_specs(get_world(world), args.n, args.seed)]
     else:
         prompts = list(PROMPTS[: args.n])
-    with RunProgress() as progress:
+    with RunProgress(args.quiet) as progress:
         path, found = calibrate(
             generator, cache, prompts, seed=args.seed, output=args.output, on_event=progress.event,
             **video_fields(args), **input_fields(args),

@@ -12,6 +12,7 @@ from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
     add_device_options,
+    add_quiet_option,
     add_video_options,
     compute_fields,
     device_fields,
@@ -35,6 +36,7 @@ SCORES = "## Scores"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    add_quiet_option(parser)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a model trained on a world of this package")
     parser.add_argument("--n", type=int, help=f"videos (default: {PROMPTS['n']}; of played worlds {PLAYED['n']} games)")
     parser.add_argument("--seed", type=int, default=0, help="of the first video, of the choice of captions, of players")
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     for key, value in (PLAYED if played else PROMPTS).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    with RunProgress() as progress:
+    with RunProgress(args.quiet) as progress:
         result = (_play if played else _generate)(generator, world, args, progress)
     generator.close()
     if result is None:

@@ -12,6 +12,7 @@ from kinetoscope.cli.options import (
     add_compute_options,
     add_device_options,
     add_input_options,
+    add_quiet_option,
     add_video_options,
     compute_fields,
     device_fields,
@@ -30,6 +31,7 @@ DEFAULT_OUTPUT = "outputs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    add_quiet_option(parser)
     parser.add_argument("prompt", nargs="?", help=f'what to show (default: "{DEFAULT_PROMPT}")')
     parser.add_argument("--prompt", dest="named_prompt", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument(
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if previews:
         fields["preview"] = args.preview_map or True
     output = [p for p in output_paths(args.output, prompts, seeds, one=one) if p]
-    with RunProgress() as progress:
+    with RunProgress(args.quiet) as progress:
 
         def event(event: Any) -> None:
             progress.event(event)

@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(wrong)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Messages()])
-    logging.getLogger("kinetoscope").setLevel(logging.INFO)
+    logger = logging.getLogger("kinetoscope")
+    level = logger.level
+    logger.setLevel(logging.ERROR if getattr(args, "quiet", False) else logging.INFO)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -105,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {type(error).__name__}: {_one_line(error)} (kinetoscope --debug shows where)", file=sys.stderr)
         return 1
+    finally:
+        logger.setLevel(level)
 
 
 class _Messages(logging.Handler):

@@ -154,6 +154,11 @@ def device_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {"parallel": parallel, "executor": args.executor}
 
 
+def add_quiet_option(parser: argparse.ArgumentParser) -> None:
+    """Nothing on stderr but errors."""
+    parser.add_argument("--quiet", "-q", action="store_true", help="no progress and no notes on stderr, only errors")
+
+
 def read_prompts(path: str) -> list[str]:
     """The lines of a file that are not empty.
 

@@ -26,15 +26,18 @@ def leads() -> bool:
 class RunProgress:
     """Shows the events of `VideoGenerator`, the progress of trainings, or a count. Use as a context manager.
 
+    Args:
+        quiet: whether to show nothing.
+
     Attributes:
         seconds: stage -> seconds over all runs so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
-        self._live = console.is_terminal and leads()
-        self._tells = leads()
+        self._tells = leads() and not quiet
+        self._live = console.is_terminal and self._tells
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from kinetoscope.cli.options import add_quiet_option
+
 NAME = "replay"
 HELP = "make a video again from the record inside its file, and compare"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    add_quiet_option(parser)
     parser.add_argument("file", help="an .mp4 written by kinetoscope")
     parser.add_argument("--output", "-o", metavar="FILE", help="write the new video here")
     parser.add_argument("--model", help="where the model is now, if it has moved")
@@ -20,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.cli.progress import RunProgress
     from kinetoscope.runtime.replay import replay
 
-    with RunProgress() as progress:
+    with RunProgress(args.quiet) as progress:
         report = replay(args.file, args.output, model=args.model, on_event=progress.event)
     if args.output:
         print(args.output)

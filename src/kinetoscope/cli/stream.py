@@ -11,6 +11,7 @@ from kinetoscope.cli.options import (
     add_compute_options,
     add_device_options,
     add_input_options,
+    add_quiet_option,
     compute_fields,
     device_fields,
     input_fields,
@@ -23,6 +24,7 @@ HELP = "make a video block by block with a causal model, and write it as it come
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    add_quiet_option(parser)
     parser.add_argument("prompt", nargs="?", help="what to show; nothing for models that read no prompt")
     parser.add_argument("--model", required=True, help="directory or hub id of a model that makes blocks")
     parser.add_argument("--blocks", type=int, required=True, metavar="N", help="number of blocks")
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     ) as session:
         params = session.params
         assert params.fps is not None
-        if leads():
+        if leads() and not args.quiet:
             print(f"ready after {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
         if not leads():
             for _ in range(args.blocks):
@@ -83,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
                 writer.write(frames)
                 digest.update(frames.tobytes())
                 pace = f"{len(frames)} frames in {seconds:.2f} s, {len(frames) / seconds:.1f} frames/s"
-                print(f"block {block + 1} of {args.blocks}: {pace}", file=sys.stderr, flush=True)
+                if not args.quiet:
+                    print(f"block {block + 1} of {args.blocks}: {pace}", file=sys.stderr, flush=True)
             writer.finish(session.record(digest.hexdigest()))
     size = f"{params.height}x{params.width}, {session.frames} frames"
     generator.close()

@@ -44,10 +44,14 @@ def one_of(value: str, known: Iterable[str], what: str) -> str:
     raise InputError(unknown(what, value, names))
 
 
-def nearest(value: object, known: Iterable[str]) -> str | None:
-    """Return the known name that `value` looks like, whatever its case; None if there is none."""
+def nearest(value: object, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """Return the known name that `value` looks like, whatever its case; None if there is none.
+
+    Args:
+        likeness: least ratio of `difflib.SequenceMatcher`, in [0, 1].
+    """
     names = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(str(value).lower(), names, n=1)
+    found = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=likeness)
     return names[found[0]] if found else None
 
 

@@ -90,6 +90,11 @@ def find_model(name_or_path: str | Path) -> ModelDir:
     return resolve_model(name_or_path, [name for family in FAMILIES for name in family.presets])
 
 
+def published_defaults(name: str) -> SamplingParams | None:
+    """Return the sampling defaults of the published model of that hub id; None if no family knows it."""
+    return next((family.presets[name] for family in FAMILIES if name in family.presets), None)
+
+
 def known_models() -> list[KnownModel]:
     """The embedded models, then the published ones that have presets.
 

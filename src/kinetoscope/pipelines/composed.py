@@ -101,6 +101,8 @@ class ComposedPipeline:
     """Whether guidance may ask for an unconditional row."""
     streams: ClassVar[bool] = False
     """Whether it makes videos block by block for as long as wanted (`runtime.session.Session`)."""
+    any_length: ClassVar[bool] = False
+    """Whether videos longer than those of its training are made in parts that are as long."""
     block_inputs: ClassVar[tuple[str, ...]] = ()
     """What may be said of each block of a stream ("keyboard", "mouse"); the arguments of `block_item`."""
     geometry: VideoGeometry

@@ -36,6 +36,7 @@ from kinetoscope.runtime.executors.pool import Pool
 from kinetoscope.runtime.executors.stream import RemoteSession, drain
 from kinetoscope.runtime.executors.torchrun import Torchrun, join_launch
 from kinetoscope.runtime.lora import HasLoras, Loras, LoraSpec, lora_specs, sampled_with
+from kinetoscope.runtime.notices import NoticeEvent, announced, log_once, notices
 from kinetoscope.runtime.opening import chosen_attention, open_pipeline
 from kinetoscope.runtime.parallel import check_layout
 from kinetoscope.runtime.request import VideoRequest
@@ -325,6 +326,10 @@ class VideoGenerator(HasExecutor, HasLoras):
     ) -> Callable[[], Session | RemoteSession]:
         """What opens the session; the request is checked now."""
         batch = session_batch(self.pipeline, self.defaults(), prompt, fields)
+        for notice in self._notices(batch.params, [*batch.prompts, *batch.negative_prompts], streaming=True):
+            log_once(notice)
+            if on_event:
+                on_event(notice)
         if blocks is not None:
             if type(blocks) is not int or blocks < 1:
                 raise InputError(f"blocks={blocks!r} is not a positive whole number")
@@ -340,8 +345,16 @@ class VideoGenerator(HasExecutor, HasLoras):
         size = request.batch_size or usual_batch_size(self.pipeline, plan.params)
         if isinstance(self.executor, Pool):
             check_pool(self.executor.name, request.hooks, None, self._changes())
-        return self.executor.run(Job(plan, size, self.options, request.trace, request.preview))
+        events = self.executor.run(Job(plan, size, self.options, request.trace, request.preview))
+        texts = [*plan.prompts, *(plan.negative_prompts if plan.params.guided else [])]
+        return announced(self._notices(plan.params, texts), events)
 
     def _changes(self) -> list[str]:
         """Return what this program changed on the pipeline; LoRAs change weights too, and workers have them."""
         return self.pipeline.changes(weights=not self.loras)
+
+    def _notices(self, params: SamplingParams, prompts: Sequence[str], streaming: bool = False) -> list[NoticeEvent]:
+        """Return what the user should know before a run starts."""
+        if not self.executor.announces:
+            return []
+        return notices(self.pipeline, params, prompts, self.executor.config, streaming=streaming)

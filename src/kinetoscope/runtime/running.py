@@ -16,6 +16,7 @@ from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.media import write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
+from kinetoscope.runtime.notices import NoticeEvent
 from kinetoscope.runtime.preview import PreviewEvent, Previews, load_preview_map
 from kinetoscope.runtime.record import make_record
 from kinetoscope.runtime.request import VideoPlan, VideoRequest
@@ -23,7 +24,7 @@ from kinetoscope.runtime.request import VideoPlan, VideoRequest
 BATCH_TOKENS = 2048
 """Prompts of a list share a run while its rows have at most this many tokens; beyond, a batch only costs memory."""
 
-RunEvent = StageEvent | Event | PreviewEvent
+RunEvent = StageEvent | Event | PreviewEvent | NoticeEvent
 
 
 @dataclass(slots=True)

@@ -99,6 +99,7 @@ class SkyReelsForcing(SkyReelsTextToVideo):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("t2v", "i2v", "flf2v", "vc")
+    any_length: ClassVar[bool] = True
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.FORCING_EXTRA
     fallback: ClassVar[str] = "Skywork/SkyReels-V2-DF-14B-540P-Diffusers"
 

@@ -68,10 +68,12 @@ class Executor(Protocol):
     Attributes:
         name: one of `EXECUTORS`.
         config: the layout.
+        announces: whether this process, of all that carry out a request, tells its user about it.
     """
 
     name: str
     config: ParallelConfig
+    announces: bool
 
     def run(self, job: Job) -> Generator[RunEvent, None, list[GenerationResult]]:
         """The events of a request; the return value is its results in the order of its prompts.

@@ -29,6 +29,7 @@ class InProcess:
         self.pipeline = pipeline
         self.loras = loras
         self.config = groups.config if groups else ParallelConfig()
+        self.announces = groups is None  # else another process has the caller
         self.leads = groups is None or groups.everyone.index == 0
 
     def run(self, job: Job) -> Generator[RunEvent, None, list[GenerationResult]]:

@@ -84,6 +84,7 @@ class Pool:
     def __init__(self, name: str, config: ParallelConfig, model: ModelDir, gangs: Sequence[Gang]) -> None:
         self.name = name
         self.config = config
+        self.announces = True
         self.model = model
         self.gangs = gangs
         self._line = Line()

@@ -50,6 +50,7 @@ class Torchrun(InProcess):
     def __init__(self, pipeline: ComposedPipeline, loras: Loras, groups: Groups) -> None:
         super().__init__(pipeline, loras, groups)
         self.groups = groups
+        self.announces = self.leads
         # Results are objects in host memory: gloo moves them whatever moves the tensors of the model.
         self._words: Any = dist.new_group(backend="gloo") if groups.config.replicas > 1 else None
 
