@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kinetoscope import KinetoscopeError, VideoGenerator
 from kinetoscope.core.errors import CompositionError, InputError
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.engine.hooks import Hook
 from kinetoscope.media.actions import play
 from kinetoscope.pipelines.stages.base import Stage
@@ -49,6 +50,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> VideoGenerator:
 def picture() -> Image.Image:
     small = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+
+
+class Unchanged(Stage):
+    """Changes nothing."""
+
+    def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
+        return batch
 
 
 class Ends(Hook):
@@ -393,7 +401,7 @@ def test_models_that_do_not_stream(tmp_path: Path) -> None:
         gen.stream(RED, **SIZE)
     path = make_directory(tmp_path / "causal")
     other = opened(path)
-    other.pipeline.add_stage("brighten", Stage(), after="decoding")
+    other.pipeline.add_stage("brighten", Unchanged(), after="decoding")
     with pytest.raises(CompositionError, match="do not run in a stream: brighten"):
         other.start_session(RED, **SIZE)
     with pytest.raises(CompositionError, match="AutoencoderKLWan; this model has Linear"):

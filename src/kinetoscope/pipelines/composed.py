@@ -322,12 +322,7 @@ class ComposedPipeline:
         self.stages = {n: everything[n] for n in names}
 
     def remove_stage(self, name: str) -> Stage:
-        """Take a stage out; `add_stage` puts it back.
-
-        A stage that the model needs stays: later ones read what it makes. Give another in its place with `add_stage`.
-
-        Returns:
-            the removed stage.
+        """Take a stage out and return it. A stage that the model needs stays: later ones read what it makes.
 
         Raises:
             ConfigError: there is no such stage, or the pipeline cannot run without it.
