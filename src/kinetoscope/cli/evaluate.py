@@ -239,7 +239,7 @@ def _command(args: argparse.Namespace) -> str:
         if v is not None and k not in ("height", "width")
     ]
     world = [f"--world {args.world}"] if args.world else []
-    dtype = [] if args.dtype == "auto" else [f"--dtype {args.dtype}"]
+    dtype = [] if args.dtype in (None, "auto") else [f"--dtype {args.dtype}"]
     drift = [f"--drift {args.drift} --drift-frames {args.drift_frames}"] if args.drift else []
     start = ["kinetoscope eval", args.model, f"--n {args.n} --seed {args.seed}"]
     return " ".join([*start, *world, *size, *rest, *dtype, *drift])

@@ -35,16 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help=f'what to show (default: "{DEFAULT_PROMPT}")')
     parser.add_argument("--prompt", dest="named_prompt", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="embedded name, directory or hub id (default: %(default)s)"
-    )
+        "--config", metavar="FILE",
+        help="a YAML file with the settings of a run; options of the command stand above it, and --set "
+        "sampling.num_inference_steps=20 changes one of its keys",
+    )  # fmt: skip
+    parser.add_argument("--model", help=f"embedded name, directory or hub id (default: {DEFAULT_MODEL})")
     parser.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, instead of PROMPT")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the unconditional branch reads")
-    parser.add_argument("--seed", type=int, default=0, help="of the first video (default: 0)")
+    parser.add_argument("--seed", type=int, help="of the first video (default: 0)")
     parser.add_argument(
         "--num-videos", type=int, default=1, metavar="N", help="videos a prompt, with seeds SEED, SEED+1, ..."
     )
     parser.add_argument("--fps", type=float, help="frames a second of the file")
-    parser.add_argument("--output", "-o", default=DEFAULT_OUTPUT, help="an .mp4 file, or a folder (default: outputs/)")
+    parser.add_argument("--output", "-o", help=f"an .mp4 file, or a folder (default: {DEFAULT_OUTPUT}/)")
     parser.add_argument("--trace", action="store_true", help="write a record of every step as JSON beside the video")
     parser.add_argument(
         "--preview", metavar="FILE",
@@ -65,28 +68,22 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("give a prompt or --prompts-file, not both")
     if args.num_videos < 1:
         raise InputError(f"--num-videos={args.num_videos} is not a positive number")
-    prompts = read_prompts(args.prompts_file) if args.prompts_file else [_prompt(args)]
-    seeds = [args.seed + i for _ in prompts for i in range(args.num_videos)]
-    prompts = [p for p in prompts for _ in range(args.num_videos)]
 
     from kinetoscope.cli.progress import RunProgress, leads
     from kinetoscope.runtime.generator import VideoGenerator
     from kinetoscope.runtime.output_names import output_paths
 
-    generator = VideoGenerator.from_pretrained(args.model, **compute_fields(args), **device_fields(args))
-    fields: dict[str, Any] = {
-        **video_fields(args),
-        **input_fields(args),
-        "fps": args.fps,
-        "negative_prompt": args.negative_prompt,
-    }
+    config = _settings(args)
+    prompts, seeds = _prompts_and_seeds(config, args.num_videos)
+    fields: dict[str, Any] = {**config.sampling, **config.inputs, "negative_prompt": config.negative_prompt}
+    generator = VideoGenerator.from_pretrained(config.model or DEFAULT_MODEL, **config.options)
     one = len(prompts) == 1
     if args.preview_map and not args.preview:
         raise InputError("--preview-map without --preview; give both")
     previews = _preview_files(args.preview, len(prompts)) if args.preview else []
     if previews:
         fields["preview"] = args.preview_map or True
-    output = [p for p in output_paths(args.output, prompts, seeds, one=one) if p]
+    output = [p for p in output_paths(config.output or DEFAULT_OUTPUT, prompts, seeds, one=one) if p]
     with RunProgress(args.quiet) as progress:
 
         def event(event: Any) -> None:
@@ -118,9 +115,47 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace) -> str:
-    """Return the prompt of the command line, or the default."""
-    return next((p for p in (args.prompt, args.named_prompt) if p is not None), DEFAULT_PROMPT)
+def _settings(args: argparse.Namespace) -> Any:
+    """Return the run configuration: options of the command over those of its file (`RunConfig`)."""
+    from kinetoscope.runtime.run_config import RunConfig
+
+    dotted = [text for text in args.extra if "." in text.partition("=")[0]]
+    args.extra = [text for text in args.extra if text not in dotted]
+    config = RunConfig.read(args.config, dotted)
+    if args.prompts_file:
+        config.prompt = read_prompts(args.prompts_file)
+    named = {"prompt": args.prompt if args.prompt is not None else args.named_prompt}
+    for name in ("model", "negative_prompt", "seed", "output"):
+        named[name] = getattr(args, name)
+    for name, value in named.items():
+        if value is not None:
+            setattr(config, name, value)
+    config.sampling |= {n: v for n, v in {**video_fields(args), "fps": args.fps}.items() if v is not None}
+    config.inputs |= input_fields(args)
+    if args.size is None and "height" in config.sampling and "width" in config.sampling:
+        args.size = config.sampling["height"], config.sampling["width"]  # what "auto" chooses a layout for
+    args.frames = args.frames or config.sampling.get("num_frames")
+    devices = {n: v for n, v in device_fields(args).items() if v is not None}
+    config.options |= compute_fields(args) | devices
+    return config
+
+
+def _prompts_and_seeds(config: Any, count: int) -> tuple[list[str], list[int]]:
+    """Return a prompt and a seed for each video: `count` of each prompt, with seeds one after another.
+
+    Raises:
+        InputError: lists that are not as long as the prompts, or that go with several videos of each prompt.
+    """
+    prompt = DEFAULT_PROMPT if config.prompt is None else config.prompt
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if count > 1 and (isinstance(config.seed, list) or isinstance(config.negative_prompt, list)):
+        raise InputError(f"--num-videos={count} needs one seed and one negative prompt for all prompts, not lists")
+    if isinstance(config.seed, list):
+        if len(config.seed) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts but {len(config.seed)} values for seed; give one or one each")
+        return prompts, config.seed
+    seeds = [(config.seed or 0) + i for _ in prompts for i in range(count)]
+    return [p for p in prompts for _ in range(count)], seeds
 
 
 def _write_trace(result: Any) -> Path:

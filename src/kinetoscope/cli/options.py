@@ -93,15 +93,15 @@ def input_fields(args: argparse.Namespace) -> dict[str, Any]:
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
     """Where and how to compute."""
     group = parser.add_argument_group("computing")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    group.add_argument("--device", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    group.add_argument("--dtype", help="auto, float32, bfloat16, float16 (default: auto)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     group.add_argument(
         "--attention", metavar="SPEC",
         help="attention backend or sparse kind, see `kinetoscope doctor` and docs/attention.md: sdpa, "
         "vsa:sparsity=0.8, 'self=flash2;cross=sdpa' (default: KINETOSCOPE_ATTENTION, else auto)",
     )  # fmt: skip
-    group.add_argument("--cfg", default="auto", help="guidance branches: auto, sequential or batched (default: auto)")
+    group.add_argument("--cfg", help="guidance branches: auto, sequential or batched (default: auto)")
     group.add_argument(
         "--text-mode",
         metavar="MODE",
@@ -118,7 +118,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--offload", metavar="KIND", help="weights that are not used rest on the host: components, blocks"
     )
-    group.add_argument("--vae", default="whole", metavar="MODE", help="decoding: whole, streaming or tiled (lossy)")
+    group.add_argument("--vae", metavar="MODE", help="decoding: whole (default), streaming or tiled (lossy)")
     group.add_argument(
         "--lora", action="append", metavar="FILE[:WEIGHT]",
         help="a LoRA file (repeatable); for models with two transformers transformer=FILE, transformer_2=FILE or "
@@ -128,10 +128,11 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 
 
 def compute_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `from_pretrained` that `add_compute_options` gave."""
+    """The settings of `from_pretrained` that `add_compute_options` gave; those that are left out are not in it."""
     names = ("device", "dtype", "threads", "attention", "cfg", "text_mode", "cache", "compile", "lora", "perf_logging")
     memory = ("quantize", "offload", "vae")
-    return {name: getattr(args, name) for name in (*names, *memory)} | {"compile": args.compile_mode or args.compile}
+    given = {name: getattr(args, name) for name in (*names, *memory)} | {"compile": args.compile_mode or args.compile}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

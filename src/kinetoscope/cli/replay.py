@@ -15,6 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quiet_option(parser)
     parser.add_argument("file", help="an .mp4 written by kinetoscope")
     parser.add_argument("--output", "-o", metavar="FILE", help="write the new video here")
+    parser.add_argument(
+        "--write-config", metavar="FILE",
+        help="write the settings of the video as YAML for `generate --config`, and make no video",
+    )  # fmt: skip
     parser.add_argument("--model", help="where the model is now, if it has moved")
 
 
@@ -23,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.cli.progress import RunProgress
     from kinetoscope.runtime.replay import replay
 
+    if args.write_config:
+        return _write_config(args)
     with RunProgress(args.quiet) as progress:
         report = replay(args.file, args.output, model=args.model, on_event=progress.event)
     if args.output:
@@ -31,3 +37,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"differs: {line}")
     print("identical: every frame is the same, bit for bit" if report.identical else "not identical")
     return 0 if report.identical else 1
+
+
+def _write_config(args: argparse.Namespace) -> int:
+    """Write what the record holds as a run configuration."""
+    from kinetoscope.media import read_metadata
+    from kinetoscope.runtime.run_config import RunConfig
+
+    config = RunConfig.of_record(read_metadata(args.file), args.file)
+    config.model = args.model or config.model
+    print(config.write(args.write_config))
+    return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,28 @@ class ReplayReport:
     result: GenerationResult
 
 
+def check_repeatable(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Refuse a record that does not hold all of its request.
+
+    Raises:
+        InputError: another format; or something was given by a program: pictures, hooks, a changed pipeline.
+    """
+    if record.get("format") != FORMAT:
+        raise InputError(f"{path}: its replay record has format {record.get('format')!r}; this version reads {FORMAT}")
+    digests = [n for n, v in record["params"].get("extra", {}).items() if str(v).lstrip("['").startswith("sha256:")]
+    if outside := [*record["given"], *digests]:
+        names = ", ".join(outside)
+        raise InputError(f"{path} was made with {names} of the request, which the file does not hold")
+    if changed := record.get("changed"):
+        raise InputError(
+            f"{path} was made with a pipeline that a program had changed, and the file does not hold how: "
+            f"{', '.join(changed)}"
+        )
+    if record["interceptors"]:
+        names = ", ".join(record["interceptors"])
+        raise InputError(f"{path} was made with hooks of a program, which the file does not hold: {names}")
+
+
 def replay(
     path: str | Path,
     output_path: str | Path | None = None,
@@ -50,20 +72,7 @@ def replay(
     if output_path is not None:
         check_output(output_path)
     record = read_metadata(path)
-    if record.get("format") != FORMAT:
-        raise InputError(f"{path}: its replay record has format {record.get('format')!r}; this version reads {FORMAT}")
-    digests = [n for n, v in record["params"].get("extra", {}).items() if str(v).lstrip("['").startswith("sha256:")]
-    if outside := [*record["given"], *digests]:
-        names = ", ".join(outside)
-        raise InputError(f"{path} was made with {names} of the request, which the file does not hold")
-    if changed := record.get("changed"):
-        raise InputError(
-            f"{path} was made with a pipeline that a program had changed, and the file does not hold how: "
-            f"{', '.join(changed)}"
-        )
-    if record["interceptors"]:
-        names = ", ".join(record["interceptors"])
-        raise InputError(f"{path} was made with hooks of a program, which the file does not hold: {names}")
+    check_repeatable(path, record)
     generator = VideoGenerator.from_pretrained(
         model or record["model"],
         device=record["device"],

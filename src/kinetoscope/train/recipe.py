@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.types import SamplingParams
+from kinetoscope.core.yaml_files import read_sections
 
 Positive = Annotated[int, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -314,17 +314,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     Raises:
         ConfigError: the file is missing or not YAML, or an override does not fit.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"recipe {path} should hold sections; it holds a {type(data).__name__}")
-    for override in overrides:
-        _override(data, override)
-    return data
+    return read_sections(path, overrides, "recipe")
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -344,21 +334,6 @@ def validated(kind: type[SectionT], data: Any, path: str | Path, place: str = ""
     except ValidationError as error:
         problems = "; ".join(_explain(e, kind, place) for e in error.errors())
         raise ConfigError(f"recipe {path}: {problems}") from error
-
-
-def _override(data: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    *parents, last = key.strip().split(".")
-    if not equals or not last:
-        raise ConfigError(f"override {text!r} is not of the form section.key=value")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"override {text!r}: {parent} is a value, not a section")
-    try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
 
 
 def _explain(error: Any, kind: type[Section], place: str) -> str:

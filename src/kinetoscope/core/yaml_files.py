@@ -1,0 +1,57 @@
+"""YAML files of sections, with dotted overrides "section.key=value"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from kinetoscope.core.errors import ConfigError
+
+
+def read_sections(path: str | Path, overrides: Sequence[str] = (), what: str = "configuration") -> dict[str, Any]:
+    """Return the sections of a YAML file with overrides, their keys and values not yet checked.
+
+    Args:
+        path: the file.
+        overrides: "section.key=value" each; values are YAML.
+        what: the file is, for messages.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or an override does not fit.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{what} {path} should hold sections; it holds a {type(data).__name__}")
+    sections = cast(dict[str, Any], data)
+    for text in overrides:
+        override(sections, text)
+    return sections
+
+
+def override(data: dict[str, Any], text: str) -> None:
+    """Set one value of nested sections in place.
+
+    Raises:
+        ConfigError: the text is not "section.key=value", or a section is a value.
+    """
+    key, equals, value = text.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not last:
+        raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {text!r}: {parent} is a value, not a section")
+        data = cast(dict[str, Any], inner)
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
