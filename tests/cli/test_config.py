@@ -43,16 +43,7 @@ def test_file_says_all_of_a_run(config: Path, tmp_path: Path) -> None:
 
 
 def test_options_stand_above_the_file_and_dotted_overrides_change_it(config: Path, tmp_path: Path) -> None:
-    argv = [
-        "--set",
-        "sampling.num_inference_steps=2",
-        "--set",
-        "options.attention=sdpa",
-        "--frames",
-        "9",
-        "--seed",
-        "1",
-    ]
+    dotted = ["--set", "sampling.num_inference_steps=2", "--set", "options.attention=sdpa"]
     out = tmp_path / "b.mp4"
     assert main(["generate", "a blue cat", "--config", str(config), *dotted, *OPTIONS, "-o", str(out)]) == 0
     record = read_metadata(out)
@@ -125,9 +116,7 @@ def test_configuration_written_from_a_video_makes_it_again(
 def test_record_of_given_pictures_is_refused(config: Path, tmp_path: Path) -> None:
     assert main(["generate", "--config", str(config)]) == 0
     record = read_metadata(tmp_path / "a.mp4") | {"given": {"image": "0"}}
-    with pytest.raises(
-        InputError, match=re.escape("a.mp4 was made with image of the request, which the file does not")
-    ):
+    with pytest.raises(InputError, match=r"a.mp4 was made with image of the request, which the file does not"):
         RunConfig.of_record(record, "a.mp4")
 
 

@@ -86,7 +86,7 @@ class RunConfig:
             if key in INPUTS or key in known:
                 home = f"inputs.{key}" if key in INPUTS else key
                 raise ConfigError(f"{where}: sampling.{key} is not a sampling parameter; write {home}")
-        given = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items() if v is not None}
+        given: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items() if v is not None}
         return cls(**given)
 
     @classmethod
