@@ -158,7 +158,7 @@ def test_the_frame_rate_matters(model: SkyReelsV2Transformer3DModel) -> None:
         ({"attention_head_dim": 15}, "attention_head_dim"),
         ({"freq_dim": 31}, "freq_dim"),
         ({"qk_norm": None}, "qk_norm"),
-        ({"image_dim": 1280}, "added_kv_proj_dim"),
+        ({"added_kv_proj_dim": 32}, "image_dim=None"),
         ({"image_dim": 1280, "added_kv_proj_dim": 8}, "added_kv_proj_dim"),
         ({"inject_sample_info": 1}, "inject_sample_info"),
     ],

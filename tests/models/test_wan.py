@@ -201,7 +201,7 @@ def test_init_weights_is_a_function_of_the_generator() -> None:
         ({"attention_head_dim": 15}, "attention_head_dim"),
         ({"freq_dim": 31}, "freq_dim"),
         ({"qk_norm": "layer_norm"}, "qk_norm"),
-        ({"image_dim": 1280}, "go together"),
+        ({"added_kv_proj_dim": 1536}, "image_dim=None"),
     ],
 )
 def test_bad_config(change: dict[str, Any], words: str) -> None:

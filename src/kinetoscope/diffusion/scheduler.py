@@ -216,6 +216,20 @@ class ScheduleRun:
         return sample - self.sigmas[index] * prediction
 
 
+def check_flow(prototype: SchedulerAdapter, level: float) -> None:
+    """Refuse a schedule whose first noise level is none of a flow's, which are in [0, 1].
+
+    Raises:
+        ConfigError: names the class and the switches of its configuration.
+    """
+    if level > 1.0:
+        raise ConfigError(
+            f"scheduler_config.json: the noise levels of {prototype.class_name} ({prototype.levels}) begin at "
+            f"{level:g}; those of a flow are in [0, 1]; set prediction_type to flow_prediction and use_flow_sigmas to "
+            "true"
+        )
+
+
 def as_floats(values: Tensor) -> list[float]:
     """Return a 1-D tensor as Python numbers, which the host reads from its device at once."""
     read: Any = values.tolist()  # pyright: ignore[reportUnknownMemberType]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 DOWNLOAD = "download the model's .safetensors weights in diffusers layout"
+NOTHING = "; download the model again (of a repository without safetensors nothing else is downloaded)"
 _PICKLE = "pickled weights of PyTorch, which can run code when they are read"
 _CONVERT = (
     'convert them: python -c "import pathlib, torch; from safetensors.torch import save_file; '
@@ -77,7 +78,7 @@ def describe_other_file(file: Path) -> str:
     return f", but holds {what}; {remedy.format(folder=str(file.parent), pattern=file.name)}"
 
 
-def describe_other_weights(folder: Path, otherwise: str = "; download the model again") -> str:
+def describe_other_weights(folder: Path, otherwise: str = NOTHING) -> str:
     """Say what a folder without safetensors files holds instead, and what to do; the end of a message.
 
     Args:

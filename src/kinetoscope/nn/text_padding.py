@@ -30,6 +30,21 @@ def read_text(text: Tensor, lengths: Tensor, mode: str = PADDED) -> tuple[Tensor
     return mask_padding(text, lengths) if mode == TRUE_LENGTH else fold_padding(text, lengths)
 
 
+def read_before_text(features: Tensor, text: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return text with embedded image features in front of it, for models whose layers read both alike.
+
+    Args:
+        features: [R, I, d].
+        text: [R, L, d].
+        bias: [R, L] of the text's keys, or None.
+
+    Returns:
+        tokens [R, I + L, d], and the bias of their keys [R, I + L] or None.
+    """
+    joined = torch.cat([features, text], dim=1)
+    return joined, None if bias is None else torch.nn.functional.pad(bias, (features.shape[1], 0))
+
+
 def mask_padding(text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Text cut to the longest of `lengths`, in multiples, and the bias that hides what is beyond a row's own.
 

@@ -16,7 +16,7 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks.base import Hook, arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.loading import ModelDir, load_component
-from kinetoscope.loading.components import Place, check_files
+from kinetoscope.loading.components import Place
 from kinetoscope.pipelines.lazy import Lazy
 from kinetoscope.pipelines.stages.base import Stage, Stages
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
@@ -131,7 +131,6 @@ class ComposedPipeline:
         }
         self.given = tuple(given)
         self.snapshot: Changes | None = None
-        self._checked: set[str] = set()
         self.load_listeners: list[Callable[[str, Any], None]] = []
         for name, module in given.items():
             if not name.startswith("transformer"):
@@ -253,17 +252,6 @@ class ComposedPipeline:
     def loaded_modules(self) -> dict[str, Any]:
         """The components given or loaded so far; pass them as `modules=` to share them with another pipeline."""
         return {n: m.peek() for n, m in self._modules.items() if m.loaded}
-
-    def check_files(self) -> None:
-        """Refuse, before anything is loaded, components whose weights cannot be; once each, by their headers alone.
-
-        Raises:
-            ModelLoadError: see `loading.components.check_files`.
-        """
-        for name in (*self.required, "transformer_2"):
-            if name in self.model.components() and name not in self._checked and not self._modules[name].loaded:
-                check_files(self.model, name)
-                self._checked.add(name)
 
     def _loader(self, name: str) -> Callable[[], Any]:
         def load() -> Any:

@@ -20,6 +20,7 @@ from kinetoscope.parallel import Groups
 from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.changes import PipelineSnapshot
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.preflight import fitting_defaults, log_lowered_defaults
 from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.device import resolve_device
 from kinetoscope.runtime.executors.base import POOLS, Executor, HasExecutor, Job
@@ -155,6 +156,7 @@ class VideoGenerator(HasExecutor, HasLoras):
         pipeline, options = open_pipeline(model, device, dtype, **given, **here, groups=groups)
         generator = cls(pipeline, {"scheduler": scheduler, **options, "parallel": of_one(layout)}, groups)
         generator.defaults()  # refuses an unknown scheduler, or bad defaults of the directory, now
+        log_lowered_defaults(pipeline)
         for one in loras:
             generator.load_lora(**one)
         if groups is not None:
@@ -170,7 +172,7 @@ class VideoGenerator(HasExecutor, HasLoras):
 
     def defaults(self) -> SamplingParams:
         """What a request gets for the fields it leaves out."""
-        params = SamplingParams(scheduler=self.options.get("scheduler")).over(self.pipeline.defaults())
+        params = SamplingParams(scheduler=self.options.get("scheduler")).over(fitting_defaults(self.pipeline))
         check_params(params, self.pipeline.geometry)
         return params
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.rows import BATCH_POSITIONS
+from kinetoscope.loading.weights import read_headers, weight_files
 from kinetoscope.runtime.footprint import MemoryPlan, plan_memory
 from kinetoscope.runtime.generator import VideoGenerator
 
@@ -68,17 +65,16 @@ def summarize(generator: VideoGenerator) -> list[ComponentSummary]:
     """The components of a generator's directory, read from the headers of their files.
 
     Raises:
-        ModelLoadError: a file is not readable safetensors.
+        ModelLoadError: see `weight_files` and `read_headers`.
     """
     model = generator.pipeline.model
     found: list[ComponentSummary] = []
     for name, class_name in model.components().items():
-        parameters, size, dtypes = 0, 0, set[str]()
-        for file in sorted(model.folder(name).glob("*.safetensors")):
-            size += file.stat().st_size
-            for shape, dtype in _tensors(file):
-                parameters += math.prod(shape)
-                dtypes.add(dtype)
+        folder = model.folder(name)
+        files = weight_files(folder) if any(folder.glob("*.safetensors*")) else []  # a directory may hold none
+        headers = read_headers(files).values()
+        size, dtypes = sum(file.stat().st_size for file in files), {header.dtype for header in headers}
+        parameters = sum(math.prod(header.shape) for header in headers)
         found.append(ComponentSummary(name, class_name, parameters, size, tuple(sorted(dtypes))))
     return found
 
@@ -112,12 +108,3 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
             pipeline, generator.options, parameters, tokens * (branches if together else 1), size, params.num_frames
         ),
     )
-
-
-def _tensors(file: Path) -> list[tuple[list[int], str]]:
-    try:
-        with safe_open(file, "pt") as content:
-            slices = [content.get_slice(k) for k in content.keys()]  # noqa: SIM118 - not a mapping
-            return [(s.get_shape(), s.get_dtype()) for s in slices]
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{file} is not a readable safetensors file ({error}); download it again") from error

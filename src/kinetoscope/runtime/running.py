@@ -16,6 +16,7 @@ from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.media import write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
+from kinetoscope.pipelines.preflight import check_component_files
 from kinetoscope.runtime.notices import NoticeEvent
 from kinetoscope.runtime.preview import PreviewEvent, Previews, load_preview_map
 from kinetoscope.runtime.record import make_record
@@ -67,7 +68,7 @@ def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: 
                         continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
     pipeline.check(plan.params)
     arrange([*pipeline.hooks, *plan.hooks])
-    pipeline.check_files()
+    check_component_files(pipeline)
     return plan
 
 

@@ -15,6 +15,7 @@ from kinetoscope.core.errors import CompositionError, InputError
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.engine.protocols import Event, PromptedStrategy
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
+from kinetoscope.pipelines.preflight import check_component_files
 from kinetoscope.pipelines.stages.decoding import DecodingStage, FrameStream
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.pipelines.stages.validation import check_text
@@ -60,7 +61,7 @@ def session_batch(
     common = {k: v for k, v in fields.items() if k not in own}
     request = VideoRequest(UNREAD if prompt is None else prompt, **common, extra=own)
     plan = request.plan(defaults, pipeline.geometry, pipeline.inputs, pipeline.extra_defaults)
-    pipeline.check_files()
+    check_component_files(pipeline)
     given: dict[str, Any] = dict(plan.given())
     return ForwardBatch(
         plan.params,

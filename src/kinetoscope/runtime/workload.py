@@ -20,6 +20,7 @@ from kinetoscope.loading.components import empty_transformer, parameter_dtype, s
 from kinetoscope.parallel.tensor.plan import shared_parameters
 from kinetoscope.parallel.vae import check_shared
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.preflight import fitting_defaults
 from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.footprint import CANNOT_DECODE, STREAM_FRAMES, decode_peak, empty_vae
 
@@ -137,7 +138,7 @@ def workload(
         InputError: the request is not one the model can serve.
     """
     model, kind = pipeline.model, dtype or pipeline.args.dtype
-    params = request.over(pipeline.defaults())
+    params = request.over(fitting_defaults(pipeline))
     check_params(params, pipeline.geometry)
     assert params.num_frames and params.height and params.width and params.num_inference_steps
     tokens = pipeline.geometry.tokens(params.num_frames, params.height, params.width)

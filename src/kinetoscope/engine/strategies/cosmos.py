@@ -15,7 +15,7 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.convention import Convention
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.guidance import COND, UNCOND, Guidance
-from kinetoscope.diffusion.scheduler import ScheduleRun
+from kinetoscope.diffusion.scheduler import ScheduleRun, check_flow
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree, split_rows
 from kinetoscope.engine.strategies.standard import (
     DenoisingParts,
@@ -98,11 +98,18 @@ class CosmosStrategy(StandardStrategy):
         return guidance if guidance.scale == 1.0 else replace(guidance, scale=guidance.scale + 1.0)
 
     def start_schedule(self, batch: ForwardBatch, args: ExecutionArgs) -> ScheduleRun:
-        """The whole schedule: a given video is continued, never noised, so `strength` has no meaning."""
+        """The whole schedule: a given video is continued, never noised, so `strength` has no meaning.
+
+        Raises:
+            ConfigError: the network predicts a flow, and the noise levels of the schedule are others.
+        """
         params = batch.params
         assert params.num_inference_steps is not None
         prototype = self.parts.scheduler.override(params.scheduler, params.flow_shift)
-        return prototype.start(params.num_inference_steps, args.device, noise=noise_of(batch))
+        run = prototype.start(params.num_inference_steps, args.device, noise=noise_of(batch))
+        if self.convention.preconditioning is None:
+            check_flow(prototype, run.sigmas[0])
+        return run
 
     def prepare_conditioning(
         self, batch: ForwardBatch, args: ExecutionArgs, branches: tuple[str, ...]

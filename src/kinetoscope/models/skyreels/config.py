@@ -56,10 +56,10 @@ class SkyReelsConfig(HeadedConfig):
         self.require(qk_norm="rms_norm_across_heads")
         if self.freq_dim % 2:
             raise self.error(f"freq_dim={self.freq_dim} should be even")
-        if (self.image_dim is None) != (self.added_kv_proj_dim is None):
+        if self.image_dim is None and self.added_kv_proj_dim is not None:
             raise self.error(
-                f"image_dim={self.image_dim} and added_kv_proj_dim={self.added_kv_proj_dim} "
-                "should both be given or both be null"
+                f"added_kv_proj_dim={self.added_kv_proj_dim} and image_dim=None: layers that read image features need "
+                "image_dim"
             )
         if self.added_kv_proj_dim not in (None, self.dim):
             raise self.error(f"added_kv_proj_dim={self.added_kv_proj_dim} should be the width {self.dim}")

@@ -25,7 +25,7 @@ from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
-from kinetoscope.nn.text_padding import PADDED, read_text
+from kinetoscope.nn.text_padding import PADDED, read_before_text, read_text
 
 SLOW_FPS = 16
 """The frame rate that has an embedding of its own; all others share one."""
@@ -250,7 +250,8 @@ class SkyReelsV2Transformer3DModel(nn.Module):
         Raises:
             InputError: a length is not in [0, L]; image features are given to a model without them, or the reverse.
         """
-        if (image_embeds is None) != (self.config.image_dim is None):
+        reads = self.config.image_dim if image_embeds is not None else self.config.added_kv_proj_dim
+        if (image_embeds is None) != (reads is None):  # where no layer is their own, image features may be left out
             needs = "needs" if image_embeds is None else "takes no"
             raise InputError(f"this SkyReels-V2 transformer {needs} image features (image_dim={self.config.image_dim})")
         bias = None
@@ -258,11 +259,14 @@ class SkyReelsV2Transformer3DModel(nn.Module):
             encoder_hidden_states, bias = read_text(encoder_hidden_states, text_lengths, text_mode)
         embedder, dtype = self.condition_embedder, self.proj_out.weight.dtype
         text = embedder.text_embedder(encoder_hidden_states.to(dtype))  # [R, L', d]
-        pairs = [block.attn2.project(text) for block in self._blocks()]
         images = None
         if image_embeds is not None:
             features = embedder.image_embedder(image_embeds.to(dtype))  # [R, I, d]
-            images = [block.attn2.project_image(features) for block in self._blocks()]
+            if self.config.added_kv_proj_dim is None:
+                text, bias = read_before_text(features, text, bias)
+            else:
+                images = [block.attn2.project_image(features) for block in self._blocks()]
+        pairs = [block.attn2.project(text) for block in self._blocks()]
         return {"text": TextContext(pairs, bias, images)}
 
     def prepare_timesteps(self, timesteps: Tensor, *, fps: float = 24.0) -> dict[str, Modulation]:

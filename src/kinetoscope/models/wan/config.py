@@ -68,8 +68,8 @@ class WanConfig(HeadedConfig):
         self.require(qk_norm="rms_norm_across_heads")
         if self.freq_dim % 2:
             raise self.error(f"freq_dim={self.freq_dim} should be even")
-        if (self.image_dim is None) != (self.added_kv_proj_dim is None):
+        if self.image_dim is None and self.added_kv_proj_dim is not None:
             raise self.error(
-                f"image_dim={self.image_dim} and added_kv_proj_dim={self.added_kv_proj_dim} go together: both are set "
-                "in image-to-video models that read image features, neither in others"
+                f"added_kv_proj_dim={self.added_kv_proj_dim} and image_dim=None: layers that read image features need "
+                "image_dim, which goes with them in image-to-video models"
             )

@@ -25,7 +25,7 @@ from kinetoscope.nn.patches import token_grid, unpatchify
 from kinetoscope.nn.rope import apply_rope, rope_table, split_rope_dims
 from kinetoscope.nn.split import TokenAxes
 from kinetoscope.nn.stack import BlockCall, run_blocks
-from kinetoscope.nn.text_padding import PADDED, read_text
+from kinetoscope.nn.text_padding import PADDED, read_before_text, read_text
 
 Grid = tuple[int, int, int]
 """Tokens of a video along time, height, width."""
@@ -257,8 +257,12 @@ class WanTransformer3DModel(nn.Module):
             encoder_hidden_states, key_bias = read_text(encoder_hidden_states, text_lengths, text_mode)
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))  # [R, L', d]
+        features, image = self._image_features(image_embeds), None
+        if features is not None and self.config.added_kv_proj_dim is None:
+            text, key_bias = read_before_text(features, text, key_bias)
+        elif features is not None:
+            image = [block.attn2.project_image(features) for block in self._blocks()]
         pairs = [block.attn2.project(text) for block in self._blocks()]
-        image = self._image_pairs(image_embeds)
         context = {"text": TextContext([k for k, _ in pairs], [v for _, v in pairs], key_bias, image)}
         controls = self._controls(camera, reference)
         return context if controls is None else context | {"controls": controls}
@@ -278,15 +282,15 @@ class WanTransformer3DModel(nn.Module):
             None if reference is None else self.ref_conv(reference.to(dtype)).unsqueeze(2),
         )
 
-    def _image_pairs(self, image_embeds: Tensor | None) -> list[tuple[Tensor, Tensor]] | None:
-        """Keys and values of image features for all blocks."""
-        if (image_embeds is None) != (self.config.image_dim is None):
+    def _image_features(self, image_embeds: Tensor | None) -> Tensor | None:
+        """Embed image features: [R, I, image_dim] -> [R, I, d]"""
+        reads = self.config.image_dim if image_embeds is not None else self.config.added_kv_proj_dim
+        if (image_embeds is None) != (reads is None):  # where no layer is their own, image features may be left out
             needs = "needs" if image_embeds is None else "takes no"
             raise InputError(f"this Wan transformer {needs} image features (image_dim={self.config.image_dim})")
         if image_embeds is None:
             return None
-        features = self.condition_embedder.image_embedder(image_embeds.to(self.proj_out.weight.dtype))  # [R, I, d]
-        return [block.attn2.project_image(features) for block in self._blocks()]
+        return self.condition_embedder.image_embedder(image_embeds.to(self.proj_out.weight.dtype))
 
     def prepare_timesteps(self, timesteps: Tensor) -> dict[str, Modulation]:
         """Modulation of each of S timesteps, or of S sets of one a latent frame: [S] or [S, F] -> leading dimension S.

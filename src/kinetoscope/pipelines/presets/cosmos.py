@@ -77,7 +77,7 @@ class Cosmos(ComposedPipeline):
             spatial=vae.get("spatial_compression_ratio", 2 ** len(halvings)),
             temporal=vae.get("temporal_compression_ratio", 2 ** sum(halvings)),
             patch=config.patch_size,
-            max_positions=min(config.max_tokens),
+            max_positions=config.max_tokens,
         )
 
     def make_scheduler(self) -> SchedulerAdapter | Lazy[SchedulerAdapter]:

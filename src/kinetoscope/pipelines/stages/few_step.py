@@ -97,7 +97,7 @@ class BlockValidationStage(Stage):
 
     def _check_rollout(self, extra: Mapping[str, Any]) -> None:
         """Refuse parameters of the rollout of the wrong kind, or that leave no room; None is the model's own."""
-        most = self.geometry.max_positions
+        most = self.geometry.positions[0]
         for name, low in ((WINDOW, -1), (SINK, 0)):
             value = extra.get(name)
             if value is not None and (type(value) is not int or not low <= value <= most):

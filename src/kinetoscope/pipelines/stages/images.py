@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
-from kinetoscope.diffusion.scheduler import SchedulerAdapter
+from kinetoscope.diffusion.scheduler import SchedulerAdapter, check_flow
 from kinetoscope.engine.strategies.standard import first_step
 from kinetoscope.pipelines.lazy import Lazy, resolve
 from kinetoscope.pipelines.stages.base import Stage
@@ -130,6 +130,7 @@ class NoisedVideoStage(Stage):
 
         Raises:
             InputError: `strength` leaves no step to do.
+            ConfigError: the noise levels of the schedule are not those of a flow.
         """
         params = batch.params
         if batch.video is None:
@@ -143,6 +144,7 @@ class NoisedVideoStage(Stage):
             )
         prototype = resolve(self._scheduler).override(params.scheduler, params.flow_shift)
         level = prototype.start(params.num_inference_steps, begin=begin).sigmas[0]
+        check_flow(prototype, level)
         z = encode_video(resolve(self._vae), batch.video.to(args.device))
         batch.latents = (1 - level) * z + level * batch.latents.to(z)
         return batch

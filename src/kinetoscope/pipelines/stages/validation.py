@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kinetoscope.core.errors import InputError, shown
@@ -29,13 +29,19 @@ class VideoGeometry:
         spatial: pixels per latent position, each way.
         temporal: frames per latent frame after the first.
         patch: latent positions per token (T, H, W).
-        max_positions: the longest axis, in tokens, that position embeddings cover.
+        max_positions: tokens that position embeddings cover: of the longest axis, or of each (T, H, W).
     """
 
     spatial: int = 8
     temporal: int = 4
     patch: tuple[int, int, int] = (1, 2, 2)
-    max_positions: int = 1024
+    max_positions: int | tuple[int, int, int] = 1024
+
+    @property
+    def positions(self) -> tuple[int, int, int]:
+        """Tokens that position embeddings cover, of each axis (T, H, W)."""
+        most = self.max_positions
+        return (most, most, most) if isinstance(most, int) else most
 
     @classmethod
     def of(
@@ -45,7 +51,7 @@ class VideoGeometry:
         *,
         spatial: int = 8,
         temporal: int = 4,
-        max_positions: int = 1024,
+        max_positions: int | tuple[int, int, int] = 1024,
     ) -> VideoGeometry:
         """With the factors of a VAE's published configuration under either of their names, or else those given."""
         given = {"spatial": spatial, "temporal": temporal}
@@ -65,7 +71,7 @@ class VideoGeometry:
     def longest(self, num_frames: int) -> int:
         """Return the greatest number of frames that the model can make and that is at most `num_frames`."""
         step = self.temporal * self.patch[0]
-        return 1 + step * min((num_frames - 1) // step, self.max_positions - 1)
+        return 1 + step * min((num_frames - 1) // step, self.positions[0] - 1)
 
     def check(self, params: SamplingParams) -> None:
         """Refuse a size that does not divide into tokens; the message names the nearest sizes that do.
@@ -73,14 +79,25 @@ class VideoGeometry:
         Raises:
             InputError: size or frame count out of range or not a multiple.
         """
-        for name, value, patch in (
-            ("height", params.height, self.patch[1]),
-            ("width", params.width, self.patch[2]),
-        ):
-            step = self.spatial * patch
-            _check_grid(name, value, step, 0, step * self.max_positions)
+        for axis, name in ((1, "height"), (2, "width")):
+            step = self.spatial * self.patch[axis]
+            _check_grid(name, getattr(params, name), step, 0, step * self.positions[axis])
         step = self.temporal * self.patch[0]
-        _check_grid("num_frames", params.num_frames, step, 1, step * (self.max_positions - 1) + 1)
+        _check_grid("num_frames", params.num_frames, step, 1, step * (self.positions[0] - 1) + 1)
+
+    def lowered(self, params: SamplingParams) -> SamplingParams:
+        """Return `params` with height, width and frames lowered to the largest that the model can make.
+
+        Both sides are lowered by the same factor, so that the picture keeps its shape to rounding.
+        """
+        steps = {"height": self.spatial * self.patch[1], "width": self.spatial * self.patch[2]}
+        most = {name: steps[name] * self.positions[axis] for axis, name in ((1, "height"), (2, "width"))}
+        given = {name: value for name in steps if (value := getattr(params, name))}
+        factor = min([1.0, *(most[name] / value for name, value in given.items())])
+        fitting = {name: max(int(value * factor) // steps[name], 1) * steps[name] for name, value in given.items()}
+        if params.num_frames:
+            fitting["num_frames"] = self.longest(params.num_frames)
+        return replace(params, **fitting)
 
 
 def _check_grid(name: str, value: int | None, step: int, offset: int, largest: int) -> None:

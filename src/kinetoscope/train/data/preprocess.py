@@ -26,6 +26,7 @@ from kinetoscope.core.files import PART, write_text
 from kinetoscope.core.spec import one_of, parse_spec
 from kinetoscope.loading import ModelDir
 from kinetoscope.pipelines.catalogue import find_model
+from kinetoscope.pipelines.preflight import fitting_defaults
 from kinetoscope.train.data.buckets import Buckets, aspect_sizes
 from kinetoscope.train.data.clips import Cut, iterate_windows
 from kinetoscope.train.data.encoding import Encoder, Identity, open_encoders
@@ -239,7 +240,7 @@ def _cut(
     uncaptioned: bool,
 ) -> Cut:
     pipeline = open_encoders(model)
-    defaults, geometry = pipeline.defaults(), pipeline.geometry
+    defaults, geometry = fitting_defaults(pipeline), pipeline.geometry
     assert defaults.height and defaults.width and defaults.num_frames and defaults.fps
     sizes = tuple(sizes) or ((defaults.height, defaults.width),)
     if aspects:

@@ -1,0 +1,48 @@
+"""What is asked of a pipeline before anything heavy is loaded: sizes that it can make, files that can be read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+from kinetoscope.core.types import SamplingParams
+from kinetoscope.loading.components import check_files
+from kinetoscope.pipelines.composed import ComposedPipeline
+
+logger = logging.getLogger("kinetoscope")
+SIZES = ("height", "width", "num_frames")
+_CHECKED: WeakKeyDictionary[ComposedPipeline, set[str]] = WeakKeyDictionary()
+"""Pipeline -> components whose files were found good."""
+
+
+def fitting_defaults(pipeline: ComposedPipeline) -> SamplingParams:
+    """Return a pipeline's defaults, with a published model's size and length lowered to what its network can make.
+
+    What the directory itself says stays as it is.
+    """
+    defaults, own = pipeline.defaults(), pipeline.model.defaults
+    return replace(pipeline.geometry.lowered(defaults), **{n: getattr(defaults, n) for n in SIZES if n in own})
+
+
+def log_lowered_defaults(pipeline: ComposedPipeline) -> None:
+    """Log which defaults `fitting_defaults` lowers, if any."""
+    published, own = pipeline.defaults(), fitting_defaults(pipeline)
+    if lowered := [f"{n}={getattr(own, n)}" for n in SIZES if getattr(own, n) != getattr(published, n)]:
+        logger.warning(
+            "%s: the defaults of published models are more than this network can make; its own are %s",
+            pipeline.model.name, ", ".join(lowered),
+        )  # fmt: skip
+
+
+def check_component_files(pipeline: ComposedPipeline) -> None:
+    """Refuse components whose weights cannot be loaded, by their headers; each that is not loaded yet, once.
+
+    Raises:
+        ModelLoadError: see `loading.components.check_files`.
+    """
+    checked, loaded = _CHECKED.setdefault(pipeline, set()), pipeline.loaded_modules()
+    for name in (*pipeline.required, "transformer_2"):
+        if name in pipeline.model.components() and name not in checked and name not in loaded:
+            check_files(pipeline.model, name)
+            checked.add(name)
