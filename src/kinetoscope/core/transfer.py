@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +56,9 @@ def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtyp
 def device_constant(values: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the 1-D tensor of `values` on `device`: made once a process, so do not write into it."""
     return _constant(tuple(values), torch.device(device), dtype)
+
+
+def as_floats(values: Tensor) -> list[float]:
+    """Return a 1-D tensor as Python numbers, which the host reads from the device at once."""
+    read: list[Any] = values.tolist()  # pyright: ignore[reportUnknownMemberType]
+    return [float(v) for v in read]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError, InputError
+from kinetoscope.core.transfer import as_floats
 from kinetoscope.diffusion.runge_kutta import EulerSolver
-from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun, as_floats
+from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
 from kinetoscope.diffusion.solver import SolverInputs
 
 _DEFAULTS: dict[str, Any] = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError, InputError
-from kinetoscope.core.transfer import to_device
+from kinetoscope.core.transfer import as_floats, to_device
 from kinetoscope.core.types import Noise
 from kinetoscope.diffusion.solver import (
     LEVELS,
@@ -228,9 +228,3 @@ def check_flow(prototype: SchedulerAdapter, level: float) -> None:
             f"{level:g}; those of a flow are in [0, 1]; set prediction_type to flow_prediction and use_flow_sigmas to "
             "true"
         )
-
-
-def as_floats(values: Tensor) -> list[float]:
-    """Return a 1-D tensor as Python numbers, which the host reads from its device at once."""
-    read: Any = values.tolist()  # pyright: ignore[reportUnknownMemberType]
-    return [float(v) for v in read]

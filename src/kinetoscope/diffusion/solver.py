@@ -101,9 +101,9 @@ BUILT_IN = tuple(LEVELS)
 SOLVERS = Registry(
     "scheduler={name!r}: unknown; the known ones are: {known}",
     {
-        "unipc": "kinetoscope.diffusion.multistep:UniPCSolver",
+        "unipc": "kinetoscope.diffusion.multistep:make_unipc",
         "euler": "kinetoscope.diffusion.runge_kutta:EulerSolver",
-        "dpm++": "kinetoscope.diffusion.multistep:DPMSolver",
+        "dpm++": "kinetoscope.diffusion.multistep:make_dpm",
         "heun": "kinetoscope.diffusion.runge_kutta:HeunSolver",
     },
 )

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kinetoscope.core.transfer import as_floats
 from kinetoscope.diffusion.guidance import COND, UNCOND
-from kinetoscope.diffusion.scheduler import as_floats
 from kinetoscope.engine.hooks.base import Hook
 from kinetoscope.engine.hooks.notes import notes_of
 from kinetoscope.engine.protocols import Step, StrategyState

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kinetoscope.core.context import ForwardContext, forward_context
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.transfer import as_floats
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, Noise, SamplingParams
 from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.guidance import COND, UNCOND, cfg_zero_scale
-from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun, as_floats
+from kinetoscope.diffusion.scheduler import SchedulerAdapter, ScheduleRun
 from kinetoscope.engine.protocols import ModelInputs, StrategyState, Tree
 from kinetoscope.engine.strategies.standard import StandardStrategy, VideoTransformer, combine, noise_of, split_branches
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kinetoscope.core.context import StepInfo, current_context, with_stack
 from kinetoscope.core.errors import CompositionError
-from kinetoscope.diffusion.scheduler import as_floats
+from kinetoscope.core.transfer import as_floats
 from kinetoscope.engine.hooks.base import Forward, Interceptor
 from kinetoscope.engine.hooks.caches.rows import can_cut, cut_calls, join, tokens_of, with_tokens
 from kinetoscope.engine.hooks.notes import note
