@@ -212,6 +212,30 @@ def settings(group: str) -> str:
     return "\n".join(lines)
 
 
+def launches() -> str:
+    """Kernels, synchronisations and host copies of a step, beside diffusers'."""
+    result = _result("launches")
+    if result is None:
+        return ""
+    lines = [
+        f"`python -m benchmarks.launches` (torch {result['torch']}, diffusers {result['diffusers']}); tiny models of "
+        f"{result['layers']} layers, one step with its guidance and solver:",
+        "",
+        "| family | launches in float32 | diffusers | ratio | in bfloat16 | diffusers | ratio | host copies | diffusers |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in result["families"].items():
+        cells: list[str] = []
+        for dtype in ("float32", "bfloat16"):
+            own, other = found[dtype]["ours"], found[dtype].get("diffusers")
+            cells += [str(own["launches"])]
+            cells += [str(other["launches"]), f"{found[dtype]['ratio']:.2f}"] if other else ["", ""]
+        own, other = found["float32"]["ours"], found["float32"].get("diffusers")
+        cells += [str(own["copies"] + own["syncs"]), str(other["copies"] + other["syncs"]) if other else ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "picture": picture,
     "scores": scores,
@@ -221,6 +245,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "world": world,
     "play": play,
     "caches": caches,
+    "launches": launches,
     **{name: partial(settings, name) for name in ("exact", "text", "guidance", "quantize", "sparse", "bfloat16")},
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,5 +60,5 @@ def device_constant(values: Sequence[float], device: torch.device | str, dtype: 
 
 def as_floats(values: Tensor) -> list[float]:
     """Return a 1-D tensor as Python numbers, which the host reads from the device at once."""
-    read: list[Any] = values.tolist()  # pyright: ignore[reportUnknownMemberType]
+    read = cast("list[float]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
     return [float(v) for v in read]

@@ -8,7 +8,7 @@ matrix product, and agrees to rounding. Configurations that `covers` does not co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -155,15 +155,20 @@ def uni_update(signals: Sequence[LogSignal], start: int, order: int, kind: str, 
     matrix, b = torch.stack(rows), torch.stack(right)
     difference = t.alpha * outer
     if corrects:
-        weights = as_floats(torch.linalg.solve(matrix, b)) if order > 1 else [0.5]
+        weights = as_floats(_solve(matrix, b)) if order > 1 else [0.5]
     else:
-        weights = as_floats(torch.linalg.solve(matrix[:-1, :-1], b[:-1])) if order > 2 else [0.5] * (order - 1)
+        weights = as_floats(_solve(matrix[:-1, :-1], b[:-1])) if order > 2 else [0.5] * (order - 1)
     scales: list[float] = [*(float(r) for r in ratios), *([1.0] if corrects else [])]
     if weights == [0.5]:  # a product with 1/2 is exact wherever it is made
         difference, weights = 0.5 * difference, [1.0]
     return UniUpdate(
         float(t.sigma / s0.sigma), float(t.alpha * phi), float(difference), tuple(zip(weights, scales, strict=True))
     )
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    solve: Callable[[Tensor, Tensor], Tensor] = torch.linalg.solve  # pyright: ignore[reportUnknownMemberType]
+    return solve(matrix, right)
 
 
 class UniStep(NamedTuple):
