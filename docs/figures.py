@@ -221,8 +221,8 @@ def launches() -> str:
         f"`python -m benchmarks.launches` (torch {result['torch']}, diffusers {result['diffusers']}); tiny models of "
         f"{result['layers']} layers, one step with its guidance and solver:",
         "",
-        "| family | launches in float32 | diffusers | ratio | in bfloat16 | diffusers | ratio | host copies | diffusers |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | float32 | diffusers | ratio | bfloat16 | diffusers | ratio | host copies and reads | diffusers |",
+        "|---" * 9 + "|",
     ]
     for name, found in result["families"].items():
         cells: list[str] = []
