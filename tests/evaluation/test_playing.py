@@ -64,6 +64,7 @@ def test_a_true_game_is_as_it_is_played(truth: list[Walk]) -> None:
     assert {s.total for s in report.values()} == {GAMES * ((FRAMES - 2) // 4)}
     assert report["turn"].value == 1 and report["all correct"].value > 0.95
     chance = shuffled_actions(WORLD, truth)
+    assert chance is not None
     assert chance["all correct"].value < 0.35 and chance["turn"].value < 0.7
     turns = np.concatenate([w.told for w in truth])[:, 0]
     ways = np.abs(np.concatenate([w.told for w in truth])[:, 1:]).max(1)
@@ -73,6 +74,7 @@ def test_a_true_game_is_as_it_is_played(truth: list[Walk]) -> None:
 def test_a_game_that_does_not_listen_is_chance() -> None:
     walks = [walked(Deaf, seed, FRAMES, 100 + seed) for seed in range(GAMES)]
     report, chance = action_following(WORLD, walks), shuffled_actions(WORLD, walks)
+    assert chance is not None
     assert report["all correct"].value < 0.4 and abs(report["all correct"].value - chance["all correct"].value) < 0.25
 
 

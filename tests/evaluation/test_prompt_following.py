@@ -9,6 +9,7 @@ import pytest
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.evaluation import Score, as_json, as_table, baselines, flicker, heldout_specs, prompt_following
+from kinetoscope.evaluation.prompt_following import other_captions
 from kinetoscope.worlds import get_world
 
 WORLD = get_world("shapes")
@@ -23,12 +24,37 @@ def test_wilson_interval() -> None:
 
 def test_ground_truth_is_near_one_and_shuffled_is_chance() -> None:
     reports = baselines(WORLD, heldout_specs(WORLD, 60), seed=5)
-    assert all(s.value >= 0.98 for s in reports["ground truth"].values())
-    shuffled = reports["shuffled captions"]
+    truth, shuffled = reports["ground truth"], reports["shuffled captions"]
+    assert truth is not None and shuffled is not None
+    assert all(s.value >= 0.98 for s in truth.values())
     for name, values in WORLD.attributes.items():
         low, high = shuffled[name].interval
         assert low - 0.05 <= 1 / len(values) <= high + 0.05
     assert shuffled["all correct"].value < 0.1
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_shuffled_captions_differ_from_the_clips_own(count: int) -> None:
+    for seed in range(8):
+        specs = heldout_specs(WORLD, count, seed)
+        order = other_captions(specs, seed)
+        assert order is not None and sorted(order) == list(range(count))
+        assert all(specs[j] != specs[i] for i, j in enumerate(order))
+    shuffled = baselines(WORLD, heldout_specs(WORLD, count, 0), 0, height=32, width=32)["shuffled captions"]
+    assert shuffled is not None and shuffled["all correct"].value == 0
+
+
+def test_shuffled_captions_of_equal_specs_are_swapped_with_others() -> None:
+    a, b, c = WORLD.captions("heldout")[:3]
+    for specs in ([a, a, b, b], [a, b, a, c, b, a], [a, a, a, b, c, b]):
+        for seed in range(8):
+            order = other_captions(specs, seed)
+            assert order is not None and all(specs[j] != specs[i] for i, j in enumerate(order))
+    for specs in ([], [a], [a, a], [a, a, b]):
+        assert other_captions(specs) is None
+    reports = baselines(WORLD, [a], height=32, width=32)
+    assert reports["shuffled captions"] is None and as_json(None) is None
+    assert "| n/a |" in as_table(reports)
 
 
 def test_heldout_specs_were_never_trained_on() -> None:

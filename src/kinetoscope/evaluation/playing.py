@@ -118,10 +118,21 @@ def action_following(world: Any, walks: Sequence[Walk], told: Sequence[Array] | 
     return {name: Score(int(h.sum()), len(h)) for name, h in found.items()}
 
 
-def shuffled_actions(world: Any, walks: Sequence[Walk], seed: int = 0) -> Report:
-    """The same motions beside actions that were done at some other time: chance."""
-    mixed = np.random.default_rng(seed).permutation(np.concatenate([w.told for w in walks]))
-    return action_following(world, walks, np.split(mixed, np.cumsum([len(w.told) for w in walks])[:-1]))
+def shuffled_actions(world: Any, walks: Sequence[Walk], seed: int = 0) -> Report | None:
+    """Score the same motions beside actions that were done at some other time, which is chance; None where there is one
+    action alone.
+
+    Unlike captions, an action is often equal to one of another time: how often is a part of chance.
+    """
+    told = np.concatenate([w.told for w in walks])
+    if len(told) < 2:
+        return None
+    order = np.random.default_rng(seed).permutation(len(told))
+    if (same := np.flatnonzero(order == np.arange(len(told)))).size == 1:  # beside itself it would be right
+        order[same[0]], order[same[0] - 1] = order[same[0] - 1], order[same[0]]
+    elif same.size:
+        order[same] = order[np.roll(same, 1)]
+    return action_following(world, walks, np.split(told[order], np.cumsum([len(w.told) for w in walks])[:-1]))
 
 
 def parts(world: Any, frames: int, size: int) -> list[Span]:

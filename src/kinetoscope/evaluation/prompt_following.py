@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ class Score:
 
 Report = dict[str, Score]
 """Attribute, and `ALL`, -> score."""
+Reports = dict[str, "Report | None"]
+"""What was scored -> its report; None: there is none (`baselines`)."""
 
 
 def prompt_following(world: Any, items: Iterable[tuple[Any, np.ndarray[Any, Any]]]) -> Report:
@@ -64,34 +67,61 @@ def heldout_specs(world: Any, count: int, seed: int = 0) -> list[Any]:
     return [specs[order[i % len(order)]] for i in range(count)]
 
 
-def baselines(world: Any, specs: Sequence[Any], seed: int = 0, **size: int) -> dict[str, Report]:
-    """The judge on the world's own clips ("ground truth", near 1), and on the same clips under shuffled captions
-    ("shuffled captions", chance). `size` goes to the renderer."""
+def baselines(world: Any, specs: Sequence[Any], seed: int = 0, **size: int) -> Reports:
+    """Score the world's own clips, under their own captions and under those of others.
+
+    Args:
+        size: of the clips, for the renderer.
+
+    Returns:
+        "ground truth": the clips under their own captions, near 1. "shuffled captions": each under the caption of
+        another spec, which is chance; None where the specs cannot be shuffled so (`other_captions`).
+    """
     clips = [world.render(spec, seed + i, **size) for i, spec in enumerate(specs)]
-    shuffled = np.random.default_rng(seed).permutation(len(specs))
+    others = other_captions(specs, seed)
     return {
         "ground truth": prompt_following(world, zip(specs, clips, strict=True)),
-        "shuffled captions": prompt_following(
-            world, ((specs[int(j)], c) for j, c in zip(shuffled, clips, strict=True))
-        ),
+        "shuffled captions": None
+        if others is None
+        else prompt_following(world, ((specs[j], c) for j, c in zip(others, clips, strict=True))),
     }
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain numbers."""
+def other_captions(specs: Sequence[Any], seed: int = 0) -> list[int] | None:
+    """Return an order of specs in which none is where an equal one was: a random one, in which equal pairs are swapped
+    with others. None where there is none, since more than half of the specs are equal (one alone is all of them)."""
+    random = np.random.default_rng(seed)
+    told = [tuple(spec.attributes().items()) for spec in specs]
+    if not told or 2 * max(Counter(told).values()) > len(told):
+        return None
+    order: list[int] = random.permutation(len(specs)).tolist()
+    for i in range(len(order)):
+        if told[order[i]] != told[i]:
+            continue
+        allowed = [j for j in range(len(order)) if told[i] not in (told[j], told[order[j]])]
+        j = int(random.choice(allowed))  # there is one, where no spec is more than half of all
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def as_json(report: Report | None) -> dict[str, Any] | None:
+    """Return the report as plain numbers; None where there is none."""
+    if report is None:
+        return None
     return {
         name: {"value": s.value, "low": s.interval[0], "high": s.interval[1], "correct": s.correct, "n": s.total}
         for name, s in report.items()
     }
 
 
-def as_table(reports: dict[str, Report]) -> str:
-    """Reports side by side as a Markdown table, one row an attribute."""
-    names = list(next(iter(reports.values())))
+def as_table(reports: Mapping[str, Report | None]) -> str:
+    """Return reports side by side as a Markdown table, one row an attribute; "n/a" where there is none."""
+    names = list(dict.fromkeys(name for r in reports.values() if r is not None for name in r))
     lines = [f"| | {' | '.join(reports)} |", "|---" * (len(reports) + 1) + "|"]
     for name in names:
         cells = [
-            f"{r[name].value:.3f} [{r[name].interval[0]:.3f}, {r[name].interval[1]:.3f}]" for r in reports.values()
+            "n/a" if r is None else f"{r[name].value:.3f} [{r[name].interval[0]:.3f}, {r[name].interval[1]:.3f}]"
+            for r in reports.values()
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
