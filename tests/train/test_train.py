@@ -15,8 +15,10 @@ from torch import nn
 from kinetoscope.core.errors import ConfigError, KinetoscopeError, RunCancelled
 from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
 from kinetoscope.train.loop import Progress, learning_rate, step_generator, train
+from kinetoscope.train.output_folder import OutputFolder
 from kinetoscope.train.recipe import OptimizerSection, load_recipe
-from kinetoscope.train.run import claim, run_recipe
+from kinetoscope.train.run import run_recipe
+from kinetoscope.train.run_inputs import RunInputs
 from kinetoscope.train.vae import build_vae, decode_unclamped
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny_t2v.yaml"
@@ -261,13 +263,16 @@ def test_a_recipe_from_start_to_finish(tmp_path: Path) -> None:
 def test_a_run_from_before_a_setting_was_there(tmp_path: Path) -> None:
     """It is continued where the new setting is at its default, and refused where it is not."""
     recipe = load_recipe(RECIPE)
-    claim(tmp_path, recipe, False, {"output"})
+    inputs = RunInputs.read(tmp_path / "inputs.json")
+    folder = OutputFolder(tmp_path, recipe, {"output"})
+    folder.claim(inputs)
     file = tmp_path / "recipe.json"
     record = json.loads(file.read_text())
     del record["transformer"]["optimizer"]["betas"]
     file.write_text(json.dumps(record))
     chosen = load_recipe(RECIPE, ["transformer.optimizer.betas=[0.5, 0.9]"])
     with pytest.raises(ConfigError, match="another transformer"):
-        claim(tmp_path, chosen, False, {"output"})
-    claim(tmp_path, recipe, False, {"output"})
+        OutputFolder(tmp_path, chosen, {"output"}).check()
+    folder.check()
+    folder.claim(inputs)
     assert "betas" in json.loads(file.read_text())["transformer"]["optimizer"]

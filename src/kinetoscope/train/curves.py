@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.files import replacing
+
+
+def check_matplotlib() -> None:
+    """Check that curves can be drawn, which a training does when it is over.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError("loss curves need matplotlib, which is not installed: pip install kinetoscope[train]")
 
 
 def draw_curves(logs: Path, path: Path) -> None:
@@ -15,10 +26,9 @@ def draw_curves(logs: Path, path: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("loss curves need matplotlib: pip install kinetoscope[train]") from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     files = sorted(logs.glob("*.jsonl"))
     figure = Figure(figsize=(4 * max(len(files), 1), 3), layout="constrained")
     for axis, file in zip(figure.subplots(1, max(len(files), 1), squeeze=False)[0], files, strict=False):

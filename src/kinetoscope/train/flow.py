@@ -9,14 +9,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import UMT5Config
 
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.file_lock import file_lock
+from kinetoscope.core.files import write_text
+from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.diffusion.noise import randn
 from kinetoscope.models.wan.spec import CONVENTION, TEXT_LENGTH, WanConfig
 from kinetoscope.models.wan.transformer import WanTransformer3DModel
+from kinetoscope.pipelines.stages.validation import VideoGeometry
 from kinetoscope.train.loop import step_generator
-from kinetoscope.train.recipe import TransformerSection, WorldSection
+from kinetoscope.train.recipe import TransformerSection, VideoRecipe, WorldSection
 from kinetoscope.train.text import encode_text
 from kinetoscope.train.vae import Clips, pick_kind
 from kinetoscope.worlds import get_world
@@ -33,17 +39,41 @@ class LatentEncoder(Protocol):
 
 
 def prepare_latents(
-    encoder: LatentEncoder, clips: Clips, count: int, path: Path, on_clip: Callable[[int, int], None] | None = None
+    make_encoder: Callable[[], LatentEncoder],
+    clips: Clips,
+    count: int,
+    path: Path,
+    on_clip: Callable[[int, int], None] | None = None,
 ) -> np.ndarray[Any, Any]:
-    """Normalised latents of the world's first `count` clips, float16 [N, C, T, H, W], kept in a .npy file.
+    """Return the normalised latents of the world's first `count` clips, float16 [N, C, T, H, W], kept in a .npy file.
 
-    An interrupted preparation continues where it was.
+    One process makes the file, and others wait for it. An interrupted preparation continues where it was.
+
+    Args:
+        make_encoder: returns the encoder; called if the file is not there.
+        path: of the file.
+        on_clip: called with (clips done, `count`).
+
+    Raises:
+        ConfigError: the file is damaged.
+        OutputError: the file cannot be written.
     """
-    part, progress = path.with_suffix(".part.npy"), path.with_suffix(".count")
-    if path.exists():
+    if not path.exists():
+        with file_lock(path):
+            if not path.exists():
+                _encode_clips(make_encoder(), clips, count, path, on_clip)
+    try:
         return np.load(path, mmap_mode="r")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = int(progress.read_text()) if part.exists() and progress.exists() else 0
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"latents {path} cannot be read ({error}); delete the file, and it is made again") from error
+
+
+def _encode_clips(
+    encoder: LatentEncoder, clips: Clips, count: int, path: Path, on_clip: Callable[[int, int], None] | None
+) -> None:
+    """Write the latents of `prepare_latents`; the file gets its name when all of them are there."""
+    part, progress = path.with_suffix(".part.npy"), path.with_suffix(".count")
+    done = _clips_done(part, progress, count)
     latents: Any = np.load(part, mmap_mode="r+") if done else None
     for start in range(done, count, BATCH):
         seeds = range(start, min(start + BATCH, count))
@@ -51,13 +81,43 @@ def prepare_latents(
         if latents is None:
             latents = np.lib.format.open_memmap(part, "w+", np.float16, (count, *z.shape[1:]))
         latents[seeds.start : seeds.stop] = z.to(torch.float16).numpy()
-        progress.write_text(str(seeds.stop))
+        latents.flush()
+        write_text(progress, str(seeds.stop))
         if on_clip:
             on_clip(seeds.stop, count)
-    latents.flush()
     part.replace(path)
     progress.unlink()
-    return np.load(path, mmap_mode="r")
+
+
+def _clips_done(part: Path, progress: Path, count: int) -> int:
+    """Return how many clips an interrupted preparation has finished; 0 where its files do not say."""
+    try:
+        done = int(progress.read_text(encoding="utf-8"))
+        return done if 0 < done <= count and len(np.load(part, mmap_mode="r")) == count else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def check_transformer(recipe: VideoRecipe) -> None:
+    """Check that the transformer of a recipe can be made, and fits its autoencoder, text encoder and clips.
+
+    Raises:
+        ConfigError: it does not; the message names the settings.
+        InputError: the size of the clips does not divide into the transformer's tokens.
+    """
+    config, vae, world = WanConfig.from_dict(recipe.transformer.config), recipe.vae.config, recipe.world
+    text = recipe.text.config
+    with torch.device("meta"):
+        WanTransformer3DModel(config)
+    for name, size, other, wanted in (
+        ("in_channels", config.in_channels, "vae.config.z_dim", vae["z_dim"]),
+        ("out_channels", config.out_channels, "vae.config.z_dim", vae["z_dim"]),
+        ("text_dim", config.text_dim, "text.config.d_model", text.get("d_model", UMT5Config().d_model)),
+    ):
+        if size != wanted:
+            raise ConfigError(f"transformer.config.{name}={size}: it must be {other}, which is {wanted}")
+    size = SamplingParams(height=world.height, width=world.width, num_frames=world.num_frames)
+    VideoGeometry.of(vae, config.patch_size).check(size)
 
 
 class FlowTask:

@@ -81,6 +81,10 @@ class KeptCheckpoints:
             for old in (*self._found()[: -self.keep], *self.folder.glob("step-*.tmp")):
                 _remove(old)
 
+    def holds_any(self) -> bool:
+        """Return whether there is a checkpoint."""
+        return bool(self._found())
+
     def load(self) -> dict[str, Any] | None:
         """The newest, as this process has it."""
         found = self._found()

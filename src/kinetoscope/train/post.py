@@ -107,15 +107,22 @@ class CheckpointSection(Section):
 
 
 class ValidationSection(Section):
-    """Videos of the student in training, with its averaged weights, judged as `kinetoscope eval` judges.
+    """Videos of the student in training, with its averaged weights: a contact sheet each time, and, of a world, the
+    scores of its judge as `kinetoscope eval` tells them (`train.validation`).
 
     Attributes:
         every: steps between validations; 0: none.
-        videos: how many.
-        params: sampling parameters, over those of the export.
+        prompts: of the videos, one each; none: captions, or games, of the world that the model's directory names.
+        images: first frames (paths or addresses), for models that take one: one for all prompts or one each. Models
+            that read no prompts make a video of each image.
+        videos: how many of the world.
+        params: sampling parameters, over those of the export; in `extra` those of the family, for instance the
+            `actions` of a world that is played.
     """
 
     every: int = Field(default=0, ge=0)
+    prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     videos: Positive = 8
     params: SamplingFields = Field(default_factory=dict)
 

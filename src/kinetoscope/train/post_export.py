@@ -14,12 +14,13 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from kinetoscope.core.errors import ConfigError, OutputError
+from kinetoscope.core.file_lock import file_lock
 from kinetoscope.core.version import __version__
 from kinetoscope.loading import ModelDir, resolve_model
 from kinetoscope.loading.directory import file_digest
 from kinetoscope.loading.lora_sampling import LoraSampling
 from kinetoscope.loading.weights import read_tensors, weight_files
-from kinetoscope.train.curves import draw_curves
+from kinetoscope.train.curves import check_matplotlib, draw_curves
 from kinetoscope.train.lora import DIFFUSERS_FILE, save_lora
 from kinetoscope.train.post import STUDENT, Made, PostRecipe
 from kinetoscope.train.trainer import Trainer
@@ -45,6 +46,11 @@ def export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: 
         OutputError: it cannot be written.
         ConfigError: the family's weights are stored under other names than it is trained with.
     """
+    with file_lock(folder):
+        return _export(trainer, weights, folder, logs, made)
+
+
+def _export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: Path, made: Made) -> Path:
     student = trainer.roles[STUDENT]
     temporary = folder.with_name(folder.name + ".tmp")
     try:
@@ -63,6 +69,23 @@ def export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: 
     return folder
 
 
+def check_export(trainer: Trainer) -> None:
+    """Check what `export` needs, before anything is trained.
+
+    Raises:
+        ConfigError: matplotlib is missing, the family's weights are stored under other names than it is trained with,
+            or `export.scheduler` is set for a directory without a scheduler.
+    """
+    check_matplotlib()
+    student, section = trainer.roles[STUDENT], trainer.recipe.export
+    if student.lora is not None:
+        return
+    model = student.opened.model
+    _check_names(model, model.folder("transformer"), student.opened.transformer.state_dict())
+    if section.scheduler and "scheduler" not in model.components():
+        raise ConfigError(f"export.scheduler: {model.name} has no scheduler in its model_index.json; leave it out")
+
+
 def export_sampling(trainer: Trainer) -> LoraSampling | None:
     """How the student is sampled once it is exported, if the recipe says it: as a LoRA's files do."""
     section, model = trainer.recipe.export, trainer.roles[STUDENT].opened.model
@@ -76,7 +99,6 @@ def _directory(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) ->
     student, section = trainer.roles[STUDENT], trainer.recipe.export
     model = student.opened.model
     transformer = model.folder("transformer")
-    _check_names(model, transformer, weights)
     old = [f for pattern in ("*.safetensors*", "*.bin*") for f in transformer.glob(pattern)]
     copied = model.copy(folder, [*old, *(model.path / name for name in STALE)])
     _json(folder / "model_index.json", {**model.model_index, **section.index})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetoscope.attention import make_sparse
-from kinetoscope.core.context import ForwardContext, forward_context, with_stack
+from kinetoscope.core.context import AttentionFn, ForwardContext, forward_context, with_stack
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.convention import Convention, shift_sigma
@@ -91,6 +91,11 @@ class ModelBase:
             ConfigError: an unknown kind.
         """
         self._attention = {} if attention == "dense" else {self.grid_role: make_sparse(attention)}
+
+    @property
+    def attention(self) -> dict[str, AttentionFn]:
+        """Return the kinds of attention that are not dense now, by role."""
+        return dict(self._attention)
 
     # -- of a directory -----------------------------------------------------------------------------------------------
 
@@ -269,7 +274,7 @@ class ModelBase:
         """
         compiled = whole and self._kernels is not None
         stack = partial(self._stack, compiled=compiled) if compiled or self.checkpointing else None
-        with forward_context(ForwardContext(attention=dict(self._attention), stack=stack, shard=self.shard)):
+        with forward_context(ForwardContext(attention=self.attention, stack=stack, shard=self.shard)):
             yield
 
     def _stack(self, x: Any, calls: Sequence[BlockCall], *, compiled: bool) -> Any:

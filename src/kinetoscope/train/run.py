@@ -6,42 +6,30 @@ Each part continues from its checkpoint, so the same command also resumes.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.file_lock import file_lock
 from kinetoscope.train.basis import fit_basis
-from kinetoscope.train.curves import draw_curves
+from kinetoscope.train.curves import check_matplotlib, draw_curves
 from kinetoscope.train.export import export_played, export_video, write_card
-from kinetoscope.train.flow import FlowTask, prepare_latents
+from kinetoscope.train.flow import FlowTask, check_transformer, prepare_latents
 from kinetoscope.train.loop import Progress, Task, train
+from kinetoscope.train.output_folder import OutputFolder
 from kinetoscope.train.played import draw_image_encoder, draw_transformer
-from kinetoscope.train.recipe import OptimizerSection, PlayedRecipe, Section, VideoRecipe, load_recipe
+from kinetoscope.train.recipe import OptimizerSection, PlayedRecipe, VideoRecipe, load_recipe
+from kinetoscope.train.run_inputs import FileDigests, RunInputs, environment, text_digest
 from kinetoscope.train.text import TextTask
 from kinetoscope.train.vae import Clips, DecoderTask, EncoderTask, build_vae, psnr
 
 MEASURED_SEED = 10**9
 """Clips from here on measure (the basis, the autoencoder's error)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Folders:
-    """Where a recipe keeps things."""
-
-    root: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
 
 
 PARTS = {VideoRecipe: ("text", "encoder", "decoder", "transformer"), PlayedRecipe: ("encoder", "decoder")}
@@ -78,35 +66,47 @@ def run_recipe(
     if unknown := [p for p in parts if p not in known]:
         raise ConfigError(f"unknown part {', '.join(unknown)}; use some of: {', '.join(known)}")
     wanted = [p for p in known if p in parts or not parts or (p == "text" and "transformer" in parts)]
-    folders = Folders(Path(recipe.output))
-    claim(folders.root, recipe, fresh, {"output", "threads", "checkpoint_minutes"})
+    folder = OutputFolder(Path(recipe.output), recipe, {"output", "threads", "checkpoint_minutes"})
+    folder.check(fresh=fresh)
     torch.set_num_threads(recipe.threads)
-    run = _Run(recipe, folders, wanted, on_progress)
-    export = run.video(recipe) if isinstance(recipe, VideoRecipe) else run.played(recipe)
+    run = _VideoRun if isinstance(recipe, VideoRecipe) else _PlayedRun
+    run = run(recipe, folder, wanted, on_progress)  # pyright: ignore[reportArgumentType] - the recipe's own
+    inputs = run.inputs()
+    folder.check_inputs(inputs, resumes=any(folder.checkpoints.glob("*.pt")))
+    folder.claim(inputs)
+    run.train()
     if parts:
-        return folders.root
+        return folder.root
     run.facts["decoder"]["psnr_db"] = psnr(run.vae, run.clips, range(MEASURED_SEED, MEASURED_SEED + 16))
-    export()
-    draw_curves(folders.checkpoints, folders.model / "loss.png")
-    write_card(folders.model, recipe, str(path), list(overrides), run.facts)
-    return folders.model
+    with file_lock(folder.model):
+        run.export()
+        draw_curves(folder.checkpoints, folder.model / "loss.png")
+        write_card(folder.model, recipe, str(path), list(overrides), run.facts)
+    return folder.model
 
 
-class _Run:
-    """A recipe in progress.
+RecipeT = TypeVar("RecipeT", VideoRecipe, PlayedRecipe)
+
+
+class _Run(ABC, Generic[RecipeT]):
+    """A recipe in progress. All that can fail for a mistake in the recipe is made here, before anything is trained.
 
     Attributes:
         facts: of the trainings, by part.
+
+    Raises:
+        ConfigError: a network cannot be made as the recipe says, or networks do not fit each other.
     """
 
     def __init__(
         self,
-        recipe: VideoRecipe | PlayedRecipe,
-        folders: Folders,
+        recipe: RecipeT,
+        folder: OutputFolder,
         wanted: Sequence[str],
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.recipe, self.folders, self.wanted, self.on_progress = recipe, folders, wanted, on_progress
+        check_matplotlib()
+        self.recipe, self.folder, self.wanted, self.on_progress = recipe, folder, wanted, on_progress
         config = recipe.vae.config
         self.clips = Clips(recipe.world)
         self.basis = fit_basis(
@@ -116,28 +116,19 @@ class _Run:
         self.vae = build_vae(config, recipe.seed)
         self.facts: dict[str, Any] = {}
 
-    def video(self, recipe: VideoRecipe) -> Callable[[], None]:
-        """Train the parts of a model of captioned clips; what is returned writes the model, if all were trained."""
-        text = TextTask(recipe.text, recipe.world.name, recipe.seed)
-        self._fit(text, recipe.text.optimizer)
-        self._fit_vae()
-        if "transformer" not in self.wanted:
-            return lambda: None
-        file = self.folders.root / "latents.npy"
-        latents = prepare_latents(self.basis, self.clips, recipe.transformer.clips, file, _report(self.on_progress))
-        encoder = text.module.encoder
-        flow = FlowTask(
-            recipe.transformer, recipe.world, latents, self.basis.scale, text.tokenizer, encoder, recipe.seed
-        )
-        self._fit(flow, recipe.transformer.optimizer)
-        return lambda: export_video(self.folders.model, recipe, text.tokenizer, encoder, self.vae, flow.module)
+    @abstractmethod
+    def train(self) -> None:
+        """Train the parts that are wanted."""
 
-    def played(self, recipe: PlayedRecipe) -> Callable[[], None]:
-        """As `video`, of the start of a world that is played."""
-        self._fit_vae()
-        image_encoder = draw_image_encoder(recipe.image_encoder.config, recipe.seed)
-        transformer = draw_transformer(recipe.transformer.config, recipe.seed)
-        return lambda: export_played(self.folders.model, recipe, image_encoder, self.vae, transformer)
+    @abstractmethod
+    def export(self) -> None:
+        """Write the model, of which all parts were trained."""
+
+    def inputs(self) -> RunInputs:
+        """Return digests of what the recipe's world draws and says."""
+        clip = self.clips.sample(0)
+        digests = {"world": text_digest(sha256(clip.frames.tobytes()).hexdigest(), clip.caption)}
+        return RunInputs(digests, environment(threads=self.recipe.threads), FileDigests())
 
     def _fit_vae(self) -> None:
         section = self.recipe.vae
@@ -145,60 +136,60 @@ class _Run:
         self._fit(DecoderTask(section.decoder, self.vae, self.basis, self.clips), section.decoder.optimizer)
 
     def _fit(self, task: Task, section: OptimizerSection) -> None:
-        if task.name in self.wanted:
+        """Train a part, while no other process trains the same one; what another has trained is not trained again."""
+        if task.name not in self.wanted:
+            return
+        checkpoints = self.folder.checkpoints
+        with file_lock(checkpoints / task.name):
             self.facts[task.name] = train(
-                task, section, self.folders.checkpoints,
+                task, section, checkpoints,
                 seed=self.recipe.seed, precision=self.recipe.precision,
                 checkpoint_minutes=self.recipe.checkpoint_minutes, on_progress=self.on_progress,
             )  # fmt: skip
 
 
-def claim(root: Path, recipe: Section, fresh: bool, changeable: Set[str]) -> None:
-    """Take a folder for a recipe: its run is continued, one of another recipe is refused.
+class _VideoRun(_Run[VideoRecipe]):
+    """A model of captioned clips."""
 
-    Args:
-        fresh: refuse to continue.
-        changeable: keys that may differ, "section.key" for those of a section.
+    def __init__(self, recipe: VideoRecipe, *more: Any) -> None:
+        super().__init__(recipe, *more)
+        self.text = TextTask(recipe.text, recipe.world.name, recipe.seed)
+        self.flow: FlowTask | None = None
+        check_transformer(recipe)
 
-    Raises:
-        ConfigError: the folder holds a run of another recipe, or of this one if it is to be `fresh`.
-    """
-    file = root / "recipe.json"
-    mine = recipe.model_dump(mode="json")
-    if file.exists():
-        theirs = _completed(
-            json.loads(file.read_text(encoding="utf-8")), mine, recipe.model_dump(exclude_defaults=True)
-        )
-        if fresh:
-            raise ConfigError(f"{root} already holds a run; delete it or set output=FOLDER to start another")
-        one, other = _without(mine, changeable), _without(theirs, changeable)
-        changed = [k for k in {**one, **other} if one.get(k) != other.get(k)]
-        if changed:
-            raise ConfigError(
-                f"{root} holds a run with another {', '.join(changed)}; set output=FOLDER, or delete it to start over"
-            )
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_without(mine, {"output"}), indent=1), encoding="utf-8")
-    temporary.replace(file)
+    def train(self) -> None:
+        recipe = self.recipe
+        self._fit(self.text, recipe.text.optimizer)
+        self._fit_vae()
+        if "transformer" not in self.wanted:
+            return
+        file, report = self.folder.root / "latents.npy", _report(self.on_progress)
+        latents = prepare_latents(lambda: self.basis, self.clips, recipe.transformer.clips, file, report)
+        self.flow = FlowTask(
+            recipe.transformer, recipe.world, latents, self.basis.scale, self.text.tokenizer, self.text.module.encoder,
+            recipe.seed,
+        )  # fmt: skip
+        self._fit(self.flow, recipe.transformer.optimizer)
 
-
-def _completed(theirs: dict[str, Any], mine: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """What a run wrote down before there were some settings, with those that are left at their defaults in `mine`."""
-    known = {
-        k: _completed(v, mine[k], chosen.get(k) or {}) if isinstance(v, dict) and isinstance(mine.get(k), dict) else v
-        for k, v in theirs.items()
-    }
-    return {**{k: v for k, v in mine.items() if k not in chosen}, **known}
+    def export(self) -> None:
+        assert self.flow is not None
+        encoder = self.text.module.encoder
+        export_video(self.folder.model, self.recipe, self.text.tokenizer, encoder, self.vae, self.flow.module)
 
 
-def _without(values: dict[str, Any], keys: Set[str], place: str = "") -> dict[str, Any]:
-    """Sections without some keys, each named with its place."""
-    return {
-        k: _without(v, keys, f"{place}{k}.") if isinstance(v, dict) else v
-        for k, v in values.items()
-        if place + k not in keys
-    }
+class _PlayedRun(_Run[PlayedRecipe]):
+    """The start of a world that is played."""
+
+    def __init__(self, recipe: PlayedRecipe, *more: Any) -> None:
+        super().__init__(recipe, *more)
+        self.image_encoder = draw_image_encoder(recipe.image_encoder.config, recipe.seed)
+        self.transformer = draw_transformer(recipe.transformer.config, recipe.seed)
+
+    def train(self) -> None:
+        self._fit_vae()
+
+    def export(self) -> None:
+        export_played(self.folder.model, self.recipe, self.image_encoder, self.vae, self.transformer)
 
 
 def _report(on_progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:

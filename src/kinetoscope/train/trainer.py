@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from kinetoscope.train.methods import BatchSource, Method, make_method
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.post import STUDENT, PostRecipe
 from kinetoscope.train.roles import CausalModelBase, ModelBase, TrainBatch
+from kinetoscope.train.run_inputs import FileDigests, RunInputs, environment
 from kinetoscope.train.team import Team, whole
 
 
@@ -80,8 +82,15 @@ def open_roles(recipe: PostRecipe, team: Team) -> dict[str, Role]:
 
 
 def _made_causal(start: str, section: CausalSection, folder: Path, team: Team) -> Path:
-    """See `make_causal`; the first process makes the directory."""
-    team.alone(lambda: make_causal(start, section, folder))
+    """Return the folder of `make_causal`, which the first process calls. Of a run that no start has claimed yet, what a
+    failed start has left there is made anew."""
+
+    def make() -> None:
+        if not (folder.parents[1] / "recipe.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        make_causal(start, section, folder)
+
+    team.alone(make)
     return folder
 
 
@@ -135,6 +144,19 @@ class Trainer:
         """Open the data, so that its mistakes are told before the first step; one process makes what is not there."""
         self.team.alone(lambda: self.source)
         _ = self.source
+
+    def inputs(self, files: FileDigests, *, data: bool = False) -> RunInputs:
+        """Return digests of what is trained from: the transformer of each role, all components of the student, and,
+        if `data`, what the source of batches says of itself (`BatchSource.inputs`)."""
+        found: dict[str, str] = {}
+        for name, role in self.roles.items():
+            digests = role.opened.digests(files, whole=name == STUDENT)
+            found |= {f"models.{name} {part}": digest for part, digest in digests.items()}
+        if data and (of_data := getattr(self.source, "inputs", None)) is not None:
+            found |= of_data()
+        recipe = self.recipe
+        layout = environment(device=self.team.device.type, threads=recipe.threads, parallel=str(recipe.parallel))
+        return RunInputs(found, layout, files)
 
     def step(self, step: int) -> dict[str, float]:
         """Update the roles of this step; values are named "role.term"."""

@@ -131,6 +131,10 @@ class LatentSource:
             raise ConfigError(f"data set {settings.path} holds no rows; its rejected.jsonl says why")
         self.order = Order(self.data.rows, settings.batch, settings.seed, settings.mix, settings.alike)
 
+    def inputs(self) -> dict[str, str]:
+        """Return the digest of the data set."""
+        return {"data rows": self.data.digest()}
+
     def batch(self, step: int, generator: torch.Generator) -> TrainBatch:
         """Batch number `step`; the order has a seed of its own, so nothing is drawn from `generator`."""
         rows = [self.data.row(*place) for place in self.order.rows(step)]

@@ -17,7 +17,9 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
 
-from kinetoscope.core.errors import ConfigError, OutputError
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.file_lock import file_lock
+from kinetoscope.core.files import replacing, write_text
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.diffusion.few_step import FewStepSchedule
 from kinetoscope.engine.hooks.base import Hook
@@ -25,13 +27,16 @@ from kinetoscope.engine.protocols import Step, StrategyState
 from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.train.data import DataSection, SourceContext
 from kinetoscope.train.plugins import Opened
-from kinetoscope.train.recipe import Positive
+from kinetoscope.train.recipe import Positive, SamplingFields
 from kinetoscope.train.roles import TrainBatch
+from kinetoscope.train.run_inputs import sampled_digest, text_digest
 from kinetoscope.worlds import get_world
 
 SHARD = 32
 """Trajectories in a file: what a kill can cost."""
 MANIFEST = "pairs.json"
+PROMPTS, PROMPTS_COMPARED = "prompts' texts", 4096
+"""Name of the digest of the prompts, and of how many first ones it is."""
 _STATES = "states"
 
 
@@ -60,7 +65,7 @@ class OdePairsData(DataSection):
     steps: tuple[Positive, ...] = (1000, 750, 500, 250)
     warp: bool = True
     shift: float = Field(5.0, gt=0)
-    sampling: dict[str, Any] = Field(default_factory=dict[str, Any])
+    sampling: SamplingFields = Field(default_factory=dict[str, Any])
     together: Positive = 8
     seed: int = Field(0, ge=0)
 
@@ -143,16 +148,20 @@ class OdePairs:
     settings_class: ClassVar[type[OdePairsData]] = OdePairsData
 
     def __init__(self, section: OdePairsData, context: SourceContext) -> None:
-        from safetensors import safe_open
-
         self.section, self.encode = section, context.opened.encoder()
         if not is_prepared(section):
             prepare(section, Opened(section.teacher), context.on_count)
         found = _read_manifest(Path(section.folder))
         assert found is not None
         self.levels: tuple[float, ...] = tuple(found["levels"])
-        self._shards: list[Any] = [safe_open(f, "pt") for f in _files(section)]
+        self._shards: list[Any] = [_open_shard(f) for f in _files(section)]
         self._prompts = prompts_of(section)
+
+    def inputs(self) -> dict[str, str]:
+        """Return the digest of the trajectories, and of how they were made."""
+        made = _read_manifest(Path(self.section.folder))
+        shards = [sampled_digest(f) for f in _files(self.section)]
+        return {"data trajectories": text_digest(json.dumps(made, sort_keys=True), *shards)}
 
     def batch(self, step: int, generator: torch.Generator) -> OdeBatch:
         """Random trajectories with their prompts."""
@@ -169,8 +178,11 @@ def is_prepared(section: OdePairsData) -> bool:
         ConfigError: it holds others.
     """
     found, facts = _read_manifest(Path(section.folder)), _facts(section)
-    if found is not None and found["facts"] != facts:
-        changed = [k for k in facts if facts[k] != found["facts"].get(k)]
+    changed: list[str] = []
+    if found is not None:
+        kept = {PROMPTS: facts[PROMPTS], **found["facts"]}  # earlier versions did not record the prompts' digest
+        changed = [k for k in {**facts, **kept} if facts.get(k) != kept.get(k)]
+    if changed:
         raise ConfigError(
             f"{section.folder} holds trajectories with another {', '.join(changed)}; choose another folder"
         )
@@ -180,7 +192,7 @@ def is_prepared(section: OdePairsData) -> bool:
 def prepare(
     section: OdePairsData, teacher: Opened, on_made: Callable[[int, int], None] | None = None
 ) -> tuple[float, ...]:
-    """Make the trajectories that are not there yet.
+    """Make the trajectories that are not there yet. One process makes them, and others wait for it.
 
     Args:
         teacher: opened.
@@ -193,6 +205,11 @@ def prepare(
         ConfigError: the folder holds trajectories of another teacher or schedule.
         OutputError: a file cannot be written.
     """
+    with file_lock(Path(section.folder) / MANIFEST):
+        return _prepare(section, teacher, on_made)
+
+
+def _prepare(section: OdePairsData, teacher: Opened, on_made: Callable[[int, int], None] | None) -> tuple[float, ...]:
     is_prepared(section)  # refuses a folder of others
     folder, facts = Path(section.folder), _facts(section)
     found = _read_manifest(folder)
@@ -250,9 +267,10 @@ def _make(
 
 
 def _facts(section: OdePairsData) -> dict[str, Any]:
-    """What makes trajectories others."""
+    """Return what the trajectories depend on."""
     named = section.model_dump(mode="json", exclude={"source", "folder", "count", "batch", "together"})
-    return {**named, "weights": find_model(section.teacher).fingerprint()}
+    prompts = text_digest(*prompts_of(section)(range(PROMPTS_COMPARED)))
+    return {**named, "weights": find_model(section.teacher).fingerprint(), PROMPTS: prompts}
 
 
 def _files(section: OdePairsData) -> list[Path]:
@@ -269,17 +287,20 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _save(file: Path, states: Tensor, manifest: Mapping[str, Any]) -> None:
-    """A shard, and the manifest with the first; each through a temporary name."""
+    """Write a shard, and the manifest with the first; each file whole or not at all."""
     from safetensors.torch import save_file
 
-    listing, temporary = file.with_name(MANIFEST), file.with_suffix(".tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    listing = file.with_name(MANIFEST)
+    with replacing(file) as temporary:
         save_file({_STATES: states.contiguous()}, temporary)
-        temporary.replace(file)
-        if not listing.exists():
-            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            temporary.replace(listing)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"trajectories cannot be written to {file.parent}: {error}") from error
+    if not listing.exists():
+        write_text(listing, json.dumps(manifest, indent=1))
+
+
+def _open_shard(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"trajectories {file} cannot be read ({error}); delete the file to make it again") from error

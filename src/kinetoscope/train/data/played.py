@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.file_lock import file_lock
 from kinetoscope.core.files import replacing
 from kinetoscope.train.batch import TrainBatch
 from kinetoscope.train.data import SourceContext
@@ -19,6 +20,7 @@ from kinetoscope.train.data.worlds import WorldData, kept_under, latent_encoder,
 from kinetoscope.train.flow import BATCH
 from kinetoscope.train.plugins.matrix_game import first_view
 from kinetoscope.train.recipe import Positive
+from kinetoscope.train.run_inputs import sampled_digest
 from kinetoscope.train.vae import Clips, to_video
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -57,10 +59,19 @@ class PlayedSource:
         encoders = (vae.encoder, vae.quant_conv, opened.pipeline.get_module("image_encoder"))
         told_by = [_digest(encoder) for encoder in encoders]
         path = kept_under(settings, opened, told_by=told_by, known=self.known).with_suffix(".npz")
+        self._path = path
+        if Clips(settings.world).sample(0).actions is None:
+            raise ConfigError(f"data.world: nothing is done in clips of {settings.world.name}; use a played world")
         if not path.exists():
-            _save(path, self._make(context))
+            with file_lock(path):
+                if not path.exists():
+                    _save(path, self._make(context))
         with np.load(path) as kept:
             self.arrays: Arrays = dict(kept)
+
+    def inputs(self) -> dict[str, str]:
+        """Return the digest of the file of clips."""
+        return {"data clips": sampled_digest(self._path)}
 
     def batch(self, step: int, generator: torch.Generator) -> TrainBatch:
         """Random clips."""
@@ -82,8 +93,6 @@ class PlayedSource:
         for start in range(0, settings.clips, BATCH):
             drawn = [clips.sample(i) for i in range(start, min(start + BATCH, settings.clips))]
             videos, actions = to_video([c.frames for c in drawn]), [c.actions for c in drawn if c.actions is not None]
-            if len(actions) < len(drawn):
-                raise ConfigError(f"data.world: nothing is done in clips of {settings.world.name}; use a played world")
             told = first_view(opened.pipeline, videos[:, :, 0], pixels)
             made = {"latents": encoder.latents(videos), **told}
             parts.append(

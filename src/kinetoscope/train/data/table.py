@@ -11,7 +11,9 @@ other state, so a run can be killed at any moment. A row is a row group, so that
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -173,6 +175,7 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], rejected: Sequence[d
         OutputError: it cannot be written.
     """
     buckets: list[list[int]] = []
+    content = hashlib.sha256()
     options: dict[str, Any] = {
         "compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True,
     }  # fmt: skip
@@ -184,7 +187,10 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], rejected: Sequence[d
         for row in rows:
             writer.write_table(pa.Table.from_pylist([row], SCHEMA))
             buckets.append([row["num_frames"], row["height"], row["width"]])
+            for name in SCHEMA.names:
+                content.update(row[name] if isinstance(row[name], bytes) else f"\0{row[name]}\0".encode())
         facts = {"dataset": made, "buckets": json.dumps(buckets), "rejected": json.dumps(list(rejected))}
+        facts["content"] = content.hexdigest()
         writer.add_key_value_metadata({f"kinetoscope.{name}": text for name, text in facts.items()})
 
 
@@ -199,6 +205,11 @@ _AGAIN = "delete it if it is there, and run the same `preprocess` command again:
 class Shard:
     """A shard that is open for reading.
 
+    Attributes:
+        buckets: shape of each row.
+        rejected: clips that gave no row.
+        content: SHA-256 of the values of all rows, as they were written; empty in shards of earlier versions.
+
     Raises:
         InputError: it is missing or damaged, or belongs to another data set.
     """
@@ -212,6 +223,7 @@ class Shard:
                 raise InputError(f"{path} is not of the data set that {DATASET} beside it describes; delete it")
             self.buckets = [Bucket(*b) for b in json.loads(facts[b"kinetoscope.buckets"])]
             self.rejected: list[dict[str, str]] = json.loads(facts[b"kinetoscope.rejected"])
+            self.content = facts.get(b"kinetoscope.content", b"").decode()
             if not self._file.schema_arrow.equals(SCHEMA):
                 raise ValueError("its columns are others")
         except _DAMAGE as error:
@@ -243,13 +255,32 @@ class DataSet:
         if not (self.folder / INDEX).is_file():
             raise InputError(f"data set {folder} is not finished; run the same `preprocess` command to finish it")
         index = _read_json(self.folder / INDEX)
+        self._content: list[str] = index.get("content", [])
         self.buckets = [Bucket(*b) for b in index["buckets"]]
         self.rows: list[list[int]] = index["rows"]
         self._made = self.manifest.dump()
-        self._open = lru_cache(maxsize=64)(lambda number: Shard(shard_path(self.folder, number), self._made))
+        self._open = lru_cache(maxsize=64)(self._open_shard)
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.rows)
+
+    def digest(self) -> str:
+        """Return a SHA-256 (hex) of the contents of the data set, without reading its rows.
+
+        It is that of `dataset.json` and of `index.json`, which holds the digests of the rows that were taken when
+        shards were written. Of a data set of an earlier version it is that of the sizes and footers of its shards.
+        """
+        found = hashlib.sha256(self._made.encode() + (self.folder / INDEX).read_bytes())
+        if not self._content:
+            for number in range(len(self.rows)):
+                found.update(_footer(shard_path(self.folder, number)))
+        return found.hexdigest()
+
+    def _open_shard(self, number: int) -> Shard:
+        shard = Shard(shard_path(self.folder, number), self._made)
+        if self._content and shard.content != self._content[number]:
+            raise InputError(f"{shard.path} holds other rows than {INDEX} beside it describes; {_AGAIN}")
+        return shard
 
     def row(self, shard: int, number: int) -> dict[str, Any]:
         """The columns of one row, latents [C, t, h, w] and text states [n, D] as float32 tensors.
@@ -281,20 +312,36 @@ def write_index(folder: Path, manifest: Manifest) -> tuple[int, list[dict[str, s
     made = manifest.dump()
     shapes: list[list[Bucket]] = []
     rejected: list[dict[str, str]] = []
+    content: list[str] = []
     for number in range(manifest.shards):
         shard = Shard(shard_path(folder, number), made)
         shapes.append(shard.buckets)
+        content.append(shard.content)
         rejected += shard.rejected
     buckets = sorted({b for rows in shapes for b in rows})
     place = {b: i for i, b in enumerate(buckets)}
-    index = {
+    index: dict[str, Any] = {
         "buckets": [[b.frames, b.height, b.width] for b in buckets],
         "rows": [[place[b] for b in rows] for rows in shapes],
     }
+    if all(content):
+        index["content"] = content
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
     write_text(folder / REJECTED, lines)
     write_text(folder / INDEX, json.dumps(index))
     return sum(map(len, shapes)), rejected
+
+
+def _footer(path: Path) -> bytes:
+    """Return the size of a Parquet file and its footer, which says where each row is and how long."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(-8, os.SEEK_END) + 8
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(max(0, size - 8 - length))
+            return str(size).encode() + file.read(length)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from kinetoscope.train.flow import LatentEncoder, prepare_latents
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.recipe import Positive, WorldSection
 from kinetoscope.train.roles import TrainBatch
+from kinetoscope.train.run_inputs import sampled_digest, text_digest
 from kinetoscope.train.vae import Clips
 
 MEASURED_SEED = 10**9
@@ -85,10 +87,15 @@ class WorldSource:
             self.shape = (opened.latent_channels(), *size)
             return
         path = kept_under(settings, opened).with_suffix(".npy")
-        if not path.exists():
-            encoder = latent_encoder(settings, opened, clips)
-            prepare_latents(encoder, clips, settings.clips, path, context.on_count)
-        self.latents = np.load(path, mmap_mode="r")
+        make = partial(latent_encoder, settings, opened, clips)
+        self.latents = prepare_latents(make, clips, settings.clips, path, context.on_count)
+        self._path = path
+
+    def inputs(self) -> dict[str, str]:
+        """Return digests of the captions, and of the file of latents."""
+        captions = [spec.caption(np.random.default_rng(i)) for i, spec in enumerate(self.specs)]
+        found = {"data captions": text_digest(*captions)}
+        return found if self.latents is None else {**found, "data latents": sampled_digest(self._path)}
 
     def batch(self, step: int, generator: torch.Generator) -> TrainBatch:
         """Random clips under fresh captions."""

@@ -89,7 +89,11 @@ class Method(Protocol):
 
 
 class BatchSource(Protocol):
-    """Where batches come from. The position in the data is the step: nothing is stored and nothing can be lost."""
+    """Where batches come from. The position in the data is the step: nothing is stored and nothing can be lost.
+
+    A source may also have `inputs()`, which returns digests of what it reads by name ("data rows"): a resume on other
+    data is then refused (`train.run_inputs`).
+    """
 
     def batch(self, step: int, generator: torch.Generator) -> TrainBatch:
         """Batch number `step`, a function of it, of `generator` (seeded by the recipe's seed and `step`) and of the

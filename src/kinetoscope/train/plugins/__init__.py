@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kinetoscope.core.context import AttentionFn
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.registry import Registry
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
@@ -21,6 +23,7 @@ from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import build_pipeline
 from kinetoscope.train.roles import ModelBase, Text
+from kinetoscope.train.run_inputs import FileDigests, text_digest
 
 PLUGINS = Registry(
     "a {name} cannot be trained here; the families that can: {known}",
@@ -78,11 +81,24 @@ class Opened:
         self.class_name = self.model.components()["transformer"]
         self.plugin = plugin_of(self.class_name)
         self.transformer: nn.Module = self.pipeline.get_module("transformer")
-        if transformer is not None:
-            override_weights(self.transformer, Path(transformer))
+        self.override = None if transformer is None else Path(transformer)
+        if self.override is not None:
+            override_weights(self.transformer, self.override)
         for name, parameter in self.transformer.named_parameters():  # mapped files are read-only and not aligned
             owner = self.transformer.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], nn.Parameter(parameter.detach().clone()))
+
+    def digests(self, files: FileDigests, *, whole: bool) -> dict[str, str]:
+        """Return digests of what training reads of the directory: of the files of its transformer and of the sampling
+        defaults that it is told, and if `whole` of the files of all other components."""
+        model, found = self.model, dict[str, str]()
+        for name in model.components() if whole else ("transformer",):
+            found[name] = files.of_folder(model.folder(name))
+        if self.override is not None:
+            found["transformer"] = files.of_folder(self.override)
+        defaults = self.pipeline.defaults()
+        told = (defaults.negative_prompt or "", defaults.guidance_scale, defaults.flow_shift, defaults.fps)
+        return {**found, "defaults": text_digest(*map(str, told))}
 
     def role(self, **options: Any) -> ModelBase:
         """The transformer by its family's plugin; `options` are `ModelBase`'s.
@@ -116,12 +132,24 @@ class Opened:
 
     def sample(self, prompts: list[str], seeds: list[int], **params: Any) -> ForwardBatch:
         """Videos by the engine, with the weights as they are now; `params` over the directory's sampling defaults."""
-        from dataclasses import replace
-
         batch = ForwardBatch(
             replace(self.pipeline.defaults(), **params), prompts, [self.negative_prompt] * len(prompts), seeds
         )
         return self.pipeline.run(batch)
+
+    def run(self, batch: ForwardBatch, attention: Mapping[str, AttentionFn]) -> ForwardBatch:
+        """Return a batch that all stages have run, with the weights as they are now.
+
+        Args:
+            attention: in place of the pipeline's own, by role.
+        """
+        pipeline = self.pipeline
+        kept = pipeline.args
+        pipeline.args = replace(kept, attention={**kept.attention, **attention})
+        try:
+            return pipeline.run(batch)
+        finally:
+            pipeline.args = kept
 
     @property
     def negative_prompt(self) -> str:
