@@ -126,6 +126,32 @@ def test_another_guidance_drops_what_is_remembered() -> None:
     torch.testing.assert_close(second.combine({"cond": COND}, 3, 4, memory), COND + 2.0 * (COND - UNCOND))
 
 
+@pytest.mark.parametrize("spec", ["cfg:cosine=0.9", "cfg:cosine=0.9,reuse=1", "apg:cosine=0.9,momentum=0.5,norm=3"])
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+def test_cosine_gate_of_a_sample_ignores_its_neighbours(spec: str, rescale: float) -> None:
+    """Sample 0 agrees at the second step, sample 1 never; each is what it is alone."""
+    guidance, draw = Guidance.make(4.0, rescale, spec), torch.Generator().manual_seed(0)
+    uncond = torch.randn(5, 2, 3, 1, 4, 4, generator=draw)
+    cond = torch.randn(5, 2, 3, 1, 4, 4, generator=draw)
+    cond[1, 0] = uncond[1, 0] * 1.1
+
+    def run(samples: slice) -> tuple[list[torch.Tensor], list[tuple[str, ...]]]:
+        memory, results, branches = GuidanceMemory(), [], []
+        for step in range(5):
+            needed = guidance.needed(step, 5, memory)
+            given = {"uncond": uncond[step, samples], "cond": cond[step, samples]}
+            results.append(guidance.combine({b: given[b] for b in needed}, step, 5, memory))
+            branches.append(needed)
+        return results, branches
+
+    together, _ = run(slice(0, 2))
+    for sample in range(2):
+        alone, branches = run(slice(sample, sample + 1))
+        assert branches[2] == (("cond",) if sample == 0 else ("uncond", "cond"))
+        for step in range(5):
+            assert torch.equal(together[step][sample], alone[step][0]), (sample, step)
+
+
 def test_the_cosine_gate_leaves_the_unconditional_branch_out_for_good() -> None:
     guidance, memory = Guidance(4.0, cosine=0.9), GuidanceMemory()
     guidance.combine({"cond": COND, "uncond": UNCOND}, 0, 4, memory)

@@ -20,23 +20,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the settings of the video as YAML for `generate --config`, and make no video",
     )  # fmt: skip
     parser.add_argument("--model", help="where the model is now, if it has moved")
+    parser.add_argument(
+        "--files",
+        metavar="DIR",
+        help="folder of the files that the record names (default: the video's)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if the frames are the recorded ones bit for bit, else 1."""
+    """0 if the frames are the recorded ones: bit for bit, or to rounding if others were made with them; else 1."""
     from kinetoscope.cli.progress import RunProgress
     from kinetoscope.runtime.replay import replay
 
     if args.write_config:
         return _write_config(args)
     with RunProgress(args.quiet) as progress:
-        report = replay(args.file, args.output, model=args.model, on_event=progress.event)
+        report = replay(args.file, args.output, model=args.model, files=args.files, on_event=progress.event)
     if args.output:
         print(args.output)
     for line in report.differences:
         print(f"differs: {line}")
-    print("identical: every frame is the same, bit for bit" if report.identical else "not identical")
-    return 0 if report.identical else 1
+    if report.identical:
+        print("identical: every frame is the same, bit for bit")
+    elif report.same:
+        print(f"the same to rounding: it was made together with {report.joined - 1} others, and now alone")
+    else:
+        near = "" if report.psnr is None else f": {report.psnr:.1f} dB PSNR against the frames in the file"
+        print(f"not identical{near}")
+    return 0 if report.same else 1
 
 
 def _write_config(args: argparse.Namespace) -> int:

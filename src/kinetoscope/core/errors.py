@@ -6,6 +6,8 @@ A message says what was wrong, where, and what to do. The command line prints it
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -46,6 +48,23 @@ class CompositionError(KinetoscopeError):
 
 class RunCancelled(KinetoscopeError):
     """A run was cancelled before its last step."""
+
+
+class BatchError(KinetoscopeError):
+    """Some videos of a list of prompts could not be made or written; the others are in `results`, their files written.
+
+    Attributes:
+        results: one entry a prompt, in order: its `GenerationResult`, or None. A video whose file alone could not be
+            written is here, and its error is in `errors`.
+        errors: index of a prompt -> what went wrong with it.
+    """
+
+    def __init__(
+        self, message: str, results: Sequence[Any] = (), errors: Mapping[int, Exception] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.results = list(results)
+        self.errors = dict(errors or {})
 
 
 class WorkerError(KinetoscopeError):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.context import AttentionFn
+from kinetoscope.core.errors import KinetoscopeError
 from kinetoscope.core.stage_data import StageData
 
 
@@ -96,6 +97,7 @@ class ForwardBatch:
         family: the typed extension of a model family that needs more, else None.
         data: objects of stages that are no part of the package, one for each type.
         streaming: blocks are made until their caller has enough; `params.num_frames` says nothing then.
+        videos: indices of the samples among the videos of the request; every event of the run carries them.
     """
 
     params: SamplingParams
@@ -121,6 +123,7 @@ class ForwardBatch:
     family: object | None = None
     data: StageData = field(default_factory=StageData)
     streaming: bool = False
+    videos: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -137,6 +140,8 @@ class ForwardBatch:
             elif f.name in ("prompts", "negative_prompts", "seeds"):
                 rows[f.name] = [[entry] for entry in value]
         rows["data"] = self.data.samples(self.size)
+        if self.videos:
+            rows["videos"] = [(index,) for index in self.videos]
         return [
             replace(self, timings={}, logging_info={}, hooks=list(self.hooks), **{k: v[i] for k, v in rows.items()})
             for i in range(self.size)
@@ -149,7 +154,8 @@ class ForwardBatch:
                  for n in ("prompts", "negative_prompts", "seeds", "frames")}  # fmt: skip
         latents = [b.latents for b in batches if b.latents is not None]
         data = StageData.joined([b.data for b in batches])
-        return replace(batches[0], latents=torch.cat(latents) if latents else None, data=data, **lists)
+        videos = tuple(index for b in batches for index in b.videos)
+        return replace(batches[0], latents=torch.cat(latents) if latents else None, data=data, videos=videos, **lists)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +172,7 @@ class ExecutionArgs:
         attention: role -> attention function, from `attention.resolve_attention`.
         text_mode: "padded" or "true_length" instead of what the model was trained with (`nn.text_padding`).
         ulysses: devices that share the heads of self-attention, so that a K/V cache holds a device's own.
+        ranks: processes that compute a run together, all in the same order.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -175,3 +182,13 @@ class ExecutionArgs:
     attention: Mapping[str, AttentionFn] = field(default_factory=dict[str, AttentionFn])
     text_mode: str | None = None
     ulysses: int = 1
+    ranks: int = 1
+
+    @property
+    def run_errors(self) -> type[Exception]:
+        """Return the errors that end one run while other runs of the request go on.
+
+        Several ranks must go on alike, so there it is only the errors that all ranks raise alike, those of this
+        package; any other error ends the request.
+        """
+        return Exception if self.ranks == 1 else KinetoscopeError

@@ -28,18 +28,22 @@ class GuidanceMemory:
         owner: the guidance it belongs to; another one (another expert's) begins anew.
         average: running average of c - u, for momentum.
         delta: c - u of the last step that evaluated both, for steps that reuse it.
-        agreed: the branches have come to agree, so that the unconditional one is left out from now on.
+        agreed: [B] bool: the samples whose branches have come to agree; each follows its conditional branch from then
+            on, whatever its neighbours do. None: no sample was asked.
+        all_agreed: every sample has, so that the unconditional branch is left out from now on.
     """
 
     owner: Guidance | None = None
     average: Tensor | None = None
     delta: Tensor | None = None
-    agreed: bool = False
+    agreed: Tensor | None = None
+    all_agreed: bool = False
 
     def of(self, guidance: Guidance, index: int) -> GuidanceMemory:
         """Itself, emptied at the first step and where the guidance has changed."""
         if index == 0 or self.owner is not guidance:
-            self.owner, self.average, self.delta, self.agreed = guidance, None, None, False
+            self.owner, self.average, self.delta = guidance, None, None
+            self.agreed, self.all_agreed = None, False
         return self
 
 
@@ -79,8 +83,8 @@ class Guidance:
             nothing at all in the first `init` steps (CFG-Zero*, arXiv 2503.18886). "apg": u + w d, where d is c - u
             with momentum, limited in norm, its part along c times `eta` (arXiv 2410.02416).
         start, stop: guidance acts in steps [int(start * count), int(stop * count)); the others are conditional alone.
-        cosine: leave the unconditional row out for good once the cosine of c and u exceeds this in every sample
-            (arXiv 2312.12487).
+        cosine: a sample whose cosine of c and u exceeds this follows c alone from the next step on (arXiv 2312.12487);
+            unconditional rows are left out once that holds for every sample of the run.
         reuse: from this fraction of the steps on evaluate c alone, and take c - u from the last step that had both.
         init: first steps of "cfg-zero" whose prediction is zero.
         eta, norm, momentum: of "apg". `norm` 0 sets no limit; the published value for images is 15, and a norm over a
@@ -159,7 +163,7 @@ class Guidance:
             return (COND,)
         memory = memory.of(self, index)
         reuses = self.reuse is not None and index >= int(self.reuse * count) and memory.delta is not None
-        return (COND,) if memory.agreed or reuses else (UNCOND, COND)
+        return (COND,) if memory.all_agreed or reuses else (UNCOND, COND)
 
     def combine(
         self,
@@ -181,12 +185,22 @@ class Guidance:
         if self.scale == 1.0 or not self._acts(index, count):
             return cond
         memory = (memory or GuidanceMemory()).of(self, index)
-        if UNCOND in predictions:
-            guided = self._guide(cond, predictions[UNCOND].float(), memory)
-        elif memory.delta is not None:
-            guided = cond + (self.scale - 1.0) * memory.delta
-        else:
-            return cond  # the branches agreed
+        if UNCOND not in predictions:
+            return self._without_uncond(cond, memory)
+        agreed = memory.agreed
+        guided = self._rescaled(self._guide(cond, predictions[UNCOND].float(), memory), cond)
+        if agreed is None:
+            return guided
+        return torch.where(_of_samples(agreed, cond), self._without_uncond(cond, memory), guided)
+
+    def _without_uncond(self, cond: Tensor, memory: GuidanceMemory) -> Tensor:
+        """Return the prediction of a step that evaluates c alone: c, or with the c - u that an earlier step kept."""
+        if memory.delta is None:
+            return cond
+        return self._rescaled(cond + (self.scale - 1.0) * memory.delta, cond)
+
+    def _rescaled(self, guided: Tensor, cond: Tensor) -> Tensor:
+        """Return the guided prediction, mixed with itself at the standard deviation of the conditional one."""
         if self.rescale == 0.0:
             return guided
         axes = tuple(range(1, guided.ndim))
@@ -203,11 +217,14 @@ class Guidance:
         delta = cond - uncond
         if self.kind == "apg":
             delta = self._project(delta, cond, memory)
-        if self.reuse is not None:
-            memory.delta = delta
+        if self.reuse is not None:  # a sample that follows c alone keeps the c - u of its last step with both
+            before, agreed = memory.delta, memory.agreed
+            both = before is None or agreed is None
+            memory.delta = delta if both else torch.where(_of_samples(agreed, delta), before, delta)
         if self.cosine is not None:
-            flat = torch.nn.functional.cosine_similarity(cond.flatten(1), uncond.flatten(1), dim=1)
-            memory.agreed = bool((flat > self.cosine).all())
+            agrees = torch.nn.functional.cosine_similarity(cond.flatten(1), uncond.flatten(1), dim=1) > self.cosine
+            memory.agreed = agrees if memory.agreed is None else agrees | memory.agreed
+            memory.all_agreed = bool(memory.agreed.all())
         return uncond + self.scale * delta
 
     def _project(self, delta: Tensor, cond: Tensor, memory: GuidanceMemory) -> Tensor:
@@ -221,6 +238,11 @@ class Guidance:
         along = cond.double() / _length(cond.double(), dims)
         parallel = ((delta.double() * along).sum(dims, keepdim=True) * along).float()
         return delta - parallel + self.eta * parallel
+
+
+def _of_samples(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask [B] as [B, 1, ...], to choose samples of `like` [B, ...]."""
+    return mask.view(-1, *[1] * (like.ndim - 1))
 
 
 def _length(x: Tensor, dims: list[int]) -> Tensor:

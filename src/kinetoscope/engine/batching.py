@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -10,10 +12,13 @@ from torch import Tensor
 
 from kinetoscope.attention import AttentionTable
 from kinetoscope.core.errors import CompositionError
+from kinetoscope.core.out_of_memory import is_out_of_memory
 from kinetoscope.engine.engine import DenoisingEngine, PendingForward
 from kinetoscope.engine.protocols import Event, ModelInputs, StrategyState, Tree, join_rows, map_tree
 from kinetoscope.engine.rows import BATCH_POSITIONS
 from kinetoscope.engine.strategies.standard import StandardStrategy
+
+logger = logging.getLogger(__name__)
 
 
 class BatchedRun:
@@ -23,12 +28,15 @@ class BatchedRun:
         state: of the run.
         done: it has ended: to the end, by an error, or by `StepBatcher.remove`.
         error: what ended it, if it failed.
+        limit: latent positions of a forward that it shares, at most; None: the batcher's. Lowered where a shared
+            forward failed; 0: its forwards are computed alone.
     """
 
     def __init__(self, engine: DenoisingEngine, state: StrategyState) -> None:
         self.engine, self.state = engine, state
         self.done = False
         self.error: Exception | None = None
+        self.limit: int | None = None
         self.items = engine.iterate_forwards(state)
 
     def advance(self, events: list[tuple[BatchedRun, Event]], *, until: str) -> PendingForward | None:
@@ -44,7 +52,7 @@ class BatchedRun:
                 events.append((self, item))
                 if item.kind == until:
                     return None
-        except Exception as error:  # one run's failure must not end the others
+        except self.state.args.run_errors as error:  # one run's failure must not end the others
             self.error = error
         self.done = True
         return None
@@ -56,6 +64,10 @@ class StepBatcher:
     Rows of runs on the same network, with latents and conditioning of the same shapes, share a forward; each may be at
     a timestep of its own. Every result is, to rounding, what the run alone would give. Runs whose forwards cannot be
     joined (hooks that intercept forwards, block runs with K/V caches, `cfg="sequential"`) take their steps one by one.
+
+    A shared forward that fails is logged, and each of its runs computes its own. Where memory ran out, these runs share
+    forwards of half the size from then on; after another error they share none. Where several ranks compute a run, the
+    error is raised instead: a rank that went another way alone would leave the others waiting.
 
     Args:
         limit: latent positions a forward at most, where it holds more than one run.
@@ -96,13 +108,13 @@ class StepBatcher:
             what happened, in order. `joined` is then the number of runs that shared a forward with others.
         """
         events: list[tuple[BatchedRun, Event]] = []
-        waiting: list[tuple[BatchedRun, PendingForward]] = []
+        waiting: list[_Waiting] = []
         for run in self.runs:
             pending = run.advance(events, until="")
             if pending is not None:
                 waiting.append((run, pending))
         self.joined = 0
-        for group in self._groups([p for _, p in waiting]):
+        for group in self._groups(waiting):
             if len(group) > 1:
                 self._forward(group)
         for run, _ in waiting:
@@ -113,31 +125,36 @@ class StepBatcher:
 
     def drain(self) -> Iterator[tuple[BatchedRun, Event]]:
         """All events of all runs to their ends; runs may be added meanwhile. Closing it ends every run."""
-        try:
+        with ExitStack() as ends:  # every run ends, even when the hook of another fails
+            ends.callback(self._remove_all)
             while self.runs:
                 yield from self.step()
-        finally:
-            for run in self.runs:
-                self.remove(run)
 
-    def _groups(self, waiting: Sequence[PendingForward]) -> list[list[PendingForward]]:
+    def _remove_all(self) -> None:
+        with ExitStack() as ends:
+            for run in self.runs:
+                ends.callback(self.remove, run)
+
+    def _groups(self, waiting: Sequence[_Waiting]) -> list[list[_Waiting]]:
         """Forwards that can be one, in the order they came."""
-        groups: list[list[PendingForward]] = []
+        groups: list[list[_Waiting]] = []
         keys: list[Any] = []
-        for pending in waiting:
-            key = _join_key(pending)
+        for entry in waiting:
+            key = _join_key(entry[1])
             for known, group in zip(keys, groups, strict=True):
-                if known is not None and known == key and self._fits(group, pending):
-                    group.append(pending)
+                if known is not None and known == key and self._fits([*group, entry]):
+                    group.append(entry)
                     break
             else:
                 keys.append(key)
-                groups.append([pending])
+                groups.append([entry])
         return groups
 
-    def _fits(self, group: Sequence[PendingForward], pending: PendingForward) -> bool:
-        positions = sum(_positions(p.inputs) for p in group) + _positions(pending.inputs)
-        return positions <= self.limit and self._same(group[0].inputs.shared, pending.inputs.shared)
+    def _fits(self, group: Sequence[_Waiting]) -> bool:
+        """Return whether the last forward of `group` may join the others."""
+        limit = min(self.limit if run.limit is None else run.limit for run, _ in group)
+        first, last = group[0][1].inputs, group[-1][1].inputs
+        return sum(_positions(p.inputs) for _, p in group) <= limit and self._same(first.shared, last.shared)
 
     def _same(self, a: Tree, b: Tree) -> bool:
         """Whether two trees hold equal values."""
@@ -156,23 +173,27 @@ class StepBatcher:
             return len(ours) == len(theirs) and all(map(self._same, ours, theirs))
         return bool(cast(object, a) == cast(object, b))
 
-    def _forward(self, group: Sequence[PendingForward]) -> None:
-        """One forward for several runs; each gets its rows. If it fails, each is left to itself."""
+    def _forward(self, runs: Sequence[_Waiting]) -> None:
+        """Compute one forward for several runs; each gets its rows. If it fails, each is left to itself."""
+        group = [pending for _, pending in runs]
         inputs = [p.inputs for p in group]
         rows = [len(i.latents) for i in inputs]
-        whole = ModelInputs(
-            torch.cat([i.latents for i in inputs]),
-            torch.cat([i.timestep for i in inputs]),
-            tuple(f"{n}:{b}" for n, i in enumerate(inputs) for b in i.branches),
-            inputs[0].batch,
-            join_rows([i.conditioning for i in inputs]),
-            inputs[0].shared,
-            join_rows([_spread(i.step, n) for i, n in zip(inputs, rows, strict=True)]),
-        )
         first = group[0]
         try:
+            whole = ModelInputs(
+                torch.cat([i.latents for i in inputs]),
+                torch.cat([i.timestep for i in inputs]),
+                tuple(f"{n}:{b}" for n, i in enumerate(inputs) for b in i.branches),
+                inputs[0].batch,
+                join_rows([i.conditioning for i in inputs]),
+                inputs[0].shared,
+                join_rows([_spread(i.step, n) for i, n in zip(inputs, rows, strict=True)]),
+            )
             output = first.engine.forward(first.state, whole, first.state.step)
-        except Exception:  # out of memory, or one run's fault: alone, those without fault succeed
+        except Exception as error:  # out of memory, or one run's fault: alone, the runs without fault succeed
+            if first.state.args.ranks > 1:
+                raise
+            self._after_failure([run for run, _ in runs], sum(map(_positions, inputs)), error)
             return
         self.joined += len(group)
         start = 0
@@ -181,6 +202,21 @@ class StepBatcher:
             start += count
             pending.rows = ((0, len(pending.inputs.branches)),)
             pending.why = f"in one forward with {len(group) - 1} other runs"
+
+    def _after_failure(self, runs: Sequence[BatchedRun], positions: int, error: Exception) -> None:
+        """Log why a shared forward failed, and remember it, so that the next step does not try the same again."""
+        memory = is_out_of_memory(error)
+        text = " ".join(str(error).split())
+        logger.warning(
+            "a forward shared by %d runs failed (%s%s); each computes its own%s",
+            len(runs), type(error).__name__, f": {text}" if text else "",
+            ", and later forwards are shared by half as many" if memory else ", also in later steps",
+        )  # fmt: skip
+        for run in runs:
+            run.limit = positions // 2 if memory else 0
+
+
+_Waiting = tuple[BatchedRun, PendingForward]
 
 
 def _positions(inputs: ModelInputs) -> int:

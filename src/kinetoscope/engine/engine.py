@@ -136,9 +136,9 @@ class DenoisingEngine:
             for hook in self.hooks:
                 ends.push(_end_of(hook, state))
                 hook.on_run_start(state)
-            yield Event("run_start")
+            yield Event("run_start", videos=state.batch.videos)
             yield from body
-        yield Event("run_end")
+        yield Event("run_end", videos=state.batch.videos)
 
     def _blocks(
         self, state: StrategyState, strategy: BlockDenoisingStrategy, items: Iterator[Any], count: int | None
@@ -149,12 +149,12 @@ class DenoisingEngine:
             context.forward = partial(self.forward, state)
             for hook in self.hooks:
                 hook.on_block_start(state, context)
-            yield Event("block_start", block=index, num_blocks=count)
+            yield Event("block_start", block=index, num_blocks=count, videos=state.batch.videos)
             yield from strategy.process_block(state, context, item)
             strategy.update_context(state, context, item)
             for hook in self.hooks:
                 hook.on_block_end(state, context)
-            yield Event("block_end", block=index, num_blocks=count, latents=context.result)
+            yield Event("block_end", None, index, count, context.result, state.batch.videos)
 
     def _steps(
         self,
@@ -167,7 +167,7 @@ class DenoisingEngine:
         for index, t in enumerate(times):
             step = state.step = Step(index, len(times), t, block=block)
             yield from self._step(state, step)
-            yield Event("step", step, block, num_blocks, state.latents)
+            yield Event("step", step, block, num_blocks, state.latents, state.batch.videos)
 
     def _step(self, state: StrategyState, step: Step) -> Iterator[Any]:
         """The one step body. It yields its forward before computing it, for whoever drives several runs together."""

@@ -209,6 +209,7 @@ class Event:
         block: block index (block events, and steps inside a block).
         num_blocks: blocks of the run; None where it is unbounded or not in blocks.
         latents: "step": the sample after it; "block_end": the block's result.
+        videos: which videos of the request the run makes, by index: runs that share forwards are told apart by it.
     """
 
     kind: str
@@ -216,6 +217,7 @@ class Event:
     block: int | None = None
     num_blocks: int | None = None
     latents: Tensor | None = None
+    videos: tuple[int, ...] = ()
 
 
 @runtime_checkable

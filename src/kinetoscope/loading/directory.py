@@ -203,13 +203,21 @@ class ModelDir:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the names and contents of the index and of all files of the components."""
         total = hashlib.sha256()
+        for name, file in sorted(self._files().items()):
+            total.update(f"{name.as_posix()}\0{file_digest(file)}\n".encode())
+        return total.hexdigest()
+
+    def size(self) -> int:
+        """Return the bytes of the files that `fingerprint` reads."""
+        return sum(file.stat().st_size for file in self._files().values())
+
+    def _files(self) -> dict[Path, Path]:
+        """Return the index and all files of the components, by their names in the directory."""
         files = {} if self.layout else {Path(INDEX): self.path / INDEX}
         for component in self.components():
             folder = self.folder(component)
             files |= {Path(component, f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file()}
-        for name, file in sorted(files.items()):
-            total.update(f"{name.as_posix()}\0{file_digest(file)}\n".encode())
-        return total.hexdigest()
+        return files
 
 
 def read_json(file: Path) -> dict[str, Any]:

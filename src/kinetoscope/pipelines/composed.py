@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from kinetoscope.core.errors import ConfigError, InputError, ModelLoadError
+from kinetoscope.core.events import drive
 from kinetoscope.core.serial import serialize_calls
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks.base import Hook, arrange
@@ -25,11 +26,19 @@ from kinetoscope.pipelines.stages.validation import VideoGeometry
 
 @dataclass(frozen=True, slots=True)
 class StageEvent:
-    """A stage of a pipeline began, or ended after `seconds`."""
+    """A stage of a pipeline began, or ended after `seconds`.
+
+    Attributes:
+        kind: "stage_start" or "stage_end".
+        stage: its name.
+        seconds: that it took for all of `videos`, at its end.
+        videos: which videos of the request it works on, by index.
+    """
 
     kind: str
     stage: str
     seconds: float | None = None
+    videos: tuple[int, ...] = ()
 
 
 class ComponentCare(Protocol):
@@ -339,14 +348,20 @@ class ComposedPipeline:
         for name, stage in self.stages.items():
             if name == until:
                 break
-            yield StageEvent("stage_start", name)
+            yield StageEvent("stage_start", name, videos=batch.videos)
             start = time.perf_counter()
-            batch = yield from stage.iterate(batch, self.args)
-            if self._care:
-                self._care.stage_ended()
+            try:
+                batch = yield from stage.iterate(batch, self.args)
+            finally:
+                self.stage_ended()
             batch.timings[name] = time.perf_counter() - start
-            yield StageEvent("stage_end", name, batch.timings[name])
+            yield StageEvent("stage_end", name, batch.timings[name], batch.videos)
         return batch
+
+    def stage_ended(self) -> None:
+        """Send away what the stage used, where components wait in host memory while they are not used."""
+        if self._care:
+            self._care.stage_ended()
 
     def joins(self, batch: ForwardBatch) -> bool:
         """Whether the samples of a batch would share the forwards of their steps as runs of their own."""
@@ -355,31 +370,43 @@ class ComposedPipeline:
 
     def iterate_together(
         self, batches: Sequence[ForwardBatch]
-    ) -> Generator[StageEvent | Event, None, list[ForwardBatch]]:
-        """As `iterate` for several batches, stage by stage; in denoising their steps share forwards where they can.
+    ) -> Generator[StageEvent | Event, None, list[ForwardBatch | Exception]]:
+        """Run several batches stage by stage; in denoising their steps share forwards where they can.
 
-        The return value is the finished batches, each with the seconds that a stage took for all of them.
+        A batch that fails leaves the others as they are.
+
+        Returns:
+            each batch, finished, with the seconds that a stage took for all of them; or the error that ended it (of
+            `ExecutionArgs.run_errors`; another ends them all).
         """
-        batches = list(batches)
+        outcomes: list[ForwardBatch | Exception] = list(batches)
         for name, stage in self.stages.items():
-            yield StageEvent("stage_start", name)
+            going = {i: batch for i, batch in enumerate(outcomes) if isinstance(batch, ForwardBatch)}
+            if not going:
+                break
+            videos = tuple(index for batch in going.values() for index in batch.videos)
+            yield StageEvent("stage_start", name, videos=videos)
             start = time.perf_counter()
-            if isinstance(stage, DenoisingStage):
-                yield from stage.iterate_together(batches, self.args)
-            else:
-                for index, batch in enumerate(batches):
-                    batches[index] = yield from stage.iterate(batch, self.args)
+            try:
+                if isinstance(stage, DenoisingStage):
+                    done = yield from stage.iterate_together(list(going.values()), self.args)
+                    for index, outcome in zip(going, done, strict=True):
+                        outcomes[index] = outcome
+                else:
+                    for index, batch in going.items():
+                        try:
+                            outcomes[index] = yield from stage.iterate(batch, self.args)
+                        except self.args.run_errors as error:
+                            outcomes[index] = error
+            finally:
+                self.stage_ended()
             seconds = time.perf_counter() - start
-            for batch in batches:
-                batch.timings[name] = seconds
-            yield StageEvent("stage_end", name, seconds)
-        return batches
+            for batch in outcomes:
+                if isinstance(batch, ForwardBatch):
+                    batch.timings[name] = seconds
+            yield StageEvent("stage_end", name, seconds, videos)
+        return outcomes
 
     def run(self, batch: ForwardBatch) -> ForwardBatch:
         """Run all stages."""
-        events = self.iterate(batch)
-        while True:
-            try:
-                next(events)
-            except StopIteration as stop:
-                return stop.value
+        return drive(self.iterate(batch))

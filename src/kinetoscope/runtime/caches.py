@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,15 @@ def open_cache(text: str, model: ModelDir) -> tuple[StepCache, str]:
         raise ModelLoadError(f"{name}: the calibration of {model.name} has changed ({digest} then, {found} now)")
     kept = {k: v for k, v in values.items() if k != DIGEST} | {DIGEST: found}
     return kind(**{key: known}, **given), f"{name}:{','.join(f'{k}={v}' for k, v in kept.items())}"
+
+
+def with_calibration(text: str, change: Callable[[str], str]) -> str:
+    """Return the option of a step cache with another path of its calibration file, where it names one."""
+    name, values = parse_spec(text, "cache")
+    if FILE not in values:
+        return text
+    settings = {**values, FILE: change(values[FILE])}
+    return f"{name}:{','.join(f'{k}={v}' for k, v in settings.items())}"
 
 
 _NAMES: Mapping[type, str] = {int: "whole number", float: "number", str: "word"}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.events import drive
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.hooks import Hook
 from kinetoscope.loading import ModelDir
@@ -41,6 +42,7 @@ from kinetoscope.runtime.notices import NoticeEvent, announced, log_once, notice
 from kinetoscope.runtime.opening import chosen_attention, open_pipeline
 from kinetoscope.runtime.parallel import check_layout
 from kinetoscope.runtime.request import VideoRequest
+from kinetoscope.runtime.results import settled
 from kinetoscope.runtime.running import GenerationResult, RunEvent, plan_request, usual_batch_size
 from kinetoscope.runtime.session import Session, session_batch
 
@@ -251,25 +253,22 @@ class VideoGenerator(HasExecutor, HasLoras):
         Raises:
             InputError: a field is out of range; the message names the nearest values that are not.
             OutputError: the output cannot be written (asked before anything is computed).
+            BatchError: some prompts of a list failed; it has the results of the others, whose files are written, and
+                the error of each.
         """
         request = VideoRequest(
             prompt, negative_prompt, height, width, num_frames, fps, num_inference_steps, guidance_scale, seed, latents,
             output_path, guidance_rescale, guidance, flow_shift, scheduler, trace, hooks, batch_size, image, last_image,
             video, strength, guidance_scale_2, preview, extra,
         )  # fmt: skip
-        events = self._run(request)
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as stop:
-                return stop.value[0] if isinstance(prompt, str) else stop.value
-            if on_event:
-                on_event(event)
+        results = drive(self._run(request), on_event)
+        return results[0] if isinstance(prompt, str) else results
 
     def iterate(self, prompt: str | Sequence[str], **fields: Any) -> Generator[RunEvent, None, list[GenerationResult]]:
         """As `generate_video` with the same fields, yielding events; its return value is the list of results.
 
-        The request is checked now. Closing the generator cancels, and an unfinished video leaves no file.
+        The request is checked now. Closing the generator cancels, and an unfinished video leaves no file. Each video is
+        also an event as soon as it is finished or has failed (`ResultEvent`); errors are raised at the end.
         """
         own = {k: fields.pop(k) for k in [*fields] if k not in VideoRequest.__dataclass_fields__ or k == "extra"}
         return self._run(VideoRequest(prompt, **fields, extra=own))
@@ -349,7 +348,7 @@ class VideoGenerator(HasExecutor, HasLoras):
             check_pool(self.executor.name, request.hooks, None, self._changes())
         events = self.executor.run(Job(plan, size, self.options, request.trace, request.preview))
         texts = [*plan.prompts, *(plan.negative_prompts if plan.params.guided else [])]
-        return announced(self._notices(plan.params, texts), events)
+        return settled(announced(self._notices(plan.params, texts), events), plan.prompts)
 
     def _changes(self) -> list[str]:
         """Return what this program changed on the pipeline; LoRAs change weights too, and workers have them."""

@@ -93,7 +93,7 @@ def open_pipeline(
     plan = cfg if groups is None or groups.cfg.size == 1 else PARALLEL
     args = ExecutionArgs(
         place, number, autocast=autocast, cfg=plan, attention=table, text_mode=None if trained else text_mode,
-        ulysses=1 if groups is None else groups.ulysses.size,
+        ulysses=1 if groups is None else groups.ulysses.size, ranks=1 if groups is None else groups.config.ranks,
     )  # fmt: skip
     care = Care(args, compile=compile, quantize=quantize, offload=offload, vae=vae, modules=modules, groups=groups)
     pipeline = build_pipeline(directory, args, hooks=arrange(hooks), modules=modules, care=care)

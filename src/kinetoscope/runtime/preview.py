@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,6 @@ from torch import Tensor
 from kinetoscope.core.errors import CompositionError, InputError, ModelLoadError
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.engine.hooks.preview import Preview, PreviewHook, PreviewMap
-from kinetoscope.engine.protocols import StrategyState
 from kinetoscope.loading import ModelDir
 from kinetoscope.media import Array, fit_picture, load_picture, read_video
 from kinetoscope.pipelines.composed import ComposedPipeline
@@ -40,12 +40,18 @@ class PreviewEvent:
 
     Attributes:
         preview: frames uint8 [B, t, h, w, 3] of the B videos of a run, and the step they are of.
-        first: index of the first of these videos among those of the request.
+        videos: indices of these B videos among those of the request.
+        kind: "preview".
     """
 
     preview: Preview
-    first: int = 0
+    videos: tuple[int, ...] = ()
     kind: str = "preview"
+
+    @property
+    def first(self) -> int:
+        """Return the index of the first of these videos among those of the request."""
+        return self.videos[0] if self.videos else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,14 +259,11 @@ class Previews:
     """
 
     def __init__(self, preview_map: PreviewMap) -> None:
-        self.hook: PreviewHook = _RequestHook(preview_map, self)
-        self._waiting: list[PreviewEvent] = []
-        self._first: dict[int, int] = {}  # id of a batch that is running -> index of its first video
-        self._next = 0
+        self._waiting: deque[PreviewEvent] = deque()
+        self.hook = PreviewHook(preview_map, self._add)
 
-    def among(self, events: Generator[Any, None, T], first: int) -> Generator[Any, None, T]:
-        """The events of runs whose first video is `first`, with their previews, each after the step it is of."""
-        self._first, self._next = {}, first
+    def among(self, events: Generator[Any, None, T]) -> Generator[Any, None, T]:
+        """Yield the events of runs with their previews, each after the step it is of."""
         try:
             while True:
                 try:
@@ -269,28 +272,10 @@ class Previews:
                     return stop.value
                 yield event
                 while self._waiting:
-                    yield self._waiting.pop(0)
+                    yield self._waiting.popleft()
         finally:
             events.close()
 
-    def started(self, batch: ForwardBatch) -> None:
-        """A run of some videos began; videos that are made in two runs (refined ones) keep their index."""
-        if id(batch) not in self._first:
-            self._first[id(batch)] = self._next
-            self._next += batch.size
-
-    def add(self, preview: Preview, batch: ForwardBatch) -> None:
+    def _add(self, preview: Preview, batch: ForwardBatch) -> None:
         """Keep a preview until the events take it."""
-        self._waiting.append(PreviewEvent(preview, self._first[id(batch)]))
-
-
-class _RequestHook(PreviewHook):
-    """A preview hook that also tells which runs began."""
-
-    def __init__(self, preview_map: PreviewMap, previews: Previews) -> None:
-        super().__init__(preview_map, previews.add)
-        self._previews = previews
-
-    def on_run_start(self, state: StrategyState) -> None:
-        super().on_run_start(state)
-        self._previews.started(state.batch)
+        self._waiting.append(PreviewEvent(preview, batch.videos))

@@ -13,7 +13,8 @@ from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.files import write_text
 from kinetoscope.core.spec import nearest
 from kinetoscope.core.yaml_files import override, read_sections
-from kinetoscope.runtime.replay import check_repeatable
+from kinetoscope.runtime.record import FILE
+from kinetoscope.runtime.replay import check_repeatable, negative_of
 from kinetoscope.runtime.settings import known_fields, known_options
 
 INPUTS = ("image", "last_image", "video", "strength", "actions")
@@ -100,17 +101,20 @@ class RunConfig:
             InputError: the record holds something that a file cannot (see `runtime.replay.check_repeatable`).
         """
         check_repeatable(where, record)
-        index = record["batch"]["index"]
+        extra = {
+            name: value[FILE] if isinstance(value, Mapping) and FILE in value else value
+            for name, value in (record["params"].get("extra") or {}).items()
+        }
         sampling = {k: v for k, v in record["params"].items() if k not in ("negative_prompt", "extra")}
         options = {k: v for k, v in record["options"].items() if v is not None and v != []}
         plain = {"device": record["device"], "dtype": record["dtype"], "threads": record["threads"]}
         return cls(
             model=record["model"],
             prompt=record["prompt"],
-            negative_prompt=record["batch"]["negative_prompts"][index],
+            negative_prompt=negative_of(record),
             seed=record["seed"],
             options={**plain, **options},
-            sampling={**sampling, **record["params"].get("extra", {})},
+            sampling={**sampling, **extra},
         )
 
     def write(self, path: str | Path) -> Path:

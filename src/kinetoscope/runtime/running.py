@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
+from kinetoscope.core.errors import RunCancelled
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.media import write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
 from kinetoscope.pipelines.preflight import check_component_files
+from kinetoscope.runtime.model_hash import ModelHash
 from kinetoscope.runtime.notices import NoticeEvent
 from kinetoscope.runtime.preview import PreviewEvent, Previews, load_preview_map
 from kinetoscope.runtime.record import make_record
 from kinetoscope.runtime.request import VideoPlan, VideoRequest
+from kinetoscope.runtime.results import GenerationResult, ResultEvent
+
+logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 2048
 """Prompts of a list share a run while its rows have at most this many tokens; beyond, a batch only costs memory."""
 
-RunEvent = StageEvent | Event | PreviewEvent | NoticeEvent
-
-
-@dataclass(slots=True)
-class GenerationResult:
-    """One generated video.
-
-    Attributes:
-        frames: uint8 [T, H, W, 3].
-        latents: float32 [C, T, H, W] on the CPU: the final sample in the transformer's normalised space, as diffusers'
-            `output_type="latent"`.
-        path: the written file, if one was asked for.
-        timings: stage -> seconds of the run that made it (shared by the prompts of one batch); "writing" is the file's.
-        seed, prompt, params: what made it.
-        logging_info: what hooks report: `denoising_perf`, `step_trace`.
-        record: everything `replay` needs; also stored in the mp4.
-    """
-
-    frames: np.ndarray[Any, Any]
-    latents: Tensor
-    path: Path | None
-    timings: dict[str, float]
-    seed: int
-    prompt: str
-    params: SamplingParams
-    logging_info: dict[str, Any] = field(default_factory=dict[str, Any])
-    record: dict[str, Any] = field(default_factory=dict[str, Any])
+RunEvent = StageEvent | Event | PreviewEvent | NoticeEvent | ResultEvent
 
 
 def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: VideoRequest) -> VideoPlan:
@@ -96,14 +73,17 @@ def run_plan(
     previews: Previews | None,
     *,
     records: bool = True,
-) -> Generator[RunEvent, None, list[GenerationResult]]:
-    """Make the videos of a plan, `size` at a time, yielding events; the return value is their results.
+) -> Generator[RunEvent, None, list[ResultEvent]]:
+    """Make the videos of a plan, `size` at a time, yielding events; the return value is the outcome of each prompt.
 
-    Without `records` the results have none: it takes reading all files of the model.
+    A prompt that fails (`ExecutionArgs.run_errors`) leaves the others as they are. Each outcome is also an event, as
+    soon as it is known. Without `records` the results have none: it takes reading all files of the model.
     """
-    results: list[GenerationResult] = []
+    outcomes: list[ResultEvent] = []
+    hashing = ModelHash(pipeline.model)
     for start in range(0, len(plan.prompts), size):
-        part = slice(start, start + size)
+        videos = range(start, min(start + size, len(plan.prompts)))
+        part = slice(videos.start, videos.stop)
         given: dict[str, Any] = {name: value[part] for name, value in plan.given().items()}
         batch = ForwardBatch(
             plan.params,
@@ -111,40 +91,89 @@ def run_plan(
             plan.negative_prompts[part],
             plan.seeds[part],
             hooks=list(plan.hooks),
+            videos=tuple(videos),
             **given,
         )
-        if batch.size > 1 and pipeline.joins(batch):
-            runs = pipeline.iterate_together(batch.samples())
-            done = yield from runs if previews is None else previews.among(runs, start)
-            batch = ForwardBatch.joined(done)
-        else:
-            run = pipeline.iterate(batch)
-            batch = yield from run if previews is None else previews.among(run, start)
-            done = [batch] * batch.size
-        for index, path in enumerate(plan.paths[part]):
-            record = make_record(pipeline, options, batch, index, given) if records else {}
-            results.append(_finish(batch, index, path, record, done[index].logging_info))
-    return results
+        events = _run_batch(pipeline, batch)
+        if records:
+            events = hashing.among(events)
+        for index, made in zip(videos, (yield from previews.among(events) if previews else events), strict=True):
+            outcome = ResultEvent((index,), error=made) if isinstance(made, Exception) else None
+            if outcome is None:
+                yield from hashing.wait((index,))
+                outcome = _finish(pipeline, options, made, plan, index, records=records)
+            outcomes.append(outcome)
+            yield outcome
+    return outcomes
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Sample `index` of a finished batch; `joined` videos were computed together."""
+
+    batch: ForwardBatch
+    index: int
+    joined: int
+
+
+def _run_batch(
+    pipeline: ComposedPipeline, batch: ForwardBatch
+) -> Generator[StageEvent | Event, None, list[_Made | Exception]]:
+    """Make the videos of a batch together; each of them is made or has an error."""
+    samples = batch.samples() if batch.size > 1 else [batch]
+    if batch.size > 1 and pipeline.joins(batch):
+        done = yield from pipeline.iterate_together(samples)
+        return [d if isinstance(d, Exception) else _Made(d, 0, batch.size) for d in done]
+    try:
+        batch = yield from pipeline.iterate(batch)
+    except pipeline.args.run_errors as error:
+        if batch.size == 1 or isinstance(error, RunCancelled):
+            return [error] * batch.size
+        text = " ".join(str(error).split())
+        logger.warning("a run of %d videos failed (%s: %s); each is made alone", batch.size, type(error).__name__, text)
+    else:
+        return [_Made(batch, index, batch.size) for index in range(batch.size)]
+    alone: list[_Made | Exception] = []
+    for sample in samples:
+        try:
+            alone.append(_Made((yield from pipeline.iterate(sample)), 0, 1))
+        except pipeline.args.run_errors as error:
+            alone.append(error)
+    return alone
 
 
 def _finish(
-    batch: ForwardBatch, index: int, path: Path | None, record: dict[str, Any], logging_info: dict[str, Any]
-) -> GenerationResult:
-    """The result of one sample, its file written."""
+    pipeline: ComposedPipeline, options: Mapping[str, Any], made: _Made, plan: VideoPlan, index: int, *, records: bool
+) -> ResultEvent:
+    """Return the outcome of a finished sample, its file written."""
+    batch, sample, path = made.batch, made.index, plan.paths[index]
     assert batch.latents is not None and batch.params.fps is not None
-    timings = dict(batch.timings)
-    if path is not None:
-        start = time.perf_counter()
-        write_video(path, batch.frames[index], batch.params.fps, metadata=record)
-        timings["writing"] = time.perf_counter() - start
-    return GenerationResult(
-        frames=batch.frames[index],
-        latents=batch.latents[index].float().cpu(),
-        path=path,
-        timings=timings,
-        seed=batch.seeds[index],
-        prompt=batch.prompts[index],
+    given = {name: value[index : index + 1] for name, value in plan.given().items()}
+    record = make_record(pipeline, options, batch, sample, given, joined=made.joined) if records else {}
+    result = GenerationResult(
+        frames=batch.frames[sample],
+        latents=batch.latents[sample].float().cpu(),
+        path=None,
+        timings=dict(batch.timings),
+        seed=batch.seeds[sample],
+        prompt=batch.prompts[sample],
         params=batch.params,
-        logging_info=logging_info,
+        logging_info=batch.logging_info,
         record=record,
     )
+    return write_result(result, path, index)
+
+
+def write_result(result: GenerationResult, path: Path | None, index: int) -> ResultEvent:
+    """Return the outcome of video `index`, its file written; the result is there also where it cannot be written."""
+    if path is None:
+        return ResultEvent((index,), result)
+    assert result.params.fps is not None
+    start = time.perf_counter()
+    try:
+        write_video(path, result.frames, result.params.fps, metadata=result.record)
+    except Exception as error:  # no other process waits for the file, so every error is this video's alone
+        return ResultEvent((index,), result, error)
+    result.timings["writing"] = time.perf_counter() - start
+    result.path = path
+    return ResultEvent((index,), result)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kinetoscope.core.errors import CompositionError, InputError
+from kinetoscope.core.events import drive
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.engine.protocols import Event, PromptedStrategy
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
@@ -70,6 +71,7 @@ def session_batch(
         plan.seeds,
         hooks=list(plan.hooks),
         streaming=True,
+        videos=(0,),
         **given,
     )
 
@@ -136,19 +138,12 @@ class Session:
         with ExitStack() as unless_made:
             if hold is not None:
                 unless_made.enter_context(hold)
-            events = pipeline.iterate(batch, until="denoising")
-            while True:
-                try:
-                    event = next(events)
-                except StopIteration as stop:
-                    batch = stop.value
-                    break
-                if on_event:
-                    on_event(event)
+            batch = drive(pipeline.iterate(batch, until="denoising"), on_event)
             self.params, self.seed = batch.params, batch.seeds[0]
             self._batch = batch
             self._engine = denoising.engine(batch)
             self._stream: Any = self._engine.streaming_reset(batch, pipeline.args)
+            unless_made.callback(pipeline.stage_ended)
             self._held = unless_made.pop_all()
 
     @property
@@ -230,10 +225,10 @@ class Session:
     def close(self) -> None:
         """End the session: its hooks end and its memory is given back. Closing twice is fine."""
         stream, self._stream = self._stream, None
-        if stream is not None and not stream.closed:
-            self._engine.streaming_clear(stream)
         self._asked = self._decoder = None
-        self._held.close()
+        with self._held:  # what was held is given back, also when the end of a hook fails
+            if stream is not None and not stream.closed:
+                self._engine.streaming_clear(stream)
 
     def __enter__(self) -> Session:
         return self

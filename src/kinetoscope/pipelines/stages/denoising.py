@@ -12,7 +12,7 @@ from kinetoscope.core.errors import KinetoscopeError
 from kinetoscope.core.protocols import check_factory
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
-from kinetoscope.engine.batching import StepBatcher
+from kinetoscope.engine.batching import BatchedRun, StepBatcher
 from kinetoscope.engine.engine import DenoisingEngine
 from kinetoscope.engine.hooks.base import Hook, Interceptor
 from kinetoscope.engine.protocols import DenoisingStrategy, Event, wanted_protocol
@@ -99,27 +99,39 @@ class DenoisingStage(Stage):
         return isinstance(self.strategy_cls(self), StandardStrategy) and not alone
 
     @torch.no_grad()
-    def iterate_together(self, batches: Sequence[ForwardBatch], args: ExecutionArgs) -> Generator[Event, None, None]:
-        """`iterate` of several batches at once, their steps in common forwards; `latents` are set in each.
+    def iterate_together(
+        self, batches: Sequence[ForwardBatch], args: ExecutionArgs
+    ) -> Generator[Event, None, list[ForwardBatch | Exception]]:
+        """Denoise several batches at once, their steps in common forwards.
 
-        Raises:
-            Exception: what ended one of them; the others end with it.
+        Returns:
+            each batch with denoised `latents`, or the error that ended it (of `ExecutionArgs.run_errors`; another
+            ends them all).
         """
         batcher = StepBatcher()
-        engines = [self.engine(batch) for batch in batches]
-        for engine, batch in zip(engines, batches, strict=True):
-            batcher.add(engine, engine.strategy.prepare(batch, args))
-        runs = list(batcher.runs)
-        for run, event in batcher.drain():
-            if run.error is not None:
-                break
+        started: list[BatchedRun | Exception] = []
+        for batch in batches:
+            try:
+                engine = self.engine(batch)
+                started.append(batcher.add(engine, engine.strategy.prepare(batch, args)))
+            except args.run_errors as error:
+                started.append(error)
+        for _, event in batcher.drain():
             yield event
-        for run in runs:
-            if run.error is not None:
-                raise run.error
-            batch = run.engine.strategy.postprocess(run.state)
-            assert batch.latents is not None
-            check_finite(batch.latents)
+        return [run if isinstance(run, Exception) else _outcome(run, args) for run in started]
+
+
+def _outcome(run: BatchedRun, args: ExecutionArgs) -> ForwardBatch | Exception:
+    """Return the batch of a run that has ended, with its result, or what ended it."""
+    if run.error is not None:
+        return run.error
+    try:
+        batch = run.engine.strategy.postprocess(run.state)
+        assert batch.latents is not None
+        check_finite(batch.latents)
+    except args.run_errors as error:
+        return error
+    return batch
 
 
 def check_finite(latents: Tensor) -> None:

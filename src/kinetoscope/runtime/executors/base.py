@@ -14,7 +14,8 @@ from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.spec import number, one_of, parse_spec
 from kinetoscope.parallel import ParallelConfig
 from kinetoscope.runtime.request import VideoPlan
-from kinetoscope.runtime.running import GenerationResult, RunEvent
+from kinetoscope.runtime.results import ResultEvent
+from kinetoscope.runtime.running import RunEvent
 
 EXECUTORS = ("in-process", "processes", "torchrun", "ray")
 POOLS = ("processes", "ray")
@@ -75,13 +76,11 @@ class Executor(Protocol):
     config: ParallelConfig
     announces: bool
 
-    def run(self, job: Job) -> Generator[RunEvent, None, list[GenerationResult]]:
-        """The events of a request; the return value is its results in the order of its prompts.
+    def run(self, job: Job) -> Generator[RunEvent, None, list[ResultEvent]]:
+        """The events of a request; the return value is the outcome of each prompt, in order.
 
-        Closing it cancels. Events of other processes carry no tensors.
-
-        Raises:
-            WorkerError: a process died, stalled, ran out of memory or failed.
+        Closing it cancels. Events of other processes carry no tensors but those of results. Prompts whose process died,
+        stalled, ran out of memory or failed get a `WorkerError`.
         """
         ...
 

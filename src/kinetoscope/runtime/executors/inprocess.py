@@ -11,7 +11,8 @@ from kinetoscope.runtime.executors.base import Health, Job
 from kinetoscope.runtime.lora import Loras
 from kinetoscope.runtime.preview import Previews
 from kinetoscope.runtime.request import VideoPlan
-from kinetoscope.runtime.running import GenerationResult, RunEvent, open_previews, run_plan
+from kinetoscope.runtime.results import ResultEvent
+from kinetoscope.runtime.running import RunEvent, open_previews, run_plan
 
 
 class InProcess:
@@ -32,7 +33,7 @@ class InProcess:
         self.announces = groups is None  # else another process has the caller
         self.leads = groups is None or groups.everyone.index == 0
 
-    def run(self, job: Job) -> Generator[RunEvent, None, list[GenerationResult]]:
+    def run(self, job: Job) -> Generator[RunEvent, None, list[ResultEvent]]:
         """See `Executor.run`. Only the first process of a layout writes, and makes previews."""
         plan = replace(job.plan, hooks=list(job.plan.hooks))
         if not self.leads:
@@ -42,7 +43,7 @@ class InProcess:
 
     def _run(
         self, job: Job, plan: VideoPlan, previews: Previews | None
-    ) -> Generator[RunEvent, None, list[GenerationResult]]:
+    ) -> Generator[RunEvent, None, list[ResultEvent]]:
         with self.loras.run():
             options = dict(job.options)  # LoRAs may be set for later runs before this one ends
             return (yield from run_plan(self.pipeline, options, plan, job.size, previews))

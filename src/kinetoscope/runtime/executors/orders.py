@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,3 +170,13 @@ class Died:
 
 
 Said = Ready | Beat | Happened | Done | Cancelled | Failed | Died
+
+
+def sendable(error: Exception) -> Exception:
+    """Return the error if it survives pickling, else a `KinetoscopeError` that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        text = " ".join(str(error).split())
+        return KinetoscopeError(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    return error

@@ -17,12 +17,12 @@ import torch
 
 from kinetoscope.core.errors import CompositionError, ConfigError, KinetoscopeError, RunCancelled, WorkerError
 from kinetoscope.loading import ModelDir
-from kinetoscope.media import write_video
 from kinetoscope.parallel import ParallelConfig
 from kinetoscope.runtime.executors.base import Health, Job, part_of, replica_shares
 from kinetoscope.runtime.executors.gang import Gang, Ticket
-from kinetoscope.runtime.preview import PreviewEvent, load_preview_map
-from kinetoscope.runtime.running import GenerationResult, RunEvent
+from kinetoscope.runtime.preview import load_preview_map
+from kinetoscope.runtime.results import ResultEvent, moved
+from kinetoscope.runtime.running import RunEvent, write_result
 
 logger = logging.getLogger("kinetoscope.executors")
 
@@ -101,7 +101,7 @@ class Pool:
                 self.close()
                 raise error
 
-    def run(self, job: Job) -> Generator[RunEvent, None, list[GenerationResult]]:
+    def run(self, job: Job) -> Generator[RunEvent, None, list[ResultEvent]]:
         """See `Executor.run`.
 
         Raises:
@@ -122,12 +122,10 @@ class Pool:
         Raises:
             WorkerError, KinetoscopeError: as it fails.
         """
-        box: queue.Queue[tuple[Ticket, tuple[Any, ...]]] = queue.Queue()
-        ticket = Ticket(kind, payload, box, gang)
-        self._line.put(ticket)
+        ticket = self.post(kind, payload, gang)
         try:
             while True:
-                _, message = box.get()
+                _, message = ticket.box.get()
                 if message[0] == "event" and on_event:
                     on_event(message[1])
                 elif message[0] == "failed":
@@ -138,6 +136,16 @@ class Pool:
             ticket.cancelled.set()
             raise
 
+    def post(self, kind: str, payload: Mapping[str, Any], gang: int) -> Ticket:
+        """Have one gang do something, without waiting for it.
+
+        Raises:
+            ConfigError: the executor is closed.
+        """
+        ticket = Ticket(kind, payload, queue.Queue(), gang)
+        self._line.put(ticket)
+        return ticket
+
     def health(self) -> list[Health]:
         """See `Executor.health`."""
         return [h for gang in self.gangs for h in gang.health()]
@@ -146,13 +154,13 @@ class Pool:
         """See `Executor.close`."""
         self._finalizer()
 
-    def _run(self, job: Job) -> Generator[RunEvent, None, list[GenerationResult]]:
+    def _run(self, job: Job) -> Generator[RunEvent, None, list[ResultEvent]]:
         plan = job.plan
         parts = replica_shares(len(plan.prompts), job.size, self.config.replicas)
         box: queue.Queue[tuple[Ticket, tuple[Any, ...]]] = queue.Queue()
         common = {"size": job.size, "trace": job.trace, "preview": job.preview, "lora": list(job.options["lora"])}
         tickets: dict[Ticket, slice] = {}
-        results: dict[int, GenerationResult] = {}
+        outcomes: dict[int, ResultEvent] = {}
         try:
             for part in parts:
                 bare = part_of(plan, part)
@@ -164,15 +172,22 @@ class Pool:
             waiting = set(tickets)
             while waiting:
                 ticket, message = box.get()
+                part = tickets[ticket]
                 if message[0] == "event":
-                    yield _moved(message[1], tickets[ticket].start)
+                    event = moved(message[1], part.start)
+                    if isinstance(event, ResultEvent):
+                        event = outcomes[event.index] = _written(event, plan.paths[event.index])
+                    yield event
                     continue
                 waiting.discard(ticket)
                 if message[0] == "failed":
-                    raise message[1]
-                for index, result in enumerate(message[1], tickets[ticket].start):
-                    results[index] = _finished(result, plan.paths[index])
-            return [results[i] for i in range(len(plan.prompts))]
+                    if not isinstance(message[1], Exception):
+                        raise message[1]
+                    for index in range(part.start, part.stop):
+                        if index not in outcomes:
+                            outcomes[index] = ResultEvent((index,), error=message[1])
+                            yield outcomes[index]
+            return [outcomes[i] for i in range(len(plan.prompts))]
         finally:
             for ticket in tickets:
                 ticket.cancelled.set()
@@ -229,18 +244,9 @@ def _close(
         gang.close()
 
 
-def _moved(event: Any, first: int) -> Any:
-    """An event of videos that begin at `first`."""
-    return PreviewEvent(event.preview, event.first + first) if isinstance(event, PreviewEvent) else event
-
-
-def _finished(result: GenerationResult, path: Path | None) -> GenerationResult:
-    """A result as the caller gets it, its file written."""
-    result.latents = torch.from_numpy(result.latents)
-    if path is not None:
-        assert result.params.fps is not None
-        start = time.perf_counter()
-        write_video(path, result.frames, result.params.fps, metadata=result.record)
-        result.timings["writing"] = time.perf_counter() - start
-        result.path = path
-    return result
+def _written(event: ResultEvent, path: Path | None) -> ResultEvent:
+    """Return the outcome of a video as the caller gets it, its file written."""
+    if event.result is None:
+        return event
+    event.result.latents = torch.from_numpy(event.result.latents)
+    return write_result(event.result, path, event.index)

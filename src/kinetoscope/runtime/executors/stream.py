@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Generator, Mapping
 from types import TracebackType
 from typing import Any
@@ -46,7 +48,13 @@ class RemoteSession:
         self._closed = True
         self._reported: dict[str, Any] = {}
         self.blocks = self.frames = 0
-        made = pool.call("session", {**order, "key": self._key}, self._gang, on_event)
+        self._unclosed = weakref.finalize(self, _end_session, pool, self._order("close"), self._gang)
+        self._unclosed.atexit = False  # the processes end then, and their sessions with them
+        try:
+            made = pool.call("session", {**order, "key": self._key}, self._gang, on_event)
+        except BaseException:
+            self._unclosed()
+            raise
         self._closed = False
         self.params: SamplingParams = made["params"]
         self.seed: int = made["seed"]
@@ -87,12 +95,17 @@ class RemoteSession:
 
     def close(self) -> None:
         """End the session. Closing twice is fine."""
-        if not self._closed:
-            self._closed = True
-            try:
-                self._reported, _ = self._pool.call("session_call", self._order("close"), self._gang)
-            except KinetoscopeError:
-                return  # it is gone with its processes, or with the executor
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._reported, _, _ = self._pool.call("session_call", self._order("close"), self._gang)
+        except KinetoscopeError:
+            pass  # it is gone with its processes, or with the executor
+        except BaseException:  # of the caller, who does not wait for the answer
+            self._unclosed()
+            raise
+        self._unclosed.detach()
 
     def __enter__(self) -> RemoteSession:
         return self
@@ -109,14 +122,24 @@ class RemoteSession:
         if self._closed:
             raise InputError(f"this session is closed after {self.blocks} blocks; start a new one")
         try:
-            value, state = self._pool.call(
+            value, state, error = self._pool.call(
                 "session_call", self._order(name, *args, **kwargs), self._gang, self._on_event
             )
-        except InputError:
-            raise  # refused, as by a session that is here: it goes on
-        except BaseException:
+        except BaseException:  # no answer: the block may be half made, so the worker's session ends too
             self._closed = True
+            self._unclosed()
             raise
-        self._closed, self.blocks, self.frames = state["closed"], state["blocks"], state["frames"]
+        self._closed = state["closed"]
+        self.blocks, self.frames = state.get("blocks", self.blocks), state.get("frames", self.frames)
         self._next = state.get("next_frames", self._next)
+        if self._closed:
+            self._unclosed.detach()
+        if error is not None:
+            raise error
         return value
+
+
+def _end_session(pool: Pool, order: Mapping[str, Any], gang: int) -> None:
+    """Let the worker end a session whose caller is gone; nobody waits for it."""
+    with contextlib.suppress(KinetoscopeError):  # the executor is closed, and the session with it
+        pool.post("session_call", order, gang)

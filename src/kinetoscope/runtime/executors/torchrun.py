@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from kinetoscope.parallel.groups import join_started, leave
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.runtime.executors.base import Job, part_of, replica_shares
 from kinetoscope.runtime.executors.inprocess import InProcess
+from kinetoscope.runtime.executors.orders import sendable
 from kinetoscope.runtime.lora import Loras
-from kinetoscope.runtime.preview import PreviewEvent
 from kinetoscope.runtime.request import VideoPlan
-from kinetoscope.runtime.running import GenerationResult, RunEvent
+from kinetoscope.runtime.results import ResultEvent, moved
+from kinetoscope.runtime.running import RunEvent
 
 
 def join_launch(config: ParallelConfig, device: torch.device, timeout: float) -> Groups:
@@ -54,7 +56,7 @@ class Torchrun(InProcess):
         # Results are objects in host memory: gloo moves them whatever moves the tensors of the model.
         self._words: Any = dist.new_group(backend="gloo") if groups.config.replicas > 1 else None
 
-    def run(self, job: Job) -> Generator[RunEvent, None, list[GenerationResult]]:
+    def run(self, job: Job) -> Generator[RunEvent, None, list[ResultEvent]]:
         """See `Executor.run`; events are those of this replica. All processes must run the same jobs to their end."""
         if self._words is None:
             return super().run(job)
@@ -64,25 +66,22 @@ class Torchrun(InProcess):
         """Part from the other processes."""
         leave()
 
-    def _share(self, job: Job, plan: VideoPlan) -> Generator[RunEvent, None, list[GenerationResult]]:
+    def _share(self, job: Job, plan: VideoPlan) -> Generator[RunEvent, None, list[ResultEvent]]:
         """The videos of this replica, and then those of the others."""
         replicas, own = self.groups.replica.size, self.groups.replica.index
-        made: dict[int, GenerationResult] = {}
+        made: dict[int, ResultEvent] = {}
         for part in replica_shares(len(plan.prompts), job.size, replicas)[own::replicas]:
             mine = Job(part_of(plan, part, plan.paths[part]), job.size, job.options, job.trace, job.preview)
             events = super().run(mine)
-            while True:
-                try:
-                    event = next(events)
-                except StopIteration as stop:
-                    made |= dict(enumerate(stop.value, part.start))
-                    break
-                except BaseException:
-                    events.close()
-                    raise
-                yield (
-                    PreviewEvent(event.preview, event.first + part.start) if isinstance(event, PreviewEvent) else event
-                )
+            try:
+                for event in events:
+                    event = moved(event, part.start)
+                    if isinstance(event, ResultEvent):
+                        made[event.index] = event
+                    yield event
+            finally:
+                events.close()
         told: list[Any] = [None] * self.groups.config.world
-        dist.all_gather_object(told, made if self.leads else {}, group=self._words)
+        sent = {i: replace(e, error=e.error and sendable(e.error)) for i, e in made.items()} if self.leads else {}
+        dist.all_gather_object(told, sent, group=self._words)
         return [next(some[i] for some in told if i in some) for i in range(len(plan.prompts))]

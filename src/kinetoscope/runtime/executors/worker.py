@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 import queue
 import threading
 import traceback
@@ -22,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
-from kinetoscope.core.errors import ConfigError, InputError, KinetoscopeError, RunCancelled
+from kinetoscope.core.errors import ConfigError, KinetoscopeError, RunCancelled, WorkerError
+from kinetoscope.core.out_of_memory import is_out_of_memory
 from kinetoscope.engine.hooks import StepTraceHook
 from kinetoscope.engine.protocols import Event
 from kinetoscope.parallel import Groups
@@ -42,11 +42,13 @@ from kinetoscope.runtime.executors.orders import (
     Setup,
     Status,
     Told,
+    sendable,
 )
 from kinetoscope.runtime.executors.ranks import rank_generator
 from kinetoscope.runtime.executors.stream import RemoteSession
 from kinetoscope.runtime.generator import VideoGenerator
 from kinetoscope.runtime.request import VideoPlan
+from kinetoscope.runtime.results import ResultEvent
 from kinetoscope.runtime.running import open_previews, run_plan
 from kinetoscope.runtime.session import Session
 
@@ -119,7 +121,11 @@ class Worker:
     # -- orders -------------------------------------------------------------------------------------------------------
 
     def _generate(self, payload: Mapping[str, Any]) -> Generator[Any, None, Any]:
-        """Videos; the results of the rank that leads, as plain values."""
+        """Make videos; their outcomes are events.
+
+        A video that fails of an error that is not of this package leaves the others of the order as they are; where no
+        video is made, the error ends the order, and the processes are started again.
+        """
         self._take_loras(payload["lora"])
         plan: VideoPlan = replace(
             payload["plan"],
@@ -128,15 +134,25 @@ class Worker:
         )
         pipeline = self.generator.pipeline
         previews = open_previews(pipeline, payload["preview"], plan) if self.leads else None
-        with self.generator.held():
-            results = yield from run_plan(
-                pipeline, self.generator.options, plan, payload["size"], previews, records=self.leads
-            )
-        if not self.leads:
-            return None
-        return [
-            replace(r, latents=r.latents.contiguous().numpy(), frames=np.ascontiguousarray(r.frames)) for r in results
-        ]
+        failed: list[ResultEvent] = []
+        made = False
+        with (
+            self.generator.held(),
+            contextlib.closing(
+                run_plan(pipeline, self.generator.options, plan, payload["size"], previews, records=self.leads)
+            ) as events,
+        ):
+            for event in events:
+                if isinstance(event, ResultEvent):
+                    if event.error is not None and not isinstance(event.error, KinetoscopeError):
+                        failed.append(event)
+                        continue
+                    made, event = True, _plain(event)
+                yield event
+        if failed and not made:
+            raise failed[0].error or RuntimeError("a video failed without an error")
+        for event in failed:
+            yield replace(event, error=_worker_error(event.error))
 
     def _session(self, payload: Mapping[str, Any]) -> Generator[Any, None, Any]:
         """A stream begins."""
@@ -149,23 +165,33 @@ class Worker:
         return {"params": session.params, "seed": session.seed, "next_frames": session.next_frames}
 
     def _session_call(self, payload: Mapping[str, Any]) -> Generator[Any, None, Any]:
-        """A block of a stream, a new prompt, its record, or its end."""
+        """A block of a stream, a new prompt, its record, or its end: (value, state of the session, error or None)."""
         key, name = payload["key"], payload["name"]
+        yield from ()
         session = self._sessions.get(key)
         if session is None:
-            raise InputError("this session was lost when its processes were started again; start a new one")
-        yield from ()
+            lost = "this session was lost when its processes were started again; start a new one"
+            return None, {"closed": True}, None if name == "close" else WorkerError(lost, cause="died")
+        value: Any = None
+        refused: KinetoscopeError | None = None
         try:
-            value: Any = None if name == REPORT else getattr(session, name)(*payload["args"], **payload["kwargs"])
+            if name != REPORT:
+                value = getattr(session, name)(*payload["args"], **payload["kwargs"])
             if name in (REPORT, "close"):
                 value = session.logging_info
+        except KinetoscopeError as error:  # all ranks raise it alike; it travels with the state that it leaves behind
+            refused = error
         finally:
             if name == "close" or session.closed:
                 self._sessions.pop(key).close()
         state = {"closed": session.closed, "blocks": session.blocks, "frames": session.frames}
         if not session.closed:
             state["next_frames"] = session.next_frames
-        return (np.ascontiguousarray(value) if name == "step" else value, state) if self.leads else None
+        if not self.leads:
+            return None
+        if name == "step" and value is not None:
+            value = np.ascontiguousarray(value)
+        return value, state, refused and sendable(refused)
 
     def _take_loras(self, wanted: list[dict[str, Any]]) -> None:
         """Have the LoRAs that the caller has now, loaded in the same order."""
@@ -182,15 +208,17 @@ class Worker:
 
     def _drive(self, number: int, events: Generator[Any, None, Any]) -> Done | Cancelled:
         """Run an order to its end, or to where the ranks agree to stop it; the message of its outcome."""
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as stop:
-                return Done(number, stop.value)
-            self._tell(event)
-            if event.kind in TURNS and self._agree(number in self._cancelled):
-                events.close()
-                return Cancelled(number)
+        try:
+            while True:
+                try:
+                    event = next(events)
+                except StopIteration as stop:
+                    return Done(number, stop.value)
+                self._tell(event)
+                if event.kind in TURNS and self._agree(number in self._cancelled):
+                    return Cancelled(number)
+        finally:
+            events.close()
 
     def _tell(self, event: Any) -> None:
         before, self.status = self.status.stage, self.status.after(event)
@@ -213,8 +241,9 @@ class Worker:
     def _fail(self, number: int, error: BaseException) -> None:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         own = error if isinstance(error, KinetoscopeError) and not isinstance(error, RunCancelled) else None
-        cause = "memory" if out_of_memory(error) else "failed"
-        self._send(Failed(number, cause, " ".join(text.split()), _sendable(own), self.status))
+        cause = "memory" if is_out_of_memory(error) else "failed"
+        own = None if own is None or sendable(own) is not own else own
+        self._send(Failed(number, cause, " ".join(text.split()), own, self.status))
         if not isinstance(error, KinetoscopeError):
             with contextlib.suppress(Exception):  # there may be no memory for it
                 traceback.print_exception(error)
@@ -267,19 +296,19 @@ def without_tensors(event: Any) -> Any:
     return replace(event, step=step, latents=None)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory, in one of the ways in which torch and the system do."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    words = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "can't start new thread")
-    return isinstance(error, RuntimeError | OSError | ImportError) and any(w in text for w in words)
+def _plain(event: ResultEvent) -> ResultEvent:
+    """Return an outcome whose arrays are fit to travel."""
+    result = event.result
+    if result is not None:
+        latents, frames = result.latents.contiguous().numpy(), np.ascontiguousarray(result.frames)
+        result = replace(result, latents=latents, frames=frames)
+    return replace(event, result=result, error=event.error and sendable(event.error))
 
 
-def _sendable(error: KinetoscopeError | None) -> KinetoscopeError | None:
-    """The error, if it survives the way."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return None
-    return error
+def _worker_error(error: Exception | None) -> WorkerError:
+    """Return the error of a video that failed while others of its order were made."""
+    assert error is not None
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    memory = is_out_of_memory(error)
+    how = f"ran out of memory ({text})" if memory else f"failed: {text}"
+    return WorkerError(f"the worker {how}; the other videos went on", cause="memory" if memory else "failed")
