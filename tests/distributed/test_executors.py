@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,29 @@ from distributed.forked import Forked
 from distributed.ranks import run_ranks
 from kinetoscope import VideoGenerator
 from kinetoscope.core.config import read_launch
-from kinetoscope.core.errors import CompositionError, ConfigError, InputError, ModelLoadError, RunCancelled
+from kinetoscope.core.errors import (
+    BatchError,
+    CompositionError,
+    ConfigError,
+    InputError,
+    ModelLoadError,
+    RunCancelled,
+    WorkerError,
+)
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
 from kinetoscope.engine.hooks import Hook
 from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.loading import resolve_model
 from kinetoscope.parallel import Groups
 from kinetoscope.pipelines.stages.base import Stage
+from kinetoscope.pipelines.stages.decoding import DecodingStage
 from kinetoscope.runtime.executors import processes
 from kinetoscope.runtime.executors.base import ExecutorSpec, replica_shares
 from kinetoscope.runtime.executors.pool import Pool
 from kinetoscope.runtime.executors.ranks import rank_generator
 from kinetoscope.runtime.executors.torchrun import Torchrun
 from kinetoscope.runtime.replay import replay
+from kinetoscope.runtime.session import Session
 from pipelines.test_causal_wan import make_directory
 from tiny import make_tiny_wan
 
@@ -185,7 +197,7 @@ def test_replicas_share_out_the_prompts(here: VideoGenerator, wan: Path, forking
     assert len(pids) == 2 and [r.seed for r in made] == seeds and [r.prompt for r in made] == prompts
     assert all(close(a.latents, b.latents) for a, b in zip(made, expected, strict=True))
     assert sorted(tmp_path.iterdir()) == sorted(r.path for r in made if r.path)
-    assert [r.record["batch"]["seeds"] for r in made] == [[1, 2], [1, 2], [3]]
+    assert [(r.record["seed"], r.record["joined"]) for r in made] == [(1, 2), (2, 2), (3, 1)]
     assert made[0].record["options"]["parallel"] is None
 
 
@@ -249,6 +261,115 @@ def test_streams(tmp_path: Path, forking: None) -> None:
             generator.start_session(RED, hooks=[Hook()], **asked)
 
 
+@pytest.fixture
+def closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Counts the sessions that workers, started from now on, have closed."""
+    file = tmp_path / "closed"
+    close_session = Session.close
+
+    def close_and_tell(session: Session) -> None:
+        was_open = session._decoder is not None
+        close_session(session)
+        if was_open:
+            with file.open("a") as told:
+                told.write("x")
+
+    monkeypatch.setattr(Session, "close", close_and_tell)
+    return lambda: len(file.read_text()) if file.is_file() else 0
+
+
+def wait_until(holds: Callable[[], bool], what: str, limit: float = 120.0) -> None:
+    until = time.monotonic() + limit
+    while not holds():
+        assert time.monotonic() < until, f"after {limit:.0f} s still not: {what}"
+        time.sleep(0.02)
+
+
+def test_remote_session_ends_in_its_worker_whatever_ends_the_caller(
+    tmp_path: Path, forking: None, closes: Callable[[], int]
+) -> None:
+    path = make_directory(tmp_path / "causal")
+    asked: dict[str, Any] = {"height": 32, "width": 48, "seed": 5, "local_attn_size": 4, "sink_size": 1}
+
+    def interrupt(event: Any) -> None:
+        raise KeyboardInterrupt
+
+    with VideoGenerator.from_pretrained(path, device="cpu", executor="processes") as generator:
+        with pytest.raises(KeyboardInterrupt):
+            generator.start_session(RED, on_event=interrupt, **asked)
+        wait_until(lambda: closes() == 1, "the session of a start that on_event ended is closed")
+        session = generator.start_session(RED, **asked)
+        session._on_event = interrupt  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(KeyboardInterrupt):
+            session.step()
+        assert session.closed
+        wait_until(lambda: closes() == 2, "the session of an interrupted step is closed")
+        session = generator.start_session(RED, **asked)
+        session.step()
+        del session
+        gc.collect()
+        wait_until(lambda: closes() == 3, "the session that nobody holds any more is closed")
+        with generator.start_session(RED, **asked) as session:
+            session.step()
+            with pytest.raises(InputError, match="text"):
+                session.prompt(3)  # pyright: ignore[reportArgumentType]
+            session.step()
+            assert session.blocks == 2, "a refused prompt leaves the session as it was"
+        assert closes() == 4 and starts(generator) == 1
+
+
+def test_error_that_closes_a_remote_session_is_not_called_a_restart(
+    tmp_path: Path, forking: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_directory(tmp_path / "causal")
+    step = Session.step
+
+    def second_fails(session: Session, **inputs: Any) -> Any:
+        if session.blocks == 1:
+            session.close()
+            raise InputError("seconds=-1: a block lasts some time; give a number above 0")
+        return step(session, **inputs)
+
+    monkeypatch.setattr(Session, "step", second_fails)
+    with VideoGenerator.from_pretrained(path, device="cpu", executor="processes") as generator:
+        session = generator.start_session(RED, height=32, width=48, seed=5)
+        session.step()
+        with pytest.raises(InputError, match="seconds=-1"):
+            session.step()
+        assert session.closed
+        with pytest.raises(InputError, match="closed after 1 blocks"):
+            session.step()
+        assert starts(generator) == 1
+
+
+@pytest.mark.parametrize("layout", [None, {"replicas": 2}])
+def test_prompt_that_fails_in_a_worker_leaves_the_others(
+    here: VideoGenerator, wan: Path, forking: None, tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that the package raises, and one that it does not know; no process is started again."""
+    decode = DecodingStage.decode
+
+    def no_memory(stage: DecodingStage, latents: torch.Tensor) -> Any:
+        if abs(float(latents.flatten()[0]) - broken) < 1e-4:
+            raise MemoryError("no room")
+        return decode(stage, latents)
+
+    expected = [here.generate_video(p, **{**ASKED, "seed": i}) for i, p in enumerate([RED, BLUE, RED])]
+    broken = float(here.generate_video("a", **{**ASKED, "seed": 9}).latents.flatten()[0])
+    monkeypatch.setattr(DecodingStage, "decode", no_memory)
+    prompts = [RED, "a red cat " * 600, BLUE, RED, "a"]
+    with VideoGenerator.from_pretrained(wan, device="cpu", executor="processes", parallel=layout) as generator:
+        with pytest.raises(BatchError) as caught:
+            generator.generate_video(prompts, output_path=tmp_path, batch_size=5, **{**ASKED, "seed": [0, 0, 1, 2, 9]})
+        assert starts(generator) == generator.executor.config.replicas
+    errors, results = caught.value.errors, caught.value.results
+    assert isinstance(errors[1], InputError)
+    assert isinstance(errors[4], WorkerError) and errors[4].cause == "memory" and "went on" in str(errors[4])
+    made = [r for r in results if r is not None]
+    assert all(close(r.latents, e.latents) for r, e in zip(made, expected, strict=True))
+    assert len(list(tmp_path.glob("*.mp4"))) == 3
+
+
 # -- cancelled and refused --------------------------------------------------------------------------------------------
 
 
@@ -262,7 +383,8 @@ def test_closing_the_events_cancels_on_all_ranks(here: VideoGenerator, wan: Path
         assert close(generator.generate_video(RED, **ASKED).latents, expected)
         assert starts(generator) == 1
         events = generator.iterate(RED, **{**ASKED, "num_inference_steps": 900})
-        next(events)
+        while next(events).kind == "notice":  # the first event of the executor says that the request has begun
+            pass
         generator.close()
         with pytest.raises(RunCancelled):
             list(events)

@@ -219,8 +219,10 @@ class Guidance:
             delta = self._project(delta, cond, memory)
         if self.reuse is not None:  # a sample that follows c alone keeps the c - u of its last step with both
             before, agreed = memory.delta, memory.agreed
-            both = before is None or agreed is None
-            memory.delta = delta if both else torch.where(_of_samples(agreed, delta), before, delta)
+            if before is not None and agreed is not None:
+                memory.delta = torch.where(_of_samples(agreed, delta), before, delta)
+            else:
+                memory.delta = delta
         if self.cosine is not None:
             agrees = torch.nn.functional.cosine_similarity(cond.flatten(1), uncond.flatten(1), dim=1) > self.cosine
             memory.agreed = agrees if memory.agreed is None else agrees | memory.agreed

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
-
-import torch
 
 from kinetoscope.core.errors import ConfigError, InputError, ModelLoadError
 from kinetoscope.core.events import drive
@@ -17,52 +14,12 @@ from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.engine.hooks.base import Hook, arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.loading import ModelDir, load_component
-from kinetoscope.loading.components import Place
+from kinetoscope.pipelines.component_care import ComponentCare
 from kinetoscope.pipelines.lazy import Lazy
+from kinetoscope.pipelines.stage_event import StageEvent
 from kinetoscope.pipelines.stages.base import Stage, Stages
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
-
-
-@dataclass(frozen=True, slots=True)
-class StageEvent:
-    """A stage of a pipeline began, or ended after `seconds`.
-
-    Attributes:
-        kind: "stage_start" or "stage_end".
-        stage: its name.
-        seconds: that it took for all of `videos`, at its end.
-        videos: which videos of the request it works on, by index.
-    """
-
-    kind: str
-    stage: str
-    seconds: float | None = None
-    videos: tuple[int, ...] = ()
-
-
-class ComponentCare(Protocol):
-    """What is done to components between loading and use: quantized, placed, compiled (`runtime.care`)."""
-
-    def home(self, name: str) -> torch.device:
-        """Where a component's weights are read to."""
-        ...
-
-    def place(self, name: str) -> Place | None:
-        """What shares a component out among devices before its weights are read; None: this one has all of it."""
-        ...
-
-    def loaded(self, name: str, module: Any) -> None:
-        """Called after each load, before first use."""
-        ...
-
-    def need(self, name: str) -> None:
-        """Called each time a stage asks for a component."""
-        ...
-
-    def stage_ended(self) -> None:
-        """Called when a stage of a run is done."""
-        ...
 
 
 class Changes(Protocol):

@@ -98,8 +98,9 @@ def run_plan(
         if records:
             events = hashing.among(events)
         for index, made in zip(videos, (yield from previews.among(events) if previews else events), strict=True):
-            outcome = ResultEvent((index,), error=made) if isinstance(made, Exception) else None
-            if outcome is None:
+            if isinstance(made, Exception):
+                outcome = ResultEvent((index,), error=made)
+            else:
                 yield from hashing.wait((index,))
                 outcome = _finish(pipeline, options, made, plan, index, records=records)
             outcomes.append(outcome)
