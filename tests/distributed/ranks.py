@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from forks import show_stacks
 from kinetoscope.parallel import Groups, ParallelConfig
 from kinetoscope.parallel.groups import join
 
@@ -43,7 +44,11 @@ def run_ranks(
         results: list[Any] = []
         try:
             for rank, (receiver, _) in enumerate(pipes):
-                assert receiver.poll(seconds), f"rank {rank} of {config} did not end within {seconds} s"
+                if not receiver.poll(seconds):
+                    show_stacks()
+                    raise AssertionError(
+                        f"rank {rank} of {config} did not end within {seconds} s; stderr has the stacks of all ranks"
+                    )
                 try:
                     ok, value = receiver.recv()
                 except EOFError:
