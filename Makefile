@@ -1,5 +1,6 @@
 # Every target works alone on a fresh clone: it makes .venv and installs first, and a stamp makes that quick later.
 #   PYTHON=python3.12 make test     another interpreter
+#   LEVELS="AVX2 AMX" make test-cpus   some kinds of CPU
 #   PIP_FLAGS=... make demo         more flags for pip (an index with CPU-only torch wheels saves 2 GB on machines without a GPU)
 
 PYTHON ?= python3
@@ -11,10 +12,11 @@ DEV := $(VENV)/.dev
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-distributed slow gpu lint format bench clean
+.PHONY: help setup demo test test-distributed test-cpus slow gpu lint format bench clean
 help:
 	@echo "make demo    a video from the embedded model"
-	@echo "make test    the quick tests        make slow | gpu | test-distributed    the others"
+	@echo "make test    the quick tests        make slow | gpu | test-distributed | test-cpus    the others"
+	@echo "             (test-cpus: the quick tests of all that computes, as other kinds of CPU run them)"
 	@echo "make lint    style, layers, types   make format        rewrite in that style"
 	@echo "make bench   the numbers of the README, as JSON in benchmarks/results"
 	@echo "make clean   remove what was made here, .venv included"
@@ -44,6 +46,10 @@ test: $(DEV)
 # Several processes a test, so one test after another.
 test-distributed: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m distributed
+
+# The kernels of lower kinds of CPU, by the libraries' own switches, and the choices of higher ones: see tests/cpus.py.
+test-cpus: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cpus.py $(LEVELS)
 
 slow: $(DEV)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not distributed"

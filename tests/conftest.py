@@ -6,13 +6,11 @@ not wait for threads of their parent (`forks`), and the level of the CPU by whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import forks
-from kinetoscope.core.cpu import CpuLevel, cpu_level, override_cpu_level
+from kinetoscope.core.cpu import CpuLevel, cpu_level, detect_cpu_level, override_cpu_level
 
 pytest_plugins = ["limits"]
 torch.set_num_threads(1)
@@ -28,15 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    chosen = config.getoption("--cpu-level")
-    return f"CPU level: {cpu_level().name}" + (f", kernels chosen as for {chosen}" if chosen else "")
+    return f"CPU level: {cpu_level().name} chooses the kernels, those of {detect_cpu_level().name} run"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def chosen_cpu_level(request: pytest.FixtureRequest) -> Iterator[None]:
-    chosen = request.config.getoption("--cpu-level")
-    with override_cpu_level(cpu_level() if chosen is None else CpuLevel[chosen]):
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the level before tests are collected, since modules of tests ask for it."""
+    if (chosen := config.getoption("--cpu-level")) is not None:
+        override = override_cpu_level(CpuLevel[chosen])
+        override.__enter__()
+        config.add_cleanup(lambda: override.__exit__(None, None, None))
 
 
 @pytest.hookimpl(tryfirst=True)

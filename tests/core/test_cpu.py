@@ -9,10 +9,13 @@ import sys
 import pytest
 import torch
 
+import cpus
 from kinetoscope.core import cpu
 from kinetoscope.core.cpu import LIBRARY_SWITCHES, CpuLevel, cpu_level, detect_cpu_level, override_cpu_level
 
-ASK = "from kinetoscope.core.cpu import cpu_level; import torch; print(cpu_level().name, torch.get_num_threads())"
+SLICE = ("attention/test_attention.py", "models/test_nn.py", "models/test_wan.py")
+"""Tests that `make test` runs at a lower level, too; `make test-cpus` runs nearly all."""
+DETECT = "from kinetoscope.core.cpu import cpu_level; print(cpu_level().name)"
 
 
 @pytest.mark.parametrize("level", CpuLevel)
@@ -56,5 +59,19 @@ def test_level_is_the_lowest_that_processor_and_switches_allow(
 @pytest.mark.parametrize("level", [level for level in CpuLevel if level <= cpu_level()])
 def test_library_switches_lower_a_process_to_the_level(level: CpuLevel) -> None:
     environment = {**os.environ, **LIBRARY_SWITCHES[level]}  # noqa: TID251 - of the process that is started
-    done = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split()[:1] == [level.name], done.stderr
+    command = [sys.executable, "-c", DETECT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == [level.name], done.stderr
+
+
+@pytest.mark.parametrize("level", [CpuLevel.AVX2, CpuLevel.AMX])
+def test_kernels_agree_at_another_level(level: CpuLevel) -> None:
+    """A slice of `make test-cpus`: the kernels of a CPU below, and the choices of one above."""
+    if level == cpu_level():
+        pytest.skip("this CPU is of that level")
+    tests = [str(cpus.ROOT / "tests" / path) for path in SLICE]
+    command, environment, _ = cpus.command_of(level, ["-m", "not slow and not gpu", *tests])
+    done = subprocess.run(
+        command, env=environment, cwd=cpus.ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinetoscope import VideoGenerator
+from kinetoscope.core.cpu import CpuLevel, cpu_level
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.loading.offload import changed_parts
 from kinetoscope.loading.quantize import QUANTIZATIONS, check_quantization, quantize_blocks, quantized_layers
@@ -21,6 +22,19 @@ from runtime.families import FAMILIES, LONG, open_family
 from tiny import make_tiny_wan
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+
+
+@pytest.fixture(autouse=True)
+def int8_products() -> Iterator[None]:
+    """Multiply 8-bit matrices as a CPU of this level does.
+
+    `torch._int_mm` asks the processor for 8-bit products, and not the switches by which a level is run here; oneDNN,
+    held below them, would give it sums that saturate.
+    """
+    held = cpu_level() < CpuLevel.AVX512_BF16 and torch.cpu._is_vnni_supported()  # pyright: ignore
+    with torch.backends.mkldnn.flags(enabled=not held):
+        yield
+
 
 INT8, FP8 = 127.5, 448.0  # half the range of -128..127; the largest float8 e4m3
 
