@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def int8_products() -> Iterator[None]:
     held below them, would give it sums that saturate.
     """
     held = cpu_level() < CpuLevel.AVX512_BF16 and torch.cpu._is_vnni_supported()  # pyright: ignore
-    with torch.backends.mkldnn.flags(enabled=not held):
+    with torch.backends.mkldnn.flags(enabled=False) if held else nullcontext():
         yield
 
 
