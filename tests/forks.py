@@ -20,7 +20,8 @@ STACKS = signal.SIGUSR1
 def settle_fork() -> None:
     """Take this new process off its parent's threads, and let it answer `STACKS`."""
     if (config := sys.modules.get("torch._inductor.config")) is not None:
-        config.compile_threads = 1  # its pool of threads stayed in the parent (torch 2.13 resets the other pools)
+        # Its pool of threads stayed in the parent: torch 2.13 resets the other pools in a fork, not this one.
+        setattr(config, "compile_threads", 1)  # noqa: B010 - the module has no type
     faulthandler.register(STACKS, file=2, all_threads=True)
 
 
