@@ -46,7 +46,7 @@ class Branches:
     def needed(self, index: int, count: int, memory: Any) -> tuple[str, ...]:
         return self.branches[-1:] if index in self.alone else self.branches
 
-    def combine(self, predictions: Mapping[str, Tensor], index: int, count: int, memory: Any) -> Tensor:
+    def combine(self, predictions: Mapping[str, Tensor], index: int = 0, count: int = 1, memory: Any = None) -> Tensor:
         return sum((p / (i + 1) for i, p in enumerate(predictions.values())), torch.tensor(0.0))
 
 

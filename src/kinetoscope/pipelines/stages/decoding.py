@@ -142,6 +142,6 @@ def denormalize(latents: Tensor, config: Any) -> Tensor:
 
 def channel_statistics(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of a VAE's latents, [1, C, 1, 1, 1] each, on the device of `like` in its dtype."""
-    values = (device_constant(v, like.device, like.dtype) for v in (config.latents_mean, config.latents_std))
+    values = (device_constant(v, like.device, like.dtype) for v in (config["latents_mean"], config["latents_std"]))
     mean, std = (v.view(1, -1, 1, 1, 1) for v in values)
     return mean, std
