@@ -68,8 +68,8 @@ def run(parts: list[tuple[str, str]], folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def environment() -> dict[str, str]:
-    """A shell's, in which `python` is this one and finds the tests' helpers."""
+    """A shell's, in which `python` is this one and finds this package and the tests' helpers."""
     own = dict(os.environ)  # noqa: TID251 - a test's child process
     own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}"
-    own["PYTHONPATH"] = str(ROOT / "tests")
+    own["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")])
     return own

@@ -15,6 +15,8 @@ from torch import Tensor
 from docs.blocks import ROOT, blocks, run
 from kinetoscope import VideoGenerator
 from kinetoscope.attention import attention
+from kinetoscope.core.errors import CompositionError
+from kinetoscope.engine.hooks.sequence import SequenceParallel
 from kinetoscope.runtime.plan import plan_run
 from kinetoscope.runtime.replay import replay
 from tiny import perturb
@@ -51,6 +53,22 @@ def test_a_video(followed: tuple[Path, dict[str, Any]]) -> None:
     got = other.generate_video(prompts[0], seed=1, trace=True, **size)
     assert (got.latents - together[0].latents).abs().max() <= 1e-4 * got.latents.std()
     assert [step["rows"] for step in got.logging_info["step_trace"]] == [[["uncond"], ["cond"]]] * 4
+
+
+def test_what_the_family_does_not_have_is_refused_by_name(followed: tuple[Path, dict[str, Any]]) -> None:
+    folder, names = followed
+    size: Any = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
+    cached = VideoGenerator.from_pretrained(folder / "toy-tiny", device="cpu", cache="fbcache")
+    with pytest.raises(CompositionError, match="a step cache and ToyTransformer3DModel cannot be used together"):
+        cached.generate_video("a", **size)
+    for layout in ("tp=2", "fsdp=true,ulysses=2"):
+        with pytest.raises(CompositionError, match=r"parallel (tp=2|fsdp=true) and ToyTransformer3DModel"):
+            VideoGenerator.from_pretrained(folder / "toy-tiny", device="cpu", parallel=layout)
+    shard: Any = object()
+    shared = VideoGenerator.from_pretrained(folder / "toy-tiny", device="cpu", hooks=[SequenceParallel(shard)])
+    with pytest.raises(CompositionError, match=r"sequence parallel \(ulysses, ring\) and ToyTransformer3DModel"):
+        shared.generate_video("a", **size)
+    assert names["gen"]
 
 
 def test_the_transformer_imports_what_the_page_says(followed: tuple[Path, dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,12 @@ class Plain:
     def predict(self, x: Tensor, index: int, branch: str) -> Tensor:
         return self.transformer(x, torch.tensor([self.times[index]]), self.text[branch])
 
+    @torch.no_grad()
+    def at(self, x: Tensor, t: float) -> Tensor:
+        """The guided prediction at any timestep."""
+        c, u = (self.transformer(x, torch.tensor([t]), self.text[branch]) for branch in ("cond", "uncond"))
+        return u + SCALE * (c - u)
+
     def guided(self, x: Tensor, index: int) -> Tensor:
         uncond = self.predict(x, index, "uncond")
         return uncond + SCALE * (self.predict(x, index, "cond") - uncond)
@@ -93,7 +100,7 @@ def close(got: Tensor, expected: Tensor) -> bool:
 
 
 def test_every_snippet_has_forty_lines_at_most() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
     assert {title: n for title, text in SNIPPETS.items() if (n := len(text.splitlines())) > 40} == {}
 
 
@@ -199,6 +206,23 @@ def test_hook_keeps_open_runs_apart(gen: VideoGenerator) -> None:
             except StopIteration as stop:
                 done[i] = stop.value[0].latents
     assert all(torch.equal(d, a) for d, a in zip(done, alone, strict=True))
+
+
+# -- solver ------------------------------------------------------------------------------------------------------------
+
+
+def test_solver_passes_its_conformance_checks_and_is_the_loop_written_out(path: Path) -> None:
+    names = snippet("A solver")
+    checks = names["TestMidpoint"]()
+    for name in [n for n in dir(checks) if n.startswith("test_")]:
+        getattr(checks, name)()
+    gen = VideoGenerator.from_pretrained(path, device="cpu", dtype="float32", scheduler="midpoint")
+    plain = Plain(gen)
+    x = plain.start
+    for s, following in itertools.pairwise(plain.sigmas):
+        middle = x + (following - s) / 2 * plain.at(x, 1000 * s)
+        x = x + (following - s) * plain.at(middle, 1000 * (s + following) / 2)
+    assert close(latents_of(gen), x[0])
 
 
 # -- attention backend -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ that is compared with recordings, in tests of its own, `TransformerContract`."""
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,12 +14,19 @@ from torch import Tensor, nn
 
 from kinetoscope.attention import capabilities, resolve_attention
 from kinetoscope.core.context import ForwardContext, forward_context
+from kinetoscope.core.errors import CompositionError
+from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.engine.protocols import take_rows
+from kinetoscope.nn.stack import BlockCall, check_stack, run_calls
 from tiny import perturb
 
 FORWARD_TOLERANCE = 1e-5  # max abs, float32, one thread
 BF16_SLACK = 1.5  # our bfloat16 drift against the oracle's own
 BF16_DRIFT = 0.05  # our bfloat16 drift where the oracle is a recording
+CAPABILITIES = frozenset({"blocks", "stack", "tokens", "plan"})
+"""What a family may have: `blocks` (compile, quantize, offload=blocks); a forward that runs them through
+`nn.stack.run_blocks` (step caches, activation checkpointing); calls that say which arguments go with tokens (ulysses,
+ring); and a plan of how devices share its weights (tp, fsdp)."""
 ONCE = {"PUBLISHED": "test_published_names_and_shapes", "COMPILED": "test_blocks_compile_without_a_break"}
 """Slow checks that one of a family's classes is enough for: the first, and each that names the attribute itself."""
 
@@ -36,6 +44,7 @@ class TransformerContract:
     TIMED: ClassVar[tuple[str, ...]] = ()
     KEPT: ClassVar[tuple[str, ...]] = ()
     COMPILED: ClassVar[bool] = True
+    CAPABILITIES: ClassVar[frozenset[str]] = CAPABILITIES  # what the family has; the others must be refused by name
 
     def __init_subclass__(cls) -> None:
         if cls.__module__ == __name__:
@@ -124,6 +133,35 @@ class TransformerContract:
         with torch.no_grad(), forward_context(ForwardContext({role: backend(role) for role in set(self.ROLES)})):
             ours(**inputs)
         assert asked == list(self.ROLES)
+
+    def test_capabilities_work_or_are_refused_by_name(self, ours: nn.Module) -> None:
+        """What a user may ask for acts on this family, or is an error that names its class: never silently absent."""
+        seen: list[BlockCall] = []
+
+        def stack(x: Any, calls: Sequence[BlockCall]) -> Any:
+            seen.extend(calls)
+            return run_calls(x, calls)
+
+        inputs = self.inputs((1, *self.SHAPES[0][1:]), torch.Generator().manual_seed(9))
+        with torch.no_grad():
+            plain = ours(**inputs)
+            with forward_context(ForwardContext(stack=stack)) as context:
+                assert torch.equal(ours(**inputs), plain)
+        name = type(ours).__name__
+        found = {"blocks"} if list(getattr(ours, "blocks", ())) else set[str]()
+        if seen:
+            assert {c.block for c in seen} >= set(ours.blocks)  # pyright: ignore - every block is in the stack
+            found.add("stack")
+            check_stack(context, "a step cache", ours)
+        else:
+            with pytest.raises(CompositionError, match=f"a step cache and {name} cannot be used together"):
+                check_stack(context, "a step cache", ours)
+        if seen and all(c.tokens is not None or not (c.rows or c.shared) for c in seen):
+            found.add("tokens")
+        spec = importlib.import_module(f"{type(ours).__module__.rpartition('.')[0]}.spec")
+        if any(isinstance(value, ShardPlan) for value in vars(spec).values()):
+            found.add("plan")
+        assert found == self.CAPABILITIES
 
     def test_blocks_compile_without_a_break(self, ours: nn.Module) -> None:
         """One graph a block, with attention read from the context; compiled inference equals eager inference."""

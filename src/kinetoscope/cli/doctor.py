@@ -24,6 +24,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     print("software   " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
+    for module, version in facts["extensions"].items():
+        print(f"extension  {module} {version or ''}".rstrip())
+    for name, why in facts["failed_extensions"].items():
+        print(f"left out   extension {name}: {why}")
     print(f"cpu        {facts['cpu']}, {facts['threads']} threads")
     print(f"cuda       {', '.join(facts['cuda_devices']) or 'none'}")
     print(f"default    device {facts['device']}, dtype {facts['dtype']}")

@@ -24,8 +24,9 @@ from kinetoscope.cli import (
     stream,
     train,
 )
-from kinetoscope.cli.parser import Parser, find_command
-from kinetoscope.core.errors import KinetoscopeError, RunCancelled
+from kinetoscope.cli.parser import Parser, find_command, take_imports
+from kinetoscope.core.errors import ConfigError, KinetoscopeError, RunCancelled
+from kinetoscope.core.extensions import load_extensions
 from kinetoscope.core.version import __version__
 
 COMMANDS = (
@@ -54,6 +55,10 @@ def build_parser() -> Parser:
     parser = Parser(prog="kinetoscope", description="Video diffusion with one engine: a prompt becomes a video.")
     parser.add_argument("--version", action="version", version=f"kinetoscope {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--import", metavar="MODULE",
+        help="import a module that registers a family, solver, backend, cache or method (repeatable)",
+    )  # fmt: skip  # `take_imports` reads it, wherever it stands
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in COMMANDS:
         sub = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP)
@@ -69,8 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, and for the help that is printed without any command; 1 on an error, told in one line; 130 when
         interrupted. A wrong command line exits with 2.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
+    try:
+        modules, argv = take_imports(argv)
+    except ConfigError as error:
+        parser.error(str(error))
     if not [word for word in argv if word != "--debug"]:
         parser.print_help()
         return 0
@@ -84,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        load_extensions(modules)
         return args.run(args)
     except KeyboardInterrupt:
         print("cancelled", file=sys.stderr)

@@ -32,7 +32,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance-rescale", type=float, metavar="PHI", help="of arXiv 2305.08891, in [0, 1]")
     group.add_argument("--guidance-scale-2", type=float, metavar="W", help="of the low-noise expert (Wan 2.2)")
     group.add_argument("--flow-shift", type=float, metavar="S", help="shift of the noise schedule")
-    group.add_argument("--scheduler", metavar="NAME", help="unipc, euler or dpm++")
+    group.add_argument("--scheduler", metavar="NAME", help="solver: unipc, euler, dpm++, heun, or a registered one")
 
 
 def video_fields(args: argparse.Namespace) -> dict[str, Any]:

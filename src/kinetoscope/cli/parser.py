@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.spec import nearest, unknown
 
 
@@ -36,6 +37,30 @@ class Parser(argparse.ArgumentParser):
             return f"unexpected {' '.join(left)!r}; write text of several words in quotes"
         near = nearest(option.partition("=")[0], self._option_string_actions)
         return f"unknown option {option}" + (f"; did you mean {near}?" if near else "")
+
+
+def take_imports(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the modules of every `--import MODULE`, and the other arguments; it may stand before or after the command.
+
+    Raises:
+        ConfigError: `--import` is the last argument.
+    """
+    modules: list[str] = []
+    left: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            left += [word, *words]
+        elif word == "--import":
+            module = next(words, None)
+            if module is None:
+                raise ConfigError("--import needs the name of a module")
+            modules.append(module)
+        elif word.startswith("--import="):
+            modules.append(word.partition("=")[2])
+        else:
+            left.append(word)
+    return modules, left
 
 
 def find_command(argv: Sequence[str], commands: Sequence[str]) -> str | None:

@@ -118,6 +118,7 @@ class ForwardContext:
         layer: number of the block that is running.
         shard: shares out the tokens that blocks are run on (`nn.stack.run_calls`); None: all are computed here.
         share: while blocks run on a part of the tokens, which part.
+        blocks_ran: the forward has run its blocks through `nn.stack.run_blocks`.
     """
 
     attention: Mapping[str, AttentionFn] = field(default_factory=dict[str, AttentionFn])
@@ -126,6 +127,7 @@ class ForwardContext:
     layer: int = 0
     shard: TokenShard | None = None
     share: TokenShare | None = None
+    blocks_ran: bool = False
 
 
 class _ThreadContexts(threading.local):

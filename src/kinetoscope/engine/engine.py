@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinetoscope.core.context import ForwardContext, StepInfo, forward_context
+from kinetoscope.core.context import ForwardContext, StepInfo, current_context, forward_context
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.protocols import check_protocol
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch
@@ -33,6 +33,7 @@ from kinetoscope.engine.protocols import (
     wanted_protocol,
 )
 from kinetoscope.engine.rows import plan_rows
+from kinetoscope.nn.stack import check_stack
 
 _UNTIL_CLOSED = object()
 
@@ -191,7 +192,7 @@ class DenoisingEngine:
         Args:
             step: which step it is part of; None for a pass that is no step.
         """
-        call = self.strategy.forward
+        call = self._innermost if self.interceptors else self.strategy.forward
         for interceptor in reversed(self.interceptors):
             call = interceptor.bind(call)
         args = state.args
@@ -202,6 +203,16 @@ class DenoisingEngine:
                 return call(state, inputs)
             with torch.autocast(device, args.dtype, enabled=args.autocast):
                 return call(state, inputs)
+
+    def _innermost(self, state: StrategyState, inputs: ModelInputs) -> Tensor:
+        """The strategy's forward; refuses what acts on the loop over blocks where the network has a loop of its own."""
+        output = self.strategy.forward(state, inputs)
+        context = current_context()
+        if context is not None and (context.stack is not None or context.shard is not None):
+            option = "a step cache" if context.stack is not None else "sequence parallel (ulysses, ring)"
+            parts = getattr(self.strategy, "parts", None)
+            check_stack(context, option, getattr(parts, "transformer", self.strategy))
+        return output
 
 
 class PendingForward:

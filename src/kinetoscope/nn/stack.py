@@ -42,9 +42,29 @@ class BlockCall:
 def run_blocks(x: Hidden, calls: Sequence[BlockCall]) -> Any:
     """The tokens after all blocks; by the context's `stack` if it has one."""
     context = current_context()
-    if context is not None and context.stack is not None:
-        return context.stack(x, calls)
+    if context is not None:
+        context.blocks_ran = True
+        if context.stack is not None:
+            return context.stack(x, calls)
     return run_calls(x, calls)
+
+
+def check_stack(context: ForwardContext, option: str, network: object) -> None:
+    """Refuse an option that acts on the loop over blocks, after a forward that has run a loop of its own instead.
+
+    Args:
+        context: the one that was open during the forward.
+        option: what was asked for, for the message.
+        network: the transformer.
+
+    Raises:
+        CompositionError: names the option and the transformer's class.
+    """
+    if not context.blocks_ran:
+        raise CompositionError(
+            f"{option} and {type(network).__name__} cannot be used together: its forward does not run its blocks "
+            "through nn.stack.run_blocks, so nothing can stand in for them"
+        )
 
 
 def run_calls(x: Hidden, calls: Sequence[BlockCall], first: int = 0) -> Hidden:

@@ -25,6 +25,25 @@ FILE, DIGEST = "calibration", "sha256"  # settings: another file; what it must h
 _CLASSES: dict[str, type[StepCache]] = {c.name: c for c in (FBCache, DBCache, TaylorSeer, MagCache, TeaCache)}
 
 
+def register_cache(kind: type[StepCache]) -> None:
+    """Make a step cache known by its `name`, to `cache=`, `--cache` and `kinetoscope ab`.
+
+    Args:
+        kind: a subclass of `StepCache`; its `settings` are what users may set, its constructor takes them by name.
+
+    Raises:
+        ConfigError: no such class, one without a name, or one with the name of a built-in cache.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, StepCache)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"register_cache: {kind!r} is no subclass of StepCache")
+    if kind.name in CACHES or not kind.name:
+        raise ConfigError(f"register_cache: {kind.__name__}.name={kind.name!r} is empty or that of a built-in cache")
+    if missing := sorted(kind.__abstractmethods__):
+        raise ConfigError(f"register_cache: {kind.__name__} lacks {', '.join(missing)}")
+    kind.conflicts = kind.conflicts | CACHES
+    _CLASSES[kind.name] = kind
+
+
 def open_cache(text: str, model: ModelDir) -> tuple[StepCache, str]:
     """The step cache that an option asks for, for one model.
 
@@ -42,7 +61,7 @@ def open_cache(text: str, model: ModelDir) -> tuple[StepCache, str]:
         CompositionError: the model and the cache do not go together.
     """
     name, values = parse_spec(text, "cache")
-    kind = _CLASSES[one_of(name, sorted(CACHES), "step cache")]
+    kind = _CLASSES[one_of(name, sorted(_CLASSES), "step cache")]
     settings = dict(kind.settings) | (dict.fromkeys((FILE, DIGEST), str) if name in CALIBRATED else {})
     given: dict[str, Any] = {}
     for key, value in values.items():

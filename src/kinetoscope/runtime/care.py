@@ -119,6 +119,8 @@ class Care:
         """All that the settings ask for."""
         if not isinstance(module, nn.Module) or is_placed(module):
             return
+        if is_transformer(name) and not list(getattr(module, "blocks", ())):
+            self._refuse_without_blocks(module)
         if self.quantize and is_transformer(name):
             quantize_blocks(module, self.quantize, self.args.device)
         if self.vae == "tiled" and name == VAE:
@@ -133,6 +135,20 @@ class Care:
             module.to(self.args.device)
         if self.mode and is_transformer(name):
             compile_blocks(module, self.mode)
+
+    def _refuse_without_blocks(self, module: nn.Module) -> None:
+        """Refuse the settings that act on `blocks` of a transformer that has none.
+
+        Raises:
+            CompositionError: names the setting and the transformer's class.
+        """
+        offload = self.offload.kind if self.offload and self.offload.kind == "blocks" else None
+        for option, value in (("quantize", self.quantize), ("compile", self.mode), ("offload", offload)):
+            if value is not None:
+                raise CompositionError(
+                    f"{option}={value!r} and {type(module).__name__} cannot be used together: it works on the "
+                    "transformer's `blocks`, and this one has none"
+                )
 
     def need(self, name: str) -> None:
         """Bring the component, and send the one before it away."""

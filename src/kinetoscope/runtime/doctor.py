@@ -10,6 +10,7 @@ from kinetoscope.attention import BACKENDS, SPARSE, Capabilities, Role, capabili
 from kinetoscope.core.config import settings
 from kinetoscope.core.cpu import CpuLevel, cpu_level, has_bfloat16_kernels
 from kinetoscope.core.errors import KinetoscopeError
+from kinetoscope.core.extensions import failed_extensions, load_extensions
 from kinetoscope.runtime.device import dtype_name, resolve_device, resolve_dtype
 from kinetoscope.runtime.record import versions
 
@@ -60,9 +61,9 @@ def examine(device: str = "auto") -> dict[str, Any]:
     """Facts for `kinetoscope doctor`, fit for JSON.
 
     Returns:
-        versions, devices, threads, the default device and dtype, and for each dtype the attention table: role ->
-        {backend, reason}, what `KINETOSCOPE_ATTENTION` names and why that cannot serve, the backends that cannot serve
-        and why, and all backends and sparse kinds (see `attention_backends`).
+        versions, extensions (and why some could not be imported), devices, threads, the default device and dtype, and
+        for each dtype the attention table: role -> {backend, reason}, what `KINETOSCOPE_ATTENTION` names and why that
+        cannot serve, the backends that cannot serve and why, and all backends and sparse kinds (`attention_backends`).
 
     Raises:
         ConfigError: no such device.
@@ -81,6 +82,8 @@ def examine(device: str = "auto") -> dict[str, Any]:
         }
     return {
         "versions": versions(),
+        "extensions": {e.module: e.version for e in load_extensions()},
+        "failed_extensions": failed_extensions(),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu": cpu_level().name,
         "threads": torch.get_num_threads(),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.events import drive
+from kinetoscope.core.extensions import load_extensions
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.engine.hooks import Hook
 from kinetoscope.loading import ModelDir
@@ -99,7 +100,7 @@ class VideoGenerator(HasExecutor, HasLoras):
             device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
             dtype: what the transformer computes in: "auto" (bfloat16 on CUDA, float32 on CPU), "float32",
                 "bfloat16", "float16".
-            scheduler: "unipc", "euler" or "dpm++" instead of the directory's own.
+            scheduler: solver instead of the directory's own: "unipc", "euler", "dpm++", "heun" or a registered one.
             attention: a backend for all roles, or role -> backend; "auto" chooses and `kinetoscope doctor` says why;
                 None reads `KINETOSCOPE_ATTENTION`, and is "auto" without it.
             cfg: "sequential", "batched" or "auto": how the branches of guidance are executed.
@@ -136,6 +137,7 @@ class VideoGenerator(HasExecutor, HasLoras):
                 not go together.
             WorkerError: the processes of a layout cannot start.
         """
+        load_extensions()
         if not isinstance(model, ModelDir):
             model = find_model(str(model))
         loras = lora_specs(lora)

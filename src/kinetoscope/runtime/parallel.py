@@ -15,6 +15,7 @@ from kinetoscope.engine.hooks import Hook
 from kinetoscope.engine.hooks.cfg_parallel import CFGParallel
 from kinetoscope.engine.hooks.sequence import SequenceParallel
 from kinetoscope.loading import ModelDir
+from kinetoscope.loading.components import shard_plan
 from kinetoscope.parallel import Groups, ParallelConfig
 from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.pipelines.composed import ComposedPipeline
@@ -113,6 +114,13 @@ def check_layout(config: ParallelConfig, model: ModelDir, options: Mapping[str, 
             "decides for itself which blocks to leave out, and FSDP needs all devices to run the same ones"
         )
     for name in ("transformer", "transformer_2"):
+        kind_of = str(model.components().get(name))
+        if name in model.components() and (config.tp > 1 or config.fsdp) and shard_plan(kind_of) is None:
+            degree = f"tp={config.tp}" if config.tp > 1 else "fsdp=true"
+            raise CompositionError(
+                f"parallel {degree} and {kind_of} cannot be used together: its family does not say how devices share "
+                "its weights (register_transformer(..., plan=ShardPlan(...)))"
+            )
         if name not in model.components() or config.tp == 1:
             continue
         values = model.config(name)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from kinetoscope.core.extensions import loaded_extensions
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.core.version import __version__
 from kinetoscope.engine.hooks import Interceptor
@@ -87,6 +88,7 @@ def make_record(
             if isinstance(h, Interceptor) and h.name != cache and not h.from_options
         ],
         "changed": pipeline.changes(),
+        "extensions": [asdict(e) for e in loaded_extensions()],
         "versions": versions(),
         "frames_sha256": digest or frames_digest(batch.frames[index]),
     }

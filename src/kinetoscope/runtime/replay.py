@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kinetoscope.core.errors import InputError, ModelLoadError
+from kinetoscope.core.extensions import load_extensions, missing_extensions
 from kinetoscope.loading.directory import file_digest
 from kinetoscope.media import check_output, read_metadata, read_video, write_video
 from kinetoscope.runtime.caches import with_calibration
@@ -52,7 +53,8 @@ def check_repeatable(path: str | Path, record: Mapping[str, Any]) -> None:
     """Refuse a record that does not hold all of its request.
 
     Raises:
-        InputError: another format; or something was given by a program: pictures, hooks, a changed pipeline.
+        InputError: another format; or something was given by a program: pictures, hooks, a changed pipeline;
+            or an extension that this process has not loaded.
     """
     if record.get("format") not in READ:
         known = " and ".join(map(str, READ))
@@ -62,6 +64,13 @@ def check_repeatable(path: str | Path, record: Mapping[str, Any]) -> None:
     if outside := [*record["given"], *digests]:
         names = ", ".join(outside)
         raise InputError(f"{path} was made with {names} of the request, which the file does not hold")
+    load_extensions()
+    if missing := missing_extensions(record.get("extensions", [])):
+        modules = " ".join(f"--import {name.partition(' ')[0]}" for name in missing)
+        raise InputError(
+            f"{path} was made with {', '.join(missing)}, which this process has not loaded; install the package, and "
+            f"name it: kinetoscope {modules} replay FILE (in Python: load_extensions)"
+        )
     if changed := record.get("changed"):
         raise InputError(
             f"{path} was made with a pipeline that a program had changed, and the file does not hold how: "
@@ -122,11 +131,10 @@ def replay(
     if output_path is not None:
         assert result.params.fps is not None
         write_video(output_path, result.frames, result.params.fps, metadata=result.record)
-    now = versions()
+    now: dict[str, str | None] = {**versions(), **{e.module: e.version for e in load_extensions()}}
+    before = {**record["versions"], **{e["module"]: e["version"] for e in record.get("extensions", [])}}
     differences = tuple(
-        f"{name}: {then} then, {now.get(name)} now"
-        for name, then in record["versions"].items()
-        if now.get(name) != then
+        f"{name}: {then} then, {now.get(name)} now" for name, then in before.items() if now.get(name) != then
     )
     joined = int(record.get("joined", 1))
     if frames_digest(result.frames) == record["frames_sha256"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.extensions import load_extensions
 from kinetoscope.parallel import Groups
 from kinetoscope.train.callbacks import Callbacks
 from kinetoscope.train.kept import KeptCheckpoints
@@ -54,6 +55,7 @@ def run_post_recipe(
         RunCancelled: stopped by a signal to any process; the same command continues.
         WorkerError: another process failed or is gone.
     """
+    load_extensions()
     recipe = load_post_recipe(path, overrides)
     check_device(recipe.device)
     command = Command(str(path), tuple(overrides))

@@ -24,7 +24,7 @@ from kinetoscope.diffusion.convention import Convention, shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
 from kinetoscope.nn.compile import compiled, missing_compiler
 from kinetoscope.nn.ring_cache import with_own_caches
-from kinetoscope.nn.stack import BlockCall, run_calls
+from kinetoscope.nn.stack import BlockCall, check_stack, run_calls
 from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.images import encode_video
@@ -274,8 +274,11 @@ class ModelBase:
         """
         compiled = whole and self._kernels is not None
         stack = partial(self._stack, compiled=compiled) if compiled or self.checkpointing else None
-        with forward_context(ForwardContext(attention=self.attention, stack=stack, shard=self.shard)):
+        with forward_context(ForwardContext(attention=self.attention, stack=stack, shard=self.shard)) as context:
             yield
+        if stack is not None or self.shard is not None:
+            option = "checkpointing=true" if self.checkpointing else "compile" if compiled else "ulysses or ring"
+            check_stack(context, option, self.transformer)
 
     def _stack(self, x: Any, calls: Sequence[BlockCall], *, compiled: bool) -> Any:
         """Run the loop over blocks, compiled, and recomputed in the backward pass, as the role says."""

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.extensions import load_extensions
 from kinetoscope.core.file_lock import file_lock
 from kinetoscope.train.basis import fit_basis
 from kinetoscope.train.curves import check_matplotlib, draw_curves
@@ -61,6 +62,7 @@ def run_recipe(
         ConfigError: the recipe does not read, a part is unknown, or its output folder holds a run of another recipe.
         RunCancelled: stopped by a signal; the same command continues.
     """
+    load_extensions()
     recipe = load_recipe(path, overrides)
     known = PARTS[type(recipe)]
     if unknown := [p for p in parts if p not in known]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.errors import CompositionError, ModelLoadError
+from kinetoscope.core.protocols import check_class
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.loading import ModelDir
 from kinetoscope.pipelines.composed import ComposedPipeline
@@ -74,7 +75,18 @@ PIPELINES: dict[str, type[ComposedPipeline]] = {
 
 
 def register_pipeline(class_name: str, pipeline: type[ComposedPipeline]) -> None:
-    """Say which pipeline opens directories whose model_index.json names `class_name`."""
+    """Say which pipeline opens directories whose model_index.json names `class_name`.
+
+    Raises:
+        CompositionError: `pipeline` is no class of pipelines, or lacks what the base class leaves to it.
+    """
+    role = f"register_pipeline({class_name!r})"
+    if not isinstance(pipeline, type) or not issubclass(pipeline, ComposedPipeline):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CompositionError(f"{role}: {pipeline!r} is no subclass of ComposedPipeline")
+    check_class(pipeline, ComposedPipeline, role)
+    for name in ("create_stages", "defaults", "forward_flops", "widths"):
+        if getattr(pipeline, name) is getattr(ComposedPipeline, name):
+            raise CompositionError(f"{role}: {pipeline.__name__} does not override {name}")
     PIPELINES[class_name] = pipeline
 
 
@@ -87,7 +99,8 @@ def pipeline_class(model: ModelDir) -> type[ComposedPipeline]:
     name = model.model_index.get("_class_name")
     if name not in PIPELINES:
         raise ModelLoadError(
-            f"{model.path}/model_index.json: _class_name {name!r} is not supported; supported: {', '.join(PIPELINES)}"
+            f"{model.path}/model_index.json: _class_name {name!r} is not supported; supported: {', '.join(PIPELINES)}. "
+            "A module that adds a family is given with --import MODULE"
         )
     return PIPELINES[name].variant(model)
 

@@ -11,6 +11,7 @@ import torch
 
 from kinetoscope.core.config import launch
 from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.core.extensions import named_extensions
 from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import ParallelConfig
 from kinetoscope.runtime.auto import auto_layout, is_auto
@@ -71,7 +72,7 @@ def check_pool(
         raise CompositionError(
             f"{', '.join(changes)} and executor={executor!r} cannot be used together: the model runs in other "
             "processes, which opened it without what this program changed; use executor='in-process' or 'torchrun', or "
-            "put the change into a pipeline class of a module that they import (imports=, --import)"
+            "put the change into a pipeline class of a module that they import (load_extensions, --import)"
         )
 
 
@@ -107,7 +108,10 @@ def open_pool(
         place = device
         if device.type == "cuda" and device.index is None:
             place = torch.device("cuda", replica * config.ranks + rank if spec.name == "processes" else 0)
-        return Setup(rank, replica_config, model, place, dtype, options, store, spec.timeout, spec.stall, own, level)
+        return Setup(
+            rank, replica_config, model, place, dtype, options, store, spec.timeout, spec.stall, own, level,
+            named_extensions(),
+        )  # fmt: skip
 
     replica_config = ParallelConfig.of(of_one(config))
     if spec.name == "ray":

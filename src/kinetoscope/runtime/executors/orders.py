@@ -30,6 +30,7 @@ class Setup:
         stall: seconds without a sign of life after which it counts as stopped.
         threads: of torch.
         level: of what this package logs.
+        extensions: modules that a worker imports before it opens the model.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class Setup:
     stall: float
     threads: int
     level: int
+    extensions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

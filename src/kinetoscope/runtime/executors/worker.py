@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from kinetoscope.core.errors import ConfigError, KinetoscopeError, RunCancelled, WorkerError
+from kinetoscope.core.extensions import load_extensions
 from kinetoscope.core.out_of_memory import is_out_of_memory
 from kinetoscope.engine.hooks import StepTraceHook
 from kinetoscope.engine.protocols import Event
@@ -266,6 +267,7 @@ def open_worker(setup: Setup) -> tuple[VideoGenerator, Groups]:
     torch.set_num_threads(setup.threads)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("kinetoscope").setLevel(setup.level)
+    load_extensions(setup.extensions)
     if isinstance(setup.store, str):
         store: Store = FileStore(setup.store, setup.config.world)
     else:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from kinetoscope.core.errors import ConfigError, InputError, OutputError, WorkerError
+from kinetoscope.core.extensions import load_extensions, named_extensions
 from kinetoscope.core.files import PART, write_text
 from kinetoscope.core.spec import one_of, parse_spec
 from kinetoscope.loading import ModelDir
@@ -77,6 +78,7 @@ class Job:
         devices: to compute on; process i takes number i of them, and begins again after the last.
         dtype: to compute in.
         threads: CPU threads of a process; None leaves them.
+        extensions: modules that a process imports first.
     """
 
     model: ModelDir
@@ -87,6 +89,7 @@ class Job:
     devices: tuple[str, ...]
     dtype: torch.dtype
     threads: int | None
+    extensions: tuple[str, ...] = ()
 
 
 class Worker:
@@ -94,6 +97,7 @@ class Worker:
 
     def __init__(self, job: Job, number: int = 0) -> None:
         self.job, self.device = job, job.devices[number % len(job.devices)]
+        load_extensions(job.extensions)
         if job.threads is not None:
             torch.set_num_threads(job.threads)
 
@@ -208,7 +212,7 @@ def preprocess(
     folder = Path(output)
     if threads is None and (workers > 1 or make is not _here):
         threads = max(1, (os.cpu_count() or 1) // workers)
-    job = Job(model, cut, folder, manifest.dump(), stored, tuple(devices), dtype, threads)
+    job = Job(model, cut, folder, manifest.dump(), stored, tuple(devices), dtype, threads, named_extensions())
     with claimed(folder, manifest):
         missing = [n for n in range(len(parts)) if not shard_path(folder, n).exists()]
         done = len(found.items) - sum(len(parts[n]) for n in missing)

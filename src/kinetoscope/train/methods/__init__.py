@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from kinetoscope.core.errors import ConfigError
-from kinetoscope.core.registry import Registry
+from kinetoscope.core.registry import Registry, check_place
 from kinetoscope.train.methods.base import BatchSource, Method, MethodSettings
 from kinetoscope.train.roles import ModelBase
 
@@ -36,7 +36,12 @@ METHODS = Registry(
 
 
 def register_method(name: str, place: str) -> None:
-    """Let recipes name the `Method` at `place`, "module:class"."""
+    """Let recipes name the `Method` at `place`, "module:class".
+
+    Raises:
+        ConfigError: `place` is no such text.
+    """
+    check_place(f"register_method: place of {name!r}", place)
     METHODS[name] = place
 
 

@@ -86,11 +86,13 @@ class StepCache(Interceptor, ABC):
     Class attributes:
         settings: what a user may set -> the type it has.
         row: the kind of memory a row has.
+        counts_steps: it decides or estimates by the number of a step, so that each step should be at a lower level.
     """
 
     order: ClassVar[int] = 150
     settings: ClassVar[Mapping[str, type]] = {}
     row: ClassVar[type[Row]] = Row
+    counts_steps: ClassVar[bool] = False
     first: int = 0  # blocks that always run, at the start and at the end of the stack
     last: int = 0
 
@@ -127,7 +129,17 @@ class StepCache(Interceptor, ABC):
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def on_run_start(self, state: StrategyState) -> None:
-        """An empty memory."""
+        """An empty memory.
+
+        Raises:
+            CompositionError: the cache counts steps, and the solver evaluates the network several times a step.
+        """
+        run = state.scheduler
+        if self.counts_steps and run is not None and len(run.starts) < len(run):
+            raise CompositionError(
+                f"cache={self.name!r} and scheduler={run.name!r} cannot be used together: the cache counts steps as if "
+                "each were at a lower noise level, and this solver evaluates some levels twice; use fbcache or teacache"
+            )
         state.scratch[self] = CacheRun()
         state.batch.logging_info["step_cache"] = {"name": self.name, "rows": 0, "skipped": 0}
 

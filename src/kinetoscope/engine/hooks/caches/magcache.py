@@ -40,6 +40,7 @@ class MagCache(StepCache):
     name: ClassVar[str] = "magcache"
     settings: ClassVar[Mapping[str, type]] = {"threshold": float, "limit": int, "retention": float}
     row: ClassVar[type[Row]] = MagRow
+    counts_steps: ClassVar[bool] = True
 
     def __init__(
         self,

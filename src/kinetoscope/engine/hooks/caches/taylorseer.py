@@ -41,6 +41,7 @@ class TaylorSeer(StepCache):
         "interval": int, "warmup": int, "order": int, "target": str, "end": int
     }  # fmt: skip
     row: ClassVar[type[Row]] = TaylorRow
+    counts_steps: ClassVar[bool] = True
 
     def __init__(
         self, interval: int = 5, warmup: int = 3, order: int = 1, target: str = "residual", end: int = 0
