@@ -10,7 +10,7 @@ import torch
 
 from kinetoscope.core.errors import ConfigError, InputError
 from kinetoscope.diffusion.noise import NoiseSource
-from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter
+from kinetoscope.diffusion.scheduler import SCHEDULERS, SchedulerAdapter, count_evaluations
 
 FLOW = {
     "prediction_type": "flow_prediction",
@@ -123,3 +123,10 @@ def test_dynamic_schedule_without_mu_is_refused_by_name() -> None:
     adapter = SchedulerAdapter("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True})
     with pytest.raises(ConfigError, match="use_dynamic_shifting=true"):
         adapter.start(3)
+
+
+def test_evaluations_of_a_run_are_counted_by_its_solver() -> None:
+    counts = {name: count_evaluations(name, None, 6) for name in SCHEDULERS}
+    assert counts == {"unipc": 6, "euler": 6, "dpm++": 6, "heun": 11}
+    assert count_evaluations(None, "FlowMatchHeunDiscreteScheduler", 6) == 11
+    assert count_evaluations(None, "EDMEulerScheduler", 6) == count_evaluations(None, None, 6) == 6

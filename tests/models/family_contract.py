@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kinetoscope.attention import capabilities, resolve_attention
-from kinetoscope.core.context import ForwardContext, forward_context
+from kinetoscope.core.context import ForwardContext, forward_context, with_stack
 from kinetoscope.core.errors import CompositionError
 from kinetoscope.core.sharding import ShardPlan
 from kinetoscope.engine.protocols import take_rows
@@ -145,7 +145,7 @@ class TransformerContract:
         inputs = self.inputs((1, *self.SHAPES[0][1:]), torch.Generator().manual_seed(9))
         with torch.no_grad():
             plain = ours(**inputs)
-            with forward_context(ForwardContext(stack=stack)) as context:
+            with with_stack(stack) as context:
                 assert torch.equal(ours(**inputs), plain)
         name = type(ours).__name__
         found = {"blocks"} if list(getattr(ours, "blocks", ())) else set[str]()

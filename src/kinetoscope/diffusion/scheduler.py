@@ -228,3 +228,18 @@ def check_flow(prototype: SchedulerAdapter, level: float) -> None:
             f"{level:g}; those of a flow are in [0, 1]; set prediction_type to flow_prediction and use_flow_sigmas to "
             "true"
         )
+
+
+def count_evaluations(solver: str | None, class_name: str | None, steps: int) -> int:
+    """Return how often a run of so many steps evaluates the network.
+
+    Args:
+        solver: name of the solver; None: that of the published class.
+        class_name: published class of the schedule; None or unknown: one evaluation a step.
+        steps: steps of the solver.
+    """
+    name = solver or next((n for n, known in SCHEDULERS.items() if known == class_name), None)
+    if name is None:
+        return steps
+    levels = tuple(1.0 - i / steps for i in range(steps + 1))
+    return len(make_solver(name, SolverInputs(levels)).evaluations)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kinetoscope.core.types import SamplingParams
+from kinetoscope.diffusion.scheduler import count_evaluations
 from kinetoscope.engine.rows import BATCH_POSITIONS
 from kinetoscope.loading.weights import read_headers, weight_files
 from kinetoscope.runtime.footprint import MemoryPlan, plan_memory
@@ -95,6 +96,9 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
     branches = pipeline.rows(params)
     vae: dict[str, Any] = pipeline.model.config("vae")
     size = pipeline.geometry.latent_size(params.num_frames, params.height, params.width)
+    evaluations = count_evaluations(
+        params.scheduler, pipeline.model.components().get("scheduler"), params.num_inference_steps
+    )
     plan = pipeline.args.cfg
     together = plan == "batched" or (plan == "auto" and branches * math.prod(size) <= BATCH_POSITIONS)
     parameters = {c.name: c.parameters for c in summarize(generator)}
@@ -102,8 +106,8 @@ def plan_run(generator: VideoGenerator, request: SamplingParams) -> RunPlan:
         params=params,
         latent_shape=(vae["z_dim"] if "z_dim" in vae else vae["latent_channels"], *size),
         tokens=tokens,
-        forwards=params.num_inference_steps * branches,
-        pflop=pipeline.forward_flops(tokens) * params.num_inference_steps * branches / 1e15,
+        forwards=evaluations * branches,
+        pflop=pipeline.forward_flops(tokens) * evaluations * branches / 1e15,
         memory=plan_memory(
             pipeline, generator.options, parameters, tokens * (branches if together else 1), size, params.num_frames
         ),

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kinetoscope.core.errors import CompositionError, ModelLoadError
 from kinetoscope.core.types import SamplingParams
+from kinetoscope.diffusion.scheduler import count_evaluations
 from kinetoscope.engine.rows import BATCH_POSITIONS
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.components import empty_transformer, parameter_dtype, shard_plan
@@ -177,7 +178,7 @@ def workload(
         text=text,
         joint=joint,
         branches=branches,
-        steps=params.num_inference_steps,
+        steps=count_evaluations(params.scheduler, model.components().get("scheduler"), params.num_inference_steps),
         batched=batched,
         dim=dim,
         hidden=hidden,
