@@ -10,6 +10,7 @@ from benchmarks.measure import RESULTS
 SCRIPTS = (
     "attention",
     "engine_overhead",
+    "launches",
     "executors",
     "vs_diffusers",
     "memory",

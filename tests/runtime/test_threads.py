@@ -203,7 +203,7 @@ def test_seeded_draws_leave_the_global_generator_and_other_threads_alone() -> No
     def draw(seed: int) -> list[torch.Tensor]:
         draws = []
         for _ in range(50):
-            with SeededDraws(seed, torch.device("cpu")):
+            with SeededDraws(seed):
                 draws.append(draw_of_another_package())
         return draws
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kinetoscope.core.transfer import to_device
+
 
 def randn(shape: Sequence[int], generator: torch.Generator, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal draw of `shape` from an explicit CPU `generator`, on the CPU."""
@@ -53,16 +55,15 @@ class SeededDraws(TorchFunctionMode):
     """Inside the `with`, `torch.randn` and `torch.randn_like` of this thread draw from a generator of their own.
 
     For modules of other packages that draw from torch's global generator. The numbers are those of the global generator
-    after `torch.manual_seed(seed)`; the global generator and other threads are left alone.
+    of the CPU after `torch.manual_seed(seed)`, on every device; that generator and other threads are left alone.
 
     Args:
         seed: of the draws.
-        device: on which the module draws.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = generator_for(seed)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -73,9 +74,11 @@ class SeededDraws(TorchFunctionMode):
             like: Tensor = args[0]
             given = {"dtype": like.dtype, "device": like.device, **given}
             func, args = torch.randn, (tuple(like.shape),)
-        if func is torch.randn and given.get("generator") is None:
-            given["generator"] = self._generator
-        return func(*args, **given)
+        if func is not torch.randn or given.get("generator") is not None:
+            return func(*args, **given)
+        device = given.pop("device", None)
+        drawn: Tensor = func(*args, **{**given, "generator": self._generator})
+        return drawn if device is None else to_device(drawn, device)
 
 
 def _mix(seed: int, key: tuple[int, ...]) -> int:

@@ -155,6 +155,6 @@ class TimedDecodingStage(DecodingStage):
         vae = resolve(self._vae)
         z = z.unsqueeze(0).to(next(vae.parameters()).dtype)
         time = None if level is None else device_constant([level], z.device, z.dtype)
-        with SeededDraws(seed, z.device):  # some of these VAEs add noise as they decode
+        with SeededDraws(seed):  # some of these VAEs add noise as they decode
             video = vae.decode(z, time, return_dict=False)[0][0]  # [3, T, H, W] in [-1, 1]
         return to_frames(video)
