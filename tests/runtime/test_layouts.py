@@ -197,7 +197,7 @@ def test_devices() -> None:
     assert find_accelerator("H200").memory_gb == 141
     with pytest.raises(InputError, match=r"unknown device 'h10'; did you mean h100\?"):
         find_accelerator("h10")
-    with pytest.raises(ConfigError, match="device h100: node=0 is not positive"):
+    with pytest.raises(ConfigError, match="device h100: node=0 is outside"):
         replace(ACCELERATORS["h100"], node=0)
 
 
@@ -239,7 +239,7 @@ def test_the_command_on_configurations_alone(tmp_path: Path, capsys: pytest.Capt
     assert ParallelConfig.of(found["layouts"][0]["parallel"]).world == 4
     assert main([*ask, "--memory-gb", "1e-6"]) == 1
     assert "fits no layout" in capsys.readouterr().err
-    for wrong, says in (("0", "0 devices"), ("-1", "-1 devices")):
+    for wrong, says in (("0", "--gpus=0 is outside"), ("-1", "--gpus=-1 is outside")):
         assert main(["plan", str(path), "--gpus", wrong]) == 1
         assert says in capsys.readouterr().err
 

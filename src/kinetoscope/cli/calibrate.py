@@ -10,6 +10,7 @@ from kinetoscope.cli.options import (
     add_input_options,
     add_quiet_option,
     add_video_options,
+    check_range,
     compute_fields,
     input_fields,
     read_prompts,
@@ -17,6 +18,7 @@ from kinetoscope.cli.options import (
 )
 from kinetoscope.core.errors import InputError
 
+MAX_PROMPTS, MAX_SEED = 10_000, 2**32 - 1
 NAME = "calibrate"
 HELP = "measure a model for the step caches magcache and teacache"
 
@@ -39,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, and say what was found."""
-    if args.n < 1:
-        raise InputError(f"--n={args.n} is not a positive number")
+    check_range("n", args.n, 1, MAX_PROMPTS)
+    check_range("seed", args.seed, 0, MAX_SEED - args.n)
     if args.cache is None:
         raise InputError("say what to measure for: --cache magcache or --cache teacache")
 

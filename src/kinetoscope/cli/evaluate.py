@@ -14,6 +14,7 @@ from kinetoscope.cli.options import (
     add_device_options,
     add_quiet_option,
     add_video_options,
+    check_range,
     compute_fields,
     device_fields,
     video_fields,
@@ -30,6 +31,7 @@ PROMPTS = {"n": 300, "drift_frames": 12}
 PLAYED = {"n": 16, "drift_frames": 20, "frames": 521}
 """Defaults of worlds that are played: over 2,000 actions, and the views after 500 frames."""
 BATCH = 8
+MAX_VIDEOS, MAX_SEED = 1_000_000, 2**32 - 1
 SHEET_ROWS = 16
 SCORES = "## Scores"
 
@@ -86,8 +88,8 @@ class Result:
 
 def run(args: argparse.Namespace) -> int:
     """Generate or play, judge, and print scores beside ground truth and chance."""
-    if args.n is not None and args.n < 1:
-        raise InputError(f"--n={args.n} is not a positive number")
+    check_range("n", 1 if args.n is None else args.n, 1, MAX_VIDEOS)
+    check_range("seed", args.seed, 0, MAX_SEED - MAX_VIDEOS)
     from kinetoscope.media import check_output, contact_sheet
 
     for path, suffix in ((args.json, ".json"), (args.sheet, ".png"), (args.drift, ".png")):

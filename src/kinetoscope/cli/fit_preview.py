@@ -11,6 +11,7 @@ from kinetoscope.cli.options import (
     DEFAULT_MODEL,
     add_compute_options,
     add_video_options,
+    check_range,
     compute_fields,
     read_prompts,
     video_fields,
@@ -18,6 +19,7 @@ from kinetoscope.cli.options import (
 from kinetoscope.core.errors import InputError
 from kinetoscope.core.files import write_text
 
+MAX_CLIPS = 1_000_000
 NAME = "fit-preview"
 HELP = "fit the linear map from latents to colours that `generate --preview` uses, for a model's VAE"
 
@@ -81,8 +83,7 @@ def _world_clips(generator: Any, args: argparse.Namespace, size: dict[str, Any],
     name = generator.pipeline.model.sidecar.get("world")
     if name is None:
         raise InputError(f"{args.model} names no world to take clips from; give --videos FOLDER or --prompt TEXT")
-    if args.clips < 2:
-        raise InputError(f"--clips={args.clips} is too few; one is fitted to and one scored on")
+    check_range("clips", args.clips, 2, MAX_CLIPS)  # one is fitted to and one scored on
     for seed in range(args.clips):
         yield get_world(name).sample(seed, **size).frames
         progress.items("clips", seed + 1, args.clips)

@@ -14,6 +14,7 @@ from kinetoscope.cli.options import (
     add_input_options,
     add_quiet_option,
     add_video_options,
+    check_range,
     compute_fields,
     device_fields,
     input_fields,
@@ -21,12 +22,14 @@ from kinetoscope.cli.options import (
     video_fields,
 )
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.files import write_text
+from kinetoscope.core.files import check_output_path, write_text
 
 NAME = "generate"
 HELP = "make a video from a prompt"
 DEFAULT_PROMPT = "a large red circle moving left on a navy background"
 DEFAULT_OUTPUT = "outputs"
+MAX_VIDEOS = 10_000
+TRACE = ".trace.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("the prompt is given twice, as PROMPT and as --prompt; give one of them")
     if (args.prompt is not None or args.named_prompt is not None) and args.prompts_file:
         raise InputError("give a prompt or --prompts-file, not both")
-    if args.num_videos < 1:
-        raise InputError(f"--num-videos={args.num_videos} is not a positive number")
+    check_range("num-videos", args.num_videos, 1, MAX_VIDEOS)
 
     from kinetoscope.cli.progress import RunProgress, leads
     from kinetoscope.runtime.generator import VideoGenerator
@@ -84,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     if previews:
         fields["preview"] = args.preview_map or True
     output = [p for p in output_paths(config.output or DEFAULT_OUTPUT, prompts, seeds, one=one) if p]
+    for path in output if args.trace else []:
+        check_output_path(path.with_suffix(TRACE))
     with RunProgress(args.quiet) as progress:
 
         def event(event: Any) -> None:
@@ -160,9 +164,7 @@ def _prompts_and_seeds(config: Any, count: int) -> tuple[list[str], list[int]]:
 
 def _write_trace(result: Any) -> Path:
     """The step trace as JSON beside the video."""
-    return write_text(
-        result.path.with_suffix(".trace.json"), json.dumps(result.logging_info["step_trace"], indent=1) + "\n"
-    )
+    return write_text(result.path.with_suffix(TRACE), json.dumps(result.logging_info["step_trace"], indent=1) + "\n")
 
 
 def _preview_files(name: str, count: int) -> list[Any]:
@@ -172,4 +174,4 @@ def _preview_files(name: str, count: int) -> list[Any]:
 
     path = check_output(name, SUFFIXES)
     paths = [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
-    return [PreviewFile(p) for p in paths]
+    return [PreviewFile(check_output(p, SUFFIXES)) for p in paths]

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from kinetoscope.core.errors import InputError
+from kinetoscope.core.errors import InputError, shown
+from kinetoscope.core.files import read_text
 
 DEFAULT_MODEL = "tiny-t2v"
 
@@ -19,6 +20,16 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (x and re.fullmatch(r"[0-9]{1,9}", width) and re.fullmatch(r"[0-9]{1,9}", height)):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for instance 480x832")
     return int(height), int(width)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a number of the command line outside [low, high], such as not-a-number.
+
+    Raises:
+        InputError: names the option, its value and what it may be.
+    """
+    if not low <= value <= high:
+        raise InputError(f"--{name}={shown(value)} is outside [{low}, {high}]")
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
@@ -166,11 +177,7 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         InputError: the file cannot be read, is not UTF-8 text, or has no prompt.
     """
-    try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - "-" and devices are fine too
-            prompts = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts file {path} cannot be read: {error}") from error
+    prompts = [line.strip() for line in read_text(path, what="prompts file").split("\n") if line.strip()]
     if not prompts:
         raise InputError(f"prompts file {path} holds no prompt; write one a line")
     return prompts

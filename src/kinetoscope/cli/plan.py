@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kinetoscope.cli.options import DEFAULT_MODEL, add_video_options, video_fields
-from kinetoscope.core.errors import InputError
+from kinetoscope.cli.options import DEFAULT_MODEL, add_video_options, check_range, video_fields
 
 if TYPE_CHECKING:
     from kinetoscope.runtime.layouts import Estimate
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 NAME = "plan"
 HELP = "compare the layouts of several devices for one video, on paper: no device and no weights are needed"
 SHOWN = 12
+MAX_DEVICES = 1_000_000
 OVERRIDES = ("tflops", "memory_gb", "inside_gbps", "between_gbps", "node")
 
 
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from kinetoscope.runtime.paper import paper_pipeline
     from kinetoscope.runtime.workload import workload
 
-    if args.layouts < 1:
-        raise InputError(f"--layouts={args.layouts} is not positive")
+    check_range("layouts", args.layouts, 1, MAX_DEVICES)
+    check_range("gpus", args.gpus, 1, MAX_DEVICES)
     device = find_accelerator(args.device)
     own: dict[str, Any] = {n: v for n in OVERRIDES if (v := getattr(args, n)) is not None}
     device = replace(device, **own, source=device.source + (f"; given: {', '.join(own)}" if own else ""))

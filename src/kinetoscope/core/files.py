@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from kinetoscope.core.errors import OutputError
+from kinetoscope.core.errors import InputError, KinetoscopeError, OutputError, shown
 
 PART = ".part"
 """End of a temporary name; a file under it that no process writes any more may be deleted."""
@@ -103,26 +103,59 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_bytes(path, data)
 
 
-def _check_name(path: Path) -> None:
-    """Refuse a path that no file can have."""
+def name_problem(path: str | Path) -> str:
+    """Return why the file system can hold no file of this path, or an empty string."""
+    path = Path(path)
     try:
         absolute = os.fsencode(path.absolute())
-    except UnicodeEncodeError as error:
-        raise OutputError(f"output {str(path)!r} is not valid Unicode text; use another name") from error
+    except UnicodeEncodeError:
+        return "the name is not valid Unicode text; use another name"
     if b"\0" in absolute:
-        raise OutputError(f"output {str(path)!r} holds a null character; use another name")
+        return "the name holds a null character; use another name"
     folder = _existing_parent(path)
     longest = max(os.path.dirname(absolute) + b"/" + b"." * (len(PART) + 13), absolute, key=len)  # noqa: PTH120 - bytes
     if len(longest) >= (limit := _limit(folder, "PC_PATH_MAX", PATH_BYTES)):
-        raise OutputError(f"output {_short(path)} has {len(longest)} bytes, and {limit - 1} are allowed; shorten it")
+        return f"the path has {len(longest)} bytes, and {limit - 1} are allowed; shorten it"
     limit = _limit(folder, "PC_NAME_MAX", NAME_BYTES)
     for part in absolute.split(b"/"):
         if len(part) > limit:
             name = os.fsdecode(part)
-            raise OutputError(
-                f"output {_short(path)}: the name {name[:20]}... has {len(part)} bytes, and {limit} are allowed; "
-                "shorten it"
-            )
+            return f"the name {name[:20]}... has {len(part)} bytes, and {limit} are allowed; shorten it"
+    return ""
+
+
+def path_exists(path: str | Path) -> bool:
+    """Return whether there is a file or folder; False for a path that none can have."""
+    return not name_problem(path) and Path(path).exists()
+
+
+def read_text(path: str | Path, error: type[KinetoscopeError] = InputError, what: str = "file") -> str:
+    """Return the text of a file that a user gave, in UTF-8 with or without a byte order mark.
+
+    Args:
+        path: the file.
+        error: what is raised.
+        what: what the file is called in the message.
+
+    Raises:
+        KinetoscopeError: the file is missing, cannot be read, or is not UTF-8 text.
+    """
+    if why := name_problem(path):
+        raise error(f"{what} {shown(str(path))} cannot be read: {why}")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(f"{what} {path} cannot be read: it is not text in UTF-8 (byte {cause.start})") from cause
+    except OSError as cause:
+        raise error(f"{what} {path} cannot be read: {cause.strerror or cause}") from cause
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a path that no file can have."""
+    if why := name_problem(path):
+        raise OutputError(f"output {shown(str(path))}: {why}")
+    if not path.name:
+        raise OutputError(f"output {str(path)!r} is a folder; name a file in it")
 
 
 def _existing_parent(path: Path) -> Path:
@@ -142,11 +175,6 @@ def _limit(folder: Path, name: str, default: int) -> int:
         return os.pathconf(folder, name)
     except (OSError, ValueError, AttributeError):
         return default
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 60 else f"{text[:25]}...{text[-25:]}"
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import yaml
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.files import read_text
 
 
 def read_sections(path: str | Path, overrides: Sequence[str] = (), what: str = "configuration") -> dict[str, Any]:
@@ -23,10 +24,8 @@ def read_sections(path: str | Path, overrides: Sequence[str] = (), what: str = "
         ConfigError: the file is missing or not YAML, or an override does not fit.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.safe_load(read_text(path, ConfigError, what))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{what} {path} should hold sections; it holds a {type(data).__name__}")
@@ -53,5 +52,5 @@ def override(data: dict[str, Any], text: str) -> None:
         data = cast(dict[str, Any], inner)
     try:
         data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import read_text
 
 Record = Mapping[str, Any]
 
@@ -50,10 +51,8 @@ def read_trace(path: Path) -> list[Record]:
         InputError: it is missing, or no trace.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        value = json.loads(read_text(path, what="trace"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if isinstance(value, dict):  # `logging_info` as a whole
         value = value.get("step_trace")

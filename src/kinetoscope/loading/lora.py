@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinetoscope.core.errors import ConfigError, ModelLoadError
+from kinetoscope.core.errors import ConfigError, ModelLoadError, shown
+from kinetoscope.core.files import name_problem
 from kinetoscope.core.lora import Change, Full, LowRank
 from kinetoscope.loading.directory import file_digest, read_json
 from kinetoscope.loading.lora_keys import STYLES, TWO, Key, Names, Rename, parse_key, refused_kind
@@ -243,6 +244,8 @@ def _is_number(value: Any) -> bool:
 
 def _resolve(path: str | Path) -> Path:
     file = Path(path).expanduser().absolute()
+    if why := name_problem(file):
+        raise ModelLoadError(f"there is no LoRA file {shown(str(path))}: {why}")
     if file.is_dir():
         inside = next((file / name for name in LORA_FILES if (file / name).is_file()), None)
         if inside is None and (file / INDEX).is_file():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kinetoscope.core.config import settings
 from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.files import path_exists
 from kinetoscope.core.spec import nearest
 from kinetoscope.loading.directory import INDEX, ModelDir, find_layout
 from kinetoscope.loading.not_models import describe_file, describe_folder
@@ -35,7 +36,7 @@ def resolve_model(name_or_path: str | Path, published: Iterable[str] = ()) -> Mo
     path = Path(name).expanduser()
     if isinstance(name_or_path, str) and name in embedded:
         return _checked(embedded[name], name)
-    if path.exists():
+    if path_exists(path):
         return _checked(path, str(path.resolve()))
     if HUB_ID.fullmatch(name):
         return _checked(_download(name, [*embedded, *published]), name)

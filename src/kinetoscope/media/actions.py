@@ -29,6 +29,7 @@ from typing import Any, cast
 import numpy as np
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import read_text
 
 TURN = 0.1
 """Camera turn of the published demonstrations."""
@@ -158,10 +159,8 @@ def load_actions(source: str | Path | Mapping[str, Any] | Sequence[Any], layout:
     if not isinstance(source, str | Path):
         return parse_actions(source, layout)
     try:
-        value = json.loads(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"action script {source} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        value = json.loads(read_text(source, what="action script"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"action script {source} is not valid JSON: {error}") from error
     try:
         return parse_actions(value, layout)

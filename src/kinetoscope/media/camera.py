@@ -27,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import read_text
 
 Array = np.ndarray[Any, Any]
 
@@ -170,12 +171,12 @@ def _parse(source: Any, frames: int) -> CameraPath:
 def _read(path: Path, frames: int) -> CameraPath:
     if path.suffix not in (".json", ".txt"):
         raise InputError(f"camera={str(path)!r} is neither a move ({', '.join(MOVES)}) nor a .json or .txt file")
+    text = read_text(path, what="camera file")
+    if path.suffix == ".txt":
+        return _from_lines(text.splitlines()[1:])
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".txt":
-            return _from_lines(text.splitlines()[1:])
         told = json.loads(text)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"camera file {path} cannot be read: {error}") from error
     if isinstance(told, str) and told not in MOVES:
         raise InputError(f"camera file {path}: there is no move {told!r}; there are {', '.join(MOVES)}")

@@ -19,7 +19,7 @@ from kinetoscope.media.pictures import fit_picture, load_picture
 
 Clip = str | Path | Array | Sequence[Any]
 
-MAX_BYTES = 2 * 2**30
+MAX_BYTES = 2**30
 """Pixels of a clip that are held at once where the caller does not say how many frames it needs."""
 
 SAME_RATE = 0.005
@@ -41,11 +41,17 @@ def load_clip(source: Clip, limit: int | None = None, *, fps: float | None = Non
         InputError: the source cannot be read, holds no frame, or is too large.
     """
     with _named(source):
-        return list(_bounded(_frames(source, fps), limit))
+        return list(bounded(_frames(source, fps), limit))
 
 
 def load_frames(
-    source: Clip, height: int, width: int, *, fps: float, limit: int | None = None, last: int | None = None
+    source: Clip,
+    height: int,
+    width: int,
+    *,
+    fps: float | None = None,
+    limit: int | None = None,
+    last: int | None = None,
 ) -> list[Array]:
     """Return frames uint8 [height, width, 3], each fitted as soon as it is decoded (`fit_picture`).
 
@@ -61,7 +67,7 @@ def load_frames(
     """
     with _named(source):
         fitted = (fit_picture(frame, height, width) for frame in _frames(source, fps))
-        return list(_bounded(fitted, limit) if last is None else deque(fitted, last))
+        return list(bounded(fitted, limit) if last is None else deque(fitted, last))
 
 
 def _frames(source: Clip, fps: float | None) -> Iterator[Image.Image]:
@@ -95,7 +101,7 @@ def _decoded(source: Clip, fps: float | None) -> Iterator[Image.Image]:
         raise InputError(f"it is of type {type(source).__name__}; give a path, an array or a list of pictures")
 
 
-def _bounded(frames: Iterator[Any], limit: int | None) -> Iterator[Any]:
+def bounded(frames: Iterator[Any], limit: int | None = None) -> Iterator[Any]:
     """Yield the first `limit` frames, or all of them while their pixels are within `MAX_BYTES`."""
     if limit is not None:
         yield from islice(frames, limit)
@@ -104,8 +110,8 @@ def _bounded(frames: Iterator[Any], limit: int | None) -> Iterator[Any]:
         height, width = frame.shape[:2] if isinstance(frame, np.ndarray) else (frame.height, frame.width)
         if count * height * width * 3 > MAX_BYTES:
             raise InputError(
-                f"it has more than {count - 1} frames of {width}x{height}, {MAX_BYTES >> 30} GiB of pixels; give "
-                "num_frames=, or cut it"
+                f"it has more than {count - 1} frames of {width}x{height}, {MAX_BYTES >> 30} GiB of pixels; cut it or "
+                "scale it down, or give num_frames= where it is an input"
             )
         yield frame
 

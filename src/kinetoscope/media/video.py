@@ -18,6 +18,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from kinetoscope.core.errors import InputError, OutputError
 from kinetoscope.core.files import check_output_path, replacing, temporary_beside
+from kinetoscope.media.clips import bounded
 from kinetoscope.media.decoding import SWS, open_container, open_video
 
 SUFFIXES = (".mp4",)
@@ -198,11 +199,11 @@ def read_video(path: str | Path) -> tuple[Frames, float]:
     """Return (frames uint8 [T, H, W, 3], frames a second), all frames of a file by number.
 
     Raises:
-        InputError: the file is missing, truncated, or holds no video.
+        InputError: the file is missing, truncated, holds no video, or one that is too large.
     """
     try:
         with open_video(path) as video:
-            frames, rate = [frame for _, frame in video], video.rate
+            frames, rate = list(bounded(frame for _, frame in video)), video.rate
     except InputError as error:
         raise InputError(f"{path} is not a readable video: {error}") from error
     if not frames:

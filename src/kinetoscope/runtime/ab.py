@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from kinetoscope.core.errors import ConfigError, InputError, KinetoscopeError
+from kinetoscope.core.errors import ConfigError, InputError, KinetoscopeError, shown
+from kinetoscope.core.files import name_problem
 from kinetoscope.evaluation.compare import Comparison, Pair, compare_videos
 from kinetoscope.evaluation.metrics import Array, judge, latent_difference, lpips_distance, named_attributes
 from kinetoscope.evaluation.pictures import SideBySide, side_by_side
@@ -29,6 +30,7 @@ from kinetoscope.runtime.settings import Configuration, known_options, parse_con
 from kinetoscope.worlds import get_world
 
 DEFAULT_PROMPTS = 4
+MAX_REPEATS = 10_000
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".gif")
 
 # What a setting changes of the components decides what two generators may share.
@@ -119,8 +121,9 @@ def compare_configurations(
         KinetoscopeError: what either configuration or request is refused for.
     """
     for name in ("repeats", "warmup"):
-        if getattr(plan, name) < (name == "repeats"):
-            raise InputError(f"{name}={getattr(plan, name)} is too small")
+        least = int(name == "repeats")
+        if not least <= getattr(plan, name) <= MAX_REPEATS:
+            raise InputError(f"{name}={shown(getattr(plan, name))} is outside [{least}, {MAX_REPEATS}]")
     if not plan.seeds or len(set(plan.seeds)) != len(plan.seeds):
         raise InputError(f"seeds {list(plan.seeds)} should be one or more different numbers")
     threads = torch.get_num_threads()
@@ -323,6 +326,8 @@ def _told_by(path: Path) -> tuple[str, Any]:
 
 def _video_pairs(a: Path, b: Path) -> list[tuple[str, Path | None, Path | None]]:
     for path in (a, b):
+        if why := name_problem(path):
+            raise InputError(f"{shown(str(path))}: {why}")
         if not path.exists():
             raise InputError(f"{path} does not exist")
     if a.is_file() and b.is_file():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.errors import ConfigError, shown
 from kinetoscope.core.spec import one_of
+
+MAX_FIGURE = 1e9
+"""Beyond every figure of a device, and a bound for those that are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,8 @@ class Accelerator:
     def __post_init__(self) -> None:
         for field in ("tflops", "memory_gb", "inside_gbps", "between_gbps", "node"):
             value = getattr(self, field)
-            if not value > 0:
-                raise ConfigError(f"device {self.name}: {field}={value} is not positive")
+            if not 0 < value <= MAX_FIGURE:
+                raise ConfigError(f"device {self.name}: {field}={shown(value)} is outside (0, {MAX_FIGURE:g}]")
 
 
 ACCELERATORS: dict[str, Accelerator] = {

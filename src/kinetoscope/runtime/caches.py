@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kinetoscope.core.errors import CompositionError, ConfigError, InputError, ModelLoadError, OutputError
-from kinetoscope.core.files import write_text
+from kinetoscope.core.files import path_exists, write_text
 from kinetoscope.core.spec import one_of, parse_spec
 from kinetoscope.engine.hooks.caches import CACHES, DBCache, FBCache, MagCache, StepCache, TaylorSeer, TeaCache
 from kinetoscope.loading import ModelDir
@@ -184,7 +184,7 @@ def write_calibration(model: ModelDir, cache: str, entry: Mapping[str, Any], fil
     """
     path = model.path / CALIBRATION if file is None else Path(file)
     content: dict[str, Any] = {"format": FORMAT, "network": network_digest(model)}
-    if path.is_file():
+    if path_exists(path) and path.is_file():
         before = read_json(path)
         if all(before.get(k) == v for k, v in content.items()):
             content = before

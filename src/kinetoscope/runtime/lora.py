@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kinetoscope.core.errors import CompositionError, ConfigError, KinetoscopeError, ModelLoadError
+from kinetoscope.core.files import path_exists
 from kinetoscope.core.lora import Weighted
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.components import lora_target
@@ -364,7 +365,7 @@ def _read_text(text: str) -> dict[str, Any]:
             text = text.removeprefix(f"{component}=")
     file, colon, weight = text.rpartition(":")
     try:
-        number = float(weight) if colon and not Path(text).exists() else None
+        number = float(weight) if colon and not path_exists(text) else None
     except ValueError:  # the colon belongs to the file's name
         number = None
     return spec | ({"path": text} if number is None else {"path": file, "weight": number})

@@ -11,7 +11,7 @@ import torch
 
 from kinetoscope.attention import capabilities, resolve_attention
 from kinetoscope.core.config import settings
-from kinetoscope.core.errors import CompositionError, ConfigError
+from kinetoscope.core.errors import CompositionError, ConfigError, shown
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.engine.hooks import Hook, PerfLoggingHook
 from kinetoscope.engine.hooks.base import arrange
@@ -26,6 +26,7 @@ from kinetoscope.runtime.care import Care
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
 from kinetoscope.runtime.parallel import check_layout, parallel_hooks
 
+MAX_THREADS = 1024
 logger = logging.getLogger("kinetoscope.attention")
 
 
@@ -70,8 +71,8 @@ def open_pipeline(
     if cfg not in CFG_PLANS:
         raise ConfigError(f"unknown cfg plan {cfg!r}; known: {', '.join(CFG_PLANS)}")
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads={threads} is not a positive number")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ConfigError(f"threads={shown(threads)} is outside [1, {MAX_THREADS}]")
         torch.set_num_threads(threads)
     directory = model if isinstance(model, ModelDir) else find_model(str(model))
     kind = pipeline_class(directory)

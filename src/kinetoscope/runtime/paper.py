@@ -13,6 +13,7 @@ import torch
 
 from kinetoscope.core.config import settings
 from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.files import path_exists
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.resolve import HUB_ID
@@ -128,7 +129,7 @@ def paper_pipeline(name: str) -> Generator[ComposedPipeline]:
         ModelLoadError: there is no such model; it names those that are known here.
     """
     with TemporaryDirectory() as folder:
-        if name in PAPER and not Path(name).exists():
+        if name in PAPER and not path_exists(name):
             model = _write(PAPER[name], Path(folder), name)
         else:
             model = _find(name)
@@ -142,7 +143,7 @@ def write_model(transformer: dict[str, Any], folder: Path) -> ModelDir:
 
 
 def _find(name: str) -> ModelDir:
-    if name in embedded_models() or Path(name).expanduser().exists() or not HUB_ID.fullmatch(name):
+    if name in embedded_models() or path_exists(Path(name).expanduser()) or not HUB_ID.fullmatch(name):
         return find_model(name)
     from huggingface_hub import snapshot_download
 

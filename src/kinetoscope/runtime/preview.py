@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from kinetoscope.core.errors import CompositionError, InputError, ModelLoadError
+from kinetoscope.core.files import read_text
 from kinetoscope.core.types import ForwardBatch
 from kinetoscope.engine.hooks.preview import Preview, PreviewHook, PreviewMap
 from kinetoscope.loading import ModelDir
-from kinetoscope.media import Array, fit_picture, load_picture, read_video
+from kinetoscope.media import Array, load_frames
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.stages.images import encode_video
 
@@ -180,9 +181,8 @@ def clips_of(folder: Path, geometry: Any, height: int, width: int, num_frames: i
     if not files:
         raise InputError(f"{folder} holds no .mp4 files")
     for file in files:
-        frames, _ = read_video(file)
-        count = min(num_frames, 1 + (len(frames) - 1) // geometry.temporal * geometry.temporal)
-        yield np.stack([fit_picture(load_picture(f), height, width) for f in frames[:count]])
+        frames = load_frames(file, height, width, limit=num_frames)
+        yield np.stack(frames[: 1 + (len(frames) - 1) // geometry.temporal * geometry.temporal])
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -211,10 +211,10 @@ def load_preview_map(model: ModelDir, path: Path | None = None) -> PreviewMap:
     file = path or model.path / FILE
     how = f"fit one with `kinetoscope fit-preview {model.name}`"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelLoadError(f"there is no preview map {file}; {how}") from error
-    except ValueError as error:
+        record = json.loads(read_text(file, ModelLoadError, "preview map"))
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{error}; {how}") from error
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{file} is not valid JSON: {error}; {how}") from error
     try:
         if record["format"] != FORMAT:

@@ -15,7 +15,7 @@ from kinetoscope.reference import embedded_models
 from kinetoscope.train.causalize import CausalSection
 from kinetoscope.train.data import DataSection, source_class
 from kinetoscope.train.methods import MethodSettings, check_roles, method_class
-from kinetoscope.train.recipe import OptimizerSection, Positive, SamplingFields, Section, read_recipe, validated
+from kinetoscope.train.recipe import OptimizerSection, Positive, SamplingFields, Section, Seed, read_recipe, validated
 from kinetoscope.train.roles import Uncond
 
 STUDENT = "student"
@@ -181,7 +181,7 @@ class PostRecipe(Section):
 
     name: str
     output: str
-    seed: int = 0
+    seed: Seed = 0
     threads: Positive = 1
     device: str = "cpu"
     models: dict[str, ModelSection]

@@ -16,6 +16,8 @@ from kinetoscope.core.types import SamplingParams
 from kinetoscope.core.yaml_files import read_sections
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""A seed from which those of steps are mixed; all of its bits count."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -241,7 +243,7 @@ class Recipe(Section):
 
     name: str
     output: str
-    seed: int = 0
+    seed: Seed = 0
     threads: Positive = 2
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_minutes: float = Field(2.0, gt=0)

@@ -28,7 +28,7 @@ from kinetoscope.pipelines.stages.latents import LatentPreparationStage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
 
 EXTRA_DEFAULTS: Mapping[str, Any] = {
-    "num_cond_frames": None,  # frames to keep of a given video (13), or of one refined beside it
+    "num_cond_frames": None,  # frames to keep of a given video (13, or what it has), or of one refined beside it
     "use_kv_cache": None,  # None: only to continue a video
     "offload_kv_cache": False,
     "enhance_hf": None,  # None: only to continue a video, unless distilled
@@ -149,7 +149,9 @@ class LongCatLatentStage(LatentPreparationStage):
         if batch.image is not None:
             batch.condition = self.encode(batch.image.unsqueeze(2), batch.noise)
         if batch.video is not None:
-            count = COND_FRAMES if extra["num_cond_frames"] is None else extra["num_cond_frames"]
+            count = extra["num_cond_frames"]
+            if count is None:  # of a shorter video what it has
+                count = min(COND_FRAMES, self.geometry.longest(batch.video.shape[2]))
             frames = last_frames(batch.video, count)
             if (count - 1) % self.geometry.temporal or count >= batch.params.num_frames:
                 raise InputError(

@@ -67,7 +67,7 @@ class OdePairsData(DataSection):
     shift: float = Field(5.0, gt=0)
     sampling: SamplingFields = Field(default_factory=dict[str, Any])
     together: Positive = 8
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
 
     @property
     def schedule(self) -> FewStepSchedule:

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from kinetoscope.core.errors import ConfigError, InputError, OutputError, WorkerError
+from kinetoscope.core.errors import ConfigError, InputError, OutputError, WorkerError, shown
 from kinetoscope.core.extensions import load_extensions, named_extensions
-from kinetoscope.core.files import PART, write_text
+from kinetoscope.core.files import PART, name_problem, write_text
 from kinetoscope.core.spec import one_of, parse_spec
 from kinetoscope.loading import ModelDir
 from kinetoscope.pipelines.catalogue import find_model
@@ -43,6 +43,7 @@ from kinetoscope.train.data.table import (
     write_shard,
 )
 
+MOST = {"workers": 1024, "shard": 1_000_000, "threads": 1024}
 Report = Callable[[int, int], None]
 Engine = Callable[["Job", Sequence[Sequence[Item]], Sequence[int], int], Iterator[int]]
 """(job, items of each shard, shards to make, processes) -> number of items of each shard as it is finished."""
@@ -197,8 +198,9 @@ def preprocess(
     """
     if stored not in DTYPES:
         raise ConfigError(f"stored={stored!r} is unknown; use {', '.join(DTYPES)}")
-    if workers < 1 or shard < 1 or (threads is not None and threads < 1):
-        raise ConfigError(f"workers={workers}, shard={shard} and threads={threads} must be positive")
+    for name, value in (("workers", workers), ("shard", shard), ("threads", 1 if threads is None else threads)):
+        if not 1 <= value <= MOST[name]:
+            raise ConfigError(f"{name}={shown(value)} is outside [1, {MOST[name]}]")
     make = _engine(engine)
     if not isinstance(model, ModelDir):
         model = find_model(str(model))
@@ -249,7 +251,7 @@ def _cut(
     sizes = tuple(sizes) or ((defaults.height, defaults.width),)
     if aspects:
         sizes = aspect_sizes(sizes[0], aspects, geometry.spatial * geometry.patch[1])
-    fps = fps or defaults.fps
+    fps = defaults.fps if fps is None else fps
     if not 0 < fps <= 1000:
         raise InputError(f"fps={fps} is not a number of frames a second")
     buckets = Buckets(sizes, tuple(frames) or (defaults.num_frames,), geometry)
@@ -276,6 +278,8 @@ def claimed(folder: Path, manifest: Manifest) -> Iterator[None]:
         ConfigError: it holds another data set, or another process is at work in it.
         OutputError: it cannot be written.
     """
+    if why := name_problem(folder):
+        raise OutputError(f"{shown(str(folder))} cannot be written: {why}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)

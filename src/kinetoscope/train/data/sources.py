@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from kinetoscope.core.errors import InputError
+from kinetoscope.core.errors import InputError, shown
+from kinetoscope.core.files import name_problem, path_exists
 from kinetoscope.worlds import get_world
 
 Kind = Literal["auto", "folder", "jsonl", "csv", "tar", "world"]
@@ -24,6 +25,8 @@ SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 VIDEO_NAMES = ("video", "path", "file", "file_name", "video_path")
 CAPTION_NAMES = ("caption", "text", "prompt")
 WORLD = "world:"
+MAX_CLIPS = 10_000_000
+"""Clips of a world, whose list is in memory."""
 KEPT, NO_TEXT = "surrogateescape", "it is not text in UTF-8"
 """How a list is read, so that bytes which are no text cost their own line only; and what is said of that line."""
 
@@ -115,14 +118,16 @@ def open_source(source: str, kind: Kind = "auto", *, clips: int | None = None) -
         InputError: there is no such source, it cannot be read, or it holds nothing.
     """
     path = Path(source)
+    if why := name_problem(path):
+        raise InputError(f"source {shown(source)}: {why}")
     if kind == "auto":
         kind = _guess(source, path)
     if kind == "world":
         return _world(source, clips)
     if clips is not None:
         raise InputError(f"a number of clips is for worlds; {source} has as many as it has")
-    if not path.exists():
-        raise InputError(f"source {source} does not exist")
+    if not path_exists(path):
+        raise InputError(f"source {shown(source)} does not exist")
     read = {"folder": _folder, "jsonl": _jsonl, "csv": _csv, "tar": _tars}[kind]
     try:
         items = tuple(read(path))
@@ -155,8 +160,8 @@ def _guess(source: str, path: Path) -> Kind:
 
 def _world(source: str, clips: int | None) -> Source:
     world = get_world(source.removeprefix(WORLD))
-    if clips is None or clips < 1:
-        raise InputError(f"{source} has clips without end; say how many")
+    if clips is None or not 1 <= clips <= MAX_CLIPS:
+        raise InputError(f"{source} has clips without end; say how many (clips), 1 to {MAX_CLIPS}")
     items = tuple(Item(f"{i:09d}", seed=i) for i in range(clips))
     return Source(WORLD + world.name, items, _digest(items))
 
