@@ -66,7 +66,7 @@ def test_several_prompts_and_videos_are_numbered(tiny: Path, tmp_path: Path) -> 
 def test_replay_is_bit_for_bit(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "a.mp4", tmp_path / "b.mp4"
     assert main(["generate", "a cat", "--model", str(tiny), "--scheduler", "euler", "-o", str(first), *SMALL]) == 0
-    assert main(["replay", str(first), "--output", str(second)]) == 0
+    assert main(["replay", str(first), "--output", str(second), "--model", str(tiny)]) == 0
     assert "identical" in capsys.readouterr().out
     assert first.read_bytes() == second.read_bytes()
 
