@@ -156,7 +156,7 @@ def test_named_module_of_the_current_folder_is_imported_and_needed_for_replay(
     assert "unknown scheduler 'loose-euler'" in capsys.readouterr().err
     assert main(["generate", "a red cat", *asked, "--import", "loose"]) == 0
     assert read_metadata("a.mp4")["extensions"] == [{"module": "loose", "version": "0.3"}]
-    assert main(["--import=loose", "replay", "a.mp4"]) == 0
+    assert main(["--import=loose", "replay", "a.mp4", "--model", str(wan)]) == 0
     extensions._loaded.clear()  # another process
     capsys.readouterr()
     assert main(["replay", "a.mp4"]) == 1
