@@ -20,6 +20,7 @@ from kinetoscope.pipelines.stage_event import StageEvent
 from kinetoscope.pipelines.stages.base import Stage, Stages
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.pipelines.stages.validation import VideoGeometry
+from kinetoscope.pipelines.unread import NO_NEGATIVE, ONE_ROW, UNGUIDED, Unread
 
 
 class Changes(Protocol):
@@ -63,6 +64,8 @@ class ComposedPipeline:
     """How the text beyond a prompt's true length may be read (`nn.text_padding`); the first is what was trained."""
     extra_defaults: ClassVar[Mapping[str, Any]] = {}
     """Parameters beyond `SamplingParams`' own that requests may set, by published name, with their defaults."""
+    unread: ClassVar[tuple[Unread, ...]] = (UNGUIDED, ONE_ROW, NO_NEGATIVE)
+    """Settings that some runs do not read, and why; a request that gives one of them is refused."""
     guided: ClassVar[bool] = True
     """Whether guidance may ask for an unconditional row."""
     streams: ClassVar[bool] = False

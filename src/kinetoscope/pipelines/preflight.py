@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.loading.components import check_files
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.unread import PlannedRun, check_read
 
 logger = logging.getLogger("kinetoscope")
 SIZES = ("height", "width", "num_frames")
 _CHECKED: WeakKeyDictionary[ComposedPipeline, set[str]] = WeakKeyDictionary()
 """Pipeline -> components whose files were found good."""
+
+
+@runtime_checkable
+class ChecksParams(Protocol):
+    """A stage that can say before anything is loaded that it cannot follow the parameters of a request."""
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raise InputError or ConfigError where it cannot."""
+        ...
 
 
 def fitting_defaults(pipeline: ComposedPipeline) -> SamplingParams:
@@ -33,6 +45,32 @@ def log_lowered_defaults(pipeline: ComposedPipeline) -> None:
             "%s: the defaults of published models are more than this network can make; its own are %s",
             pipeline.model.name, ", ".join(lowered),
         )  # fmt: skip
+
+
+def check_settings(
+    pipeline: ComposedPipeline,
+    params: SamplingParams,
+    defaults: SamplingParams,
+    given: Mapping[str, Any],
+    inputs: Collection[str],
+) -> None:
+    """Refuse settings that the run of a request would not read, or that its schedule cannot follow.
+
+    Args:
+        pipeline: the pipeline that would make the video.
+        params: the request's parameters over the defaults.
+        defaults: the model's.
+        given: what the request itself gives, with the parameters of the family; None where it leaves a setting out.
+        inputs: what it brings beside its prompt.
+
+    Raises:
+        InputError: names the setting, its value and the reason.
+    """
+    usual = {**pipeline.extra_defaults, **asdict(defaults), **(defaults.extra or {})}
+    check_read(pipeline.unread, PlannedRun(pipeline, params, frozenset(inputs)), given, usual)
+    for stage in pipeline.stages.values():
+        if isinstance(stage, ChecksParams):
+            stage.check_params(params)
 
 
 def check_component_files(pipeline: ComposedPipeline) -> None:

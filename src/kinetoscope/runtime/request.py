@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -140,6 +140,10 @@ class VideoRequest:
             params = params.over(SamplingParams(extra=dict(extra_defaults)))
             _check_switches(params.extra or {}, extra_defaults)
         return params
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings by name, with the parameters of the family; None where the request leaves one out."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"} | dict(self.extra)
 
     def _second_scale(self, defaults: SamplingParams) -> float | None:
         """Of a second expert: as given, else as the given first."""

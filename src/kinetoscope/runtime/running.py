@@ -15,7 +15,7 @@ from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.media import write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
-from kinetoscope.pipelines.preflight import check_component_files
+from kinetoscope.pipelines.preflight import check_component_files, check_settings
 from kinetoscope.runtime.model_hash import ModelHash
 from kinetoscope.runtime.notices import NoticeEvent
 from kinetoscope.runtime.preview import PreviewEvent, Previews, load_preview_map
@@ -43,6 +43,7 @@ def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: 
     follows = "control" in pipeline.tasks
     plan = request.plan(defaults, pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
                         continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
+    check_settings(pipeline, plan.params, defaults, request.given(), plan.given())
     pipeline.check(plan.params)
     arrange([*pipeline.hooks, *plan.hooks])
     check_component_files(pipeline)

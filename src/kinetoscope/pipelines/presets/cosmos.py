@@ -41,6 +41,7 @@ from kinetoscope.pipelines.stages.cosmos import (
     Predict25FramesStage,
     RateStage,
 )
+from kinetoscope.pipelines.unread import ONE_ROW, Unread
 
 
 class Cosmos(ComposedPipeline):
@@ -131,6 +132,10 @@ class CosmosVideoToWorld(Cosmos):
     convention: ClassVar[Convention] = spec.CONVENTION_1
     preset: ClassVar[str] = "nvidia/Cosmos-1.0-Diffusion-7B-Video2World"
     extra_defaults: ClassVar[Mapping[str, Any]] = {"augment_sigma": 0.001, "input_frames_guidance": False}
+    unread: ClassVar[tuple[Unread, ...]] = (
+        *ComposedPipeline.unread,
+        Unread(("input_frames_guidance",), ONE_ROW.why, ONE_ROW.when),
+    )
 
     @property
     def inputs(self) -> Mapping[str, bool]:
@@ -190,6 +195,19 @@ class Cosmos25Predict(Cosmos):
         "conditional_frame_timestep": 0.0001,
         "num_latent_conditional_frames": 2,
     }
+    unread: ClassVar[tuple[Unread, ...]] = (
+        *ComposedPipeline.unread,
+        Unread(
+            ("conditional_frame_timestep",),
+            "is of given frames, and none are given; give image= or video=",
+            lambda run: not run.inputs & {"image", "video"},
+        ),
+        Unread(
+            ("num_latent_conditional_frames",),
+            "is of a given video, and none is given; give video=",
+            lambda run: "video" not in run.inputs,
+        ),
+    )
 
     @property
     def inputs(self) -> Mapping[str, bool]:

@@ -25,6 +25,7 @@ from kinetoscope.pipelines.presets.hunyuan15 import HunyuanVideo15
 from kinetoscope.pipelines.presets.longcat import LongCatVideo
 from kinetoscope.pipelines.stages import DenoisingStage
 from kinetoscope.pipelines.stages.few_step import FewStepTimestepStage
+from kinetoscope.pipelines.unread import Unread
 
 DEFAULTS: dict[str, Any] = {STEPS: [1000, 750, 500, 250], WARP: False}
 
@@ -58,6 +59,10 @@ class FewStepHunyuanVideo(HunyuanVideo):
     """Prompt -> video in the steps a HunyuanVideo student was distilled for (`dmd_denoising_steps=`)."""
 
     guided: ClassVar[bool] = False
+    unread: ClassVar[tuple[Unread, ...]] = (
+        Unread(("true_cfg_scale",), "guidance is distilled into few-step models; use 1", lambda run: True),
+        *HunyuanVideo.unread,
+    )
     extra_defaults: ClassVar[Mapping[str, Any]] = {**HunyuanVideo.extra_defaults, **DEFAULTS}
 
     def create_stages(self) -> None:
@@ -109,6 +114,7 @@ class FewStepLongCat(LongCatVideo):
 
     tasks: ClassVar[tuple[str, ...]] = ("t2v",)
     guided: ClassVar[bool] = False
+    unread: ClassVar[tuple[Unread, ...]] = ComposedPipeline.unread
     extra_defaults: ClassVar[Mapping[str, Any]] = DEFAULTS
 
     @property

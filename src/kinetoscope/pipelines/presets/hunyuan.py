@@ -37,6 +37,7 @@ from kinetoscope.pipelines.stages.hunyuan import (
     HunyuanValidationStage,
 )
 from kinetoscope.pipelines.stages.scaled_vae import ScaledDecodingStage
+from kinetoscope.pipelines.unread import NO_NEGATIVE, ONE_ROW, Unread
 
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
@@ -52,6 +53,15 @@ class HunyuanVideo(ComposedPipeline):
         Role("refiner", key_bias=True),
     )
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.EXTRA_DEFAULTS
+    unread: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            ("guidance_scale",),
+            "this network is not told it; use 1, and true_cfg_scale for classifier-free guidance",
+            lambda run: not run.pipeline.config.guidance_embeds,
+        ),
+        Unread(ONE_ROW.names, "needs an unconditional row, which true_cfg_scale above 1 adds", ONE_ROW.when),
+        NO_NEGATIVE,
+    )
     preset: ClassVar[str] = "hunyuanvideo-community/HunyuanVideo"
     """The published model whose settings a directory of another name gets."""
 

@@ -21,6 +21,7 @@ from kinetoscope.pipelines.stages.longcat import (
     LongCatRequestStage,
     LongCatTimestepStage,
 )
+from kinetoscope.pipelines.unread import ONE_ROW, Unread
 
 MODEL = "LongCatVideoTransformer3DModel"
 LAYOUT = Layout(  # the published repository has no model_index.json, and its transformer is in `dit`
@@ -47,6 +48,24 @@ class LongCatVideo(ComposedPipeline):
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     text_modes: ClassVar[tuple[str, ...]] = ("padded", "true_length")
     extra_defaults: ClassVar[Mapping[str, Any]] = EXTRA_DEFAULTS
+    unread: ClassVar[tuple[Unread, ...]] = (
+        *ComposedPipeline.unread,
+        Unread(
+            ("t_thresh", "spatial_refine_only"),
+            "is of a video to refine, and none is given; give stage1_video=",
+            lambda run: run.extra("stage1_video") is None,
+        ),
+        Unread(
+            ("guidance_scale", *ONE_ROW.names),
+            "a video is refined without guidance; leave it out",
+            lambda run: run.extra("stage1_video") is not None,
+        ),
+        Unread(
+            ("offload_kv_cache",),
+            "no keys and values are kept; give use_kv_cache=True with an image or a video",
+            lambda run: not run.extra("use_kv_cache") and "video" not in run.inputs,
+        ),
+    )
 
     @property
     def inputs(self) -> Mapping[str, bool]:

@@ -23,6 +23,7 @@ from kinetoscope.pipelines.stages.ltx import (
     TimedDecodingStage,
     TimedValidationStage,
 )
+from kinetoscope.pipelines.unread import Unread
 
 
 class LTXVideo(ComposedPipeline):
@@ -33,6 +34,14 @@ class LTXVideo(ComposedPipeline):
     text_tokens: ClassVar[int] = spec.TEXT_LENGTH
     attention_roles: ClassVar[tuple[str, ...]] = (Role("self", grid=True), Role("cross", key_bias=True))
     extra_defaults: ClassVar[Mapping[str, Any]] = spec.EXTRA_DEFAULTS
+    unread: ClassVar[tuple[Unread, ...]] = (
+        *ComposedPipeline.unread,
+        Unread(
+            tuple(spec.EXTRA_DEFAULTS),
+            "the VAE of this directory is not told a noise level (timestep_conditioning is off); leave it out",
+            lambda run: not run.pipeline.model.config("vae").get("timestep_conditioning"),
+        ),
+    )
 
     @property
     def inputs(self) -> Mapping[str, bool]:

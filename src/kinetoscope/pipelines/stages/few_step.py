@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.engine.strategies.causal import CONTEXT_NOISE, SINK, WINDOW, LatentVideo, plan_blocks
 from kinetoscope.engine.strategies.dmd import STEPS, few_step_schedule
@@ -38,11 +38,23 @@ class FewStepTimestepStage(Stage):
         Raises:
             InputError: a list that no run could follow, or a number of steps that is not the list's.
         """
-        given: Any = (batch.params.extra or {}).get(STEPS)
-        if isinstance(given, (list, tuple)) and list(given) != self.steps:
-            batch.params = dataclasses.replace(batch.params, num_inference_steps=len(given))
+        batch.params = self._resolved(batch.params)
         batch.timesteps = torch.tensor(few_step_schedule(batch.params, self.boundary).times)
         return batch
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Refuse what `forward` refuses.
+
+        Raises:
+            InputError: see `forward`.
+        """
+        few_step_schedule(self._resolved(params), self.boundary)
+
+    def _resolved(self, params: SamplingParams) -> SamplingParams:
+        given: Any = (params.extra or {}).get(STEPS)
+        if isinstance(given, (list, tuple)) and list(given) != self.steps:
+            return dataclasses.replace(params, num_inference_steps=len(given))
+        return params
 
 
 class BlockValidationStage(Stage):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.types import ExecutionArgs, ForwardBatch
+from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.noise import NoiseSource
 from kinetoscope.diffusion.scheduler import SchedulerAdapter
 from kinetoscope.engine.strategies.standard import first_step
@@ -23,6 +23,14 @@ class TimestepPreparationStage(Stage):
 
     def __init__(self, scheduler: SchedulerAdapter | Lazy[SchedulerAdapter]) -> None:
         self._scheduler = scheduler
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Refuse a solver or a shift that the schedule cannot have.
+
+        Raises:
+            InputError, ConfigError: see `SchedulerAdapter.override`.
+        """
+        resolve(self._scheduler).override(params.scheduler, params.flow_shift)
 
     def forward(self, batch: ForwardBatch, args: ExecutionArgs) -> ForwardBatch:
         """The batch with `timesteps` [S] on the CPU."""
