@@ -12,10 +12,11 @@ from kinetoscope.core.errors import KinetoscopeError
 from kinetoscope.core.version import __version__
 
 if TYPE_CHECKING:
+    from kinetoscope.runtime.compare import compare
     from kinetoscope.runtime.generator import GenerationResult, VideoGenerator
 
 
-__all__ = ["GenerationResult", "KinetoscopeError", "VideoGenerator", "__version__"]
+__all__ = ["GenerationResult", "KinetoscopeError", "VideoGenerator", "__version__", "compare"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from kinetoscope.runtime import generator
 
         return getattr(generator, name)
+    if name == "compare":
+        from kinetoscope.runtime.compare import compare
+
+        return compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from kinetoscope.cli.main import COMMANDS, build_parser
 from kinetoscope.cli.options import parse_size
 from kinetoscope.core.cpu import CpuLevel, cpu_level
 from kinetoscope.media import read_metadata, read_video
+from kinetoscope.reference import embedded_models
 from tiny import make_tiny_wan
 
 SMALL = ["--size", "32x48", "--frames", "5", "--steps", "2"]
@@ -335,3 +338,61 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command.NAME, "--help"])
         assert stop.value.code == 0 and command.HELP[:30] in capsys.readouterr().out
+
+
+# -- model cards ------------------------------------------------------------------------------------------------------
+
+CARD_COMMANDS = [
+    (name, " ".join(found.split()))
+    for name, folder in embedded_models().items()
+    for found in re.findall(r"`(kinetoscope [^`]+)`", (folder / "README.md").read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize(("name", "line"), CARD_COMMANDS, ids=[f"{n}-{line.split()[1]}" for n, line in CARD_COMMANDS])
+def test_commands_of_model_cards_are_command_lines(name: str, line: str) -> None:
+    words = shlex.split(line)[1:]
+    args = build_parser().parse_args(words)
+    if words[0] == "train":
+        assert (Path(__file__).parents[2] / args.recipe).is_file()
+    else:
+        assert args.model == name
+
+
+@pytest.mark.parametrize("name", list(embedded_models()))
+def test_first_command_of_a_model_card_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = next(line for n, line in CARD_COMMANDS if n == name)
+    assert main(shlex.split(line)[1:]) == 0
+    assert any(f.suffix in (".mp4", ".png") for f in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("generate --steps ten", "--steps='ten' is not a whole number"),
+        ("generate --guidance-scale x", "--guidance-scale='x' is not a number"),
+        ("generate x --scheduler eulr", "unknown scheduler 'eulr'; did you mean euler? Known: "),
+        ("generate x --cfg batchd", "unknown cfg plan 'batchd'; did you mean batched? Known: "),
+        ("generate x --set sampling.num_inference_step=3", "did you mean num_inference_steps? This model's own"),
+        ("plan Wan-AI/Wan2.1-T2V-13B-Diffusers", "did you mean Wan-AI/Wan2.1-T2V-14B-Diffusers?"),
+        ("generate --config empty.yaml", "configuration empty.yaml is empty"),
+        ("train broken.yaml", "recipe broken.yaml is not valid YAML: line 2, column 1: "),
+        ("generate --prompts-file bytes.txt", "prompts file bytes.txt cannot be read: it is not UTF-8 text"),
+        ("generate --prompts-file .", "prompts file . cannot be read: Is a directory"),
+        ("stream x --model tiny-causal --blocks 0", "blocks=0 is not a positive whole number"),
+    ],
+)
+def test_wrong_command_lines_are_one_clear_line(
+    argv: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    for name, content in {"empty.yaml": b"", "broken.yaml": b"a: [\n", "bytes.txt": b"\xff\xfe"}.items():
+        (tmp_path / name).write_bytes(content)
+    try:
+        assert main(argv.split()) == 1
+    except SystemExit as stop:
+        assert stop.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and err.count("\n") == 1

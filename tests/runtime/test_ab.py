@@ -16,10 +16,14 @@ from kinetoscope import VideoGenerator
 from kinetoscope.attention import BACKENDS, register_backend
 from kinetoscope.attention.backends import math_attention
 from kinetoscope.core.errors import ConfigError, InputError, KinetoscopeError
+from kinetoscope.engine.hooks import Interceptor
 from kinetoscope.engine.hooks.caches.base import StepCache
+from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.evaluation.compare import Thresholds
 from kinetoscope.media import write_video
 from kinetoscope.runtime.ab import ABPlan, compare_configurations, compare_files, parse_pair, shareable
+from kinetoscope.runtime.compare import compare
+from kinetoscope.runtime.compared import Compared
 from kinetoscope.runtime.settings import Configuration, parse_configuration
 from models.tiny_ltx import make_tiny_ltx
 from tiny import make_tiny_wan
@@ -382,3 +386,61 @@ def test_prompts_of_records_are_judged(tmp_path: Path) -> None:
     following = compare_files(tmp_path / "a", tmp_path / "b").comparison.following()
     assert following is not None and following[0].total == 5
     assert following[0].value == 1 and following[1].value < 0.5
+
+
+# -- from Python ------------------------------------------------------------------------------------------------------
+
+
+class Louder(Interceptor):
+    """Multiplies what the network answers."""
+
+    name = "louder"
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def around_forward(self, call: Any, state: Any, inputs: Any) -> Tensor:
+        return self.factor * call(state, inputs)
+
+
+class OppositeStrategy(StandardStrategy):
+    """Guides away from the prompt."""
+
+    def cfg_combine(self, state: Any, noise_pred: Tensor) -> Tensor:
+        return -super().cfg_combine(state, noise_pred)
+
+
+def test_compare_takes_hooks_strategies_and_generators(tiny: Path, tmp_path: Path) -> None:
+    def against(b: Any, a: Any = "") -> Compared:
+        return compare(a, b, PROMPTS[0], model=tiny, options=HERE, warmup=0, thresholds=EXACT, seeds=[0, 1], **SMALL)
+
+    assert against({"cfg": "batched", "hooks": [Louder(1.0)]}).passed
+    loud = against({"hooks": [Louder(3.0)], "num_inference_steps": 4})
+    assert not loud.passed and loud.comparison.labels == ("", "hooks=louder,num_inference_steps=4")
+    assert not against({"strategy": OppositeStrategy}).passed
+    assert against({"strategy": StandardStrategy}, a={"strategy": StandardStrategy}).passed
+    own = VideoGenerator.from_pretrained(tiny, **HERE)
+    assert against(own).passed
+    own.pipeline.stages["denoising"].strategy_cls = OppositeStrategy  # type: ignore[attr-defined]
+    found = against({"generator": own, "hooks": [Louder(1.0)]})
+    assert not found.passed and found.as_json()["verdict"] == "fail"
+    page = found.write(tmp_path)
+    assert page.read_text().startswith("<!") and (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("b", "says"),
+    [
+        ({"cgf": "batched"}, "unknown setting 'cgf'; did you mean cfg"),
+        ({"seed": 1}, "unknown setting 'seed'"),
+        ({"generator": "self", "cfg": "batched"}, "generator= and cfg cannot be used together"),
+        ({"generator": "self", "strategy": StandardStrategy}, "generator= and strategy cannot be used together"),
+    ],
+)
+def test_compare_refuses_by_name(tiny: Path, b: dict[str, Any], says: str) -> None:
+    if "generator" in b:
+        b = b | {"generator": VideoGenerator.from_pretrained(tiny, **HERE)}
+    with pytest.raises(KinetoscopeError, match=says):
+        compare("", b, "a cat", model=tiny)
+    with pytest.raises(ConfigError, match="model=None"):
+        compare("", "cfg=batched")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,10 @@ from kinetoscope.cli.options import (
     video_fields,
 )
 from kinetoscope.core.errors import InputError
-from kinetoscope.core.files import write_text
 
 NAME = "ab"
 HELP = "compare two configurations, or two sets of videos: likeness, time, memory, and a verdict"
 DEFAULT_OUTPUT = "outputs/ab"
-REPORT, PAGE = "report.json", "report.html"
 
 _LIMITS = {
     "min_ssim": ("X", "SSIM of every video (default, where no limit is given: 0.95)"),
@@ -65,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="runs before that do not count (default: 1)")
     parser.add_argument(
         "--output", "-o", default=DEFAULT_OUTPUT, metavar="FOLDER",
-        help=f"where {REPORT} and {PAGE} go (default: {DEFAULT_OUTPUT})",
+        help=f"where report.json and report.html go (default: {DEFAULT_OUTPUT})",
     )  # fmt: skip
     parser.add_argument("--keep-videos", action="store_true", help="keep the videos in FOLDER/a and FOLDER/b")
     group = parser.add_argument_group("limits: what B may do at worst")
@@ -86,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("give --prompt or --prompts-file, not both")
     from kinetoscope.cli.progress import RunProgress
     from kinetoscope.evaluation.compare import Thresholds
-    from kinetoscope.evaluation.report import html_report
     from kinetoscope.media import check_output
-    from kinetoscope.runtime import ab
+    from kinetoscope.runtime.ab import check_thresholds_of_files, compare_files
+    from kinetoscope.runtime.compare import compare
+    from kinetoscope.runtime.compared import PAGE, REPORT
 
     thresholds = Thresholds(**{f.name: getattr(args, f.name) for f in fields(Thresholds)})
     asked = thresholds.asked()
@@ -97,41 +95,34 @@ def run(args: argparse.Namespace) -> int:
         check_output(folder / name, (Path(name).suffix,))
     with RunProgress(args.quiet) as progress:
         if args.videos:
-            ab.check_thresholds_of_files(asked)
+            check_thresholds_of_files(asked)
             first, second = map(Path, args.videos)
-            out = ab.compare_files(first, second, progress.items)
+            out = compare_files(first, second, progress.items)
+            out.thresholds = thresholds
         else:
-            out = ab.compare_configurations(_plan(args, folder), progress.event, progress.items)
-    comparison = out.comparison
-    title = "Two sets of videos" if args.videos else "Two configurations"
-    page = html_report(comparison, thresholds, out.pictures, title)
-    report = comparison.as_json(thresholds)
-    write_text(folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    write_text(folder / PAGE, page)
-    _print(comparison, asked)
-    for line in report["failures"]:
+            out = compare(
+                args.a or "",
+                args.b,
+                read_prompts(args.prompts_file) if args.prompts_file else args.prompts,
+                model=args.model,
+                seeds=args.seeds,
+                options=compute_fields(args),
+                thresholds=thresholds,
+                repeats=args.repeats,
+                warmup=args.warmup,
+                videos=folder if args.keep_videos else None,
+                on_event=progress.event,
+                on_pair=progress.items,
+                negative_prompt=args.negative_prompt,
+                **video_fields(args),
+                **input_fields(args),
+            )
+    page = out.write(folder)
+    _print(out.comparison, asked)
+    for line in out.failures:
         print(f"  {line}")
-    print(f"verdict: {report['verdict']}  ({folder / PAGE})")
-    return 0 if report["verdict"] == "pass" else 1
-
-
-def _plan(args: argparse.Namespace, folder: Path) -> Any:
-    from kinetoscope.runtime import ab
-
-    a, b = ab.parse_pair(args.a or "", args.b, args.model)
-    common = {**video_fields(args), **input_fields(args), "negative_prompt": args.negative_prompt}
-    return ab.ABPlan(
-        a,
-        b,
-        args.model,
-        options=compute_fields(args),
-        fields=common,
-        prompts=read_prompts(args.prompts_file) if args.prompts_file else args.prompts,
-        seeds=args.seeds,
-        repeats=args.repeats,
-        warmup=args.warmup,
-        videos=folder if args.keep_videos else None,
-    )
+    print(f"verdict: {'pass' if out.passed else 'fail'}  ({page})")
+    return 0 if out.passed else 1
 
 
 def _print(comparison: Any, asked: dict[str, float]) -> None:

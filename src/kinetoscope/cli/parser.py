@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.spec import nearest, unknown
+
+NOT_A_NUMBER = re.compile(r"argument (--[\w-]+)\S*: invalid (int|float) value: (.*)")
+"""What argparse says of an option whose value is no number."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +21,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and where to read more, and exit with status 2."""
         line = " ".join(message.split())
+        if found := NOT_A_NUMBER.fullmatch(line):
+            option, kind, value = found.groups()
+            line = f"{option}={value} is not a {'whole ' if kind == 'int' else ''}number"
         print(f"error: {line} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 

@@ -26,13 +26,23 @@ def read_sections(path: str | Path, overrides: Sequence[str] = (), what: str = "
     try:
         data = yaml.safe_load(read_text(path, ConfigError, what))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{what} {path} is not valid YAML: {_problem(error)}") from error
+    if data is None:
+        raise ConfigError(f"{what} {path} is empty")
     if not isinstance(data, dict):
         raise ConfigError(f"{what} {path} should hold sections; it holds a {type(data).__name__}")
     sections = cast(dict[str, Any], data)
     for text in overrides:
         override(sections, text)
     return sections
+
+
+def _problem(error: Exception) -> str:
+    """Return what is wrong and where, on one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+    return " ".join(str(error).split())
 
 
 def override(data: dict[str, Any], text: str) -> None:

@@ -41,9 +41,9 @@ def resolve_model(name_or_path: str | Path, published: Iterable[str] = ()) -> Mo
     if HUB_ID.fullmatch(name):
         return _checked(_download(name, [*embedded, *published]), name)
     near = nearest(name, [*embedded, *published])
-    hint = f"did you mean {near!r}? " if near else ""
+    hint = f"; did you mean {near!r}?" if near else "."
     raise ModelLoadError(
-        f"no model {name!r}: {hint}Give an embedded name ({', '.join(embedded) or 'none in this build'}), "
+        f"no model {name!r}{hint} Give an embedded name ({', '.join(embedded) or 'none in this build'}), "
         "the path of a directory in diffusers layout, or a hub id 'organisation/name'"
     )
 

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from kinetoscope.core.errors import ConfigError, InputError, KinetoscopeError, shown
+from kinetoscope.core.errors import CompositionError, ConfigError, InputError, KinetoscopeError, shown
 from kinetoscope.core.files import name_problem
 from kinetoscope.evaluation.compare import Comparison, Pair, compare_videos
 from kinetoscope.evaluation.metrics import Array, judge, latent_difference, lpips_distance, named_attributes
-from kinetoscope.evaluation.pictures import SideBySide, side_by_side
 from kinetoscope.evaluation.prompt_following import heldout_specs
-from kinetoscope.evaluation.report import SHOWN
+from kinetoscope.loading import ModelDir
 from kinetoscope.media import read_metadata, read_video, write_video
 from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.presets import pipeline_class
+from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.reference import embedded_models
+from kinetoscope.runtime.compared import Compared
 from kinetoscope.runtime.device import dtype_name
 from kinetoscope.runtime.generator import GenerationResult, RunEvent, VideoGenerator
 from kinetoscope.runtime.output_names import slug
@@ -42,35 +43,13 @@ Report = Callable[[str, int, int], None]
 """(what, done, of how many)."""
 
 
-@dataclass(slots=True)
-class Compared:
-    """What a comparison gave.
-
-    Attributes:
-        comparison: numbers.
-        pictures: pair name -> pictures, of the least similar pairs.
-    """
-
-    comparison: Comparison
-    pictures: dict[str, SideBySide] = field(default_factory=dict[str, SideBySide])
-
-    def add(self, pair: Pair, a: Array, b: Array, fps: float) -> None:
-        """Take in a pair with scores, and its pictures if it is among the worst."""
-        assert pair.scores is not None
-        self.comparison.pairs.append(pair)
-        self.pictures[pair.name] = side_by_side(a, b, pair.scores.ssim, fps)
-        if len(self.pictures) > SHOWN:
-            kept = {p.name: p.scores.error for p in self.comparison.pairs if p.scores and p.name in self.pictures}
-            del self.pictures[min(kept, key=lambda name: kept[name])]
-
-
 @dataclass(frozen=True, slots=True)
 class ABPlan:
     """What to run.
 
     Attributes:
         a, b: the two configurations, over what is common to both.
-        model: of both, unless a configuration names its own.
+        model: of both, unless a configuration names its own or brings a generator.
         options, fields: common to both, of `from_pretrained` and of `generate_video`.
         prompts: None: four held-out captions of the model's world.
         seeds: each prompt is run with each.
@@ -81,7 +60,7 @@ class ABPlan:
 
     a: Configuration
     b: Configuration
-    model: str
+    model: str | ModelDir
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
     prompts: Sequence[str] | None = None
@@ -127,9 +106,11 @@ def compare_configurations(
     if not plan.seeds or len(set(plan.seeds)) != len(plan.seeds):
         raise InputError(f"seeds {list(plan.seeds)} should be one or more different numbers")
     threads = torch.get_num_threads()
+    run = _Run(plan, on_event)
     try:
-        return _Run(plan, on_event).all(on_pair)
+        return run.all(on_pair)
     finally:
+        run.close()
         torch.set_num_threads(threads)
 
 
@@ -148,13 +129,30 @@ class _Run:
 
     def _open(self) -> tuple[VideoGenerator, VideoGenerator]:
         """Both, checked; then the second again on what the first has loaded, as far as they may share."""
-        options = [self._options(c) for c in (self.plan.a, self.plan.b)]
-        a, b = (VideoGenerator.from_pretrained(**o) for o in options)
-        self.shared = shareable(options[0], options[1], list(a.pipeline.model.components()))
+        sides = (self.plan.a, self.plan.b)
+        options = [self._options(c) for c in sides]
+        a, b = (c.generator or VideoGenerator.from_pretrained(**o) for c, o in zip(sides, options, strict=True))
+        given = any(c.generator is not None for c in sides)
+        self.shared = [] if given else shareable(options[0], options[1], list(a.pipeline.model.components()))
         if self.shared:
             modules = {name: a.pipeline.get_module(name) for name in self.shared}
             b = VideoGenerator.from_pretrained(**options[1], modules=modules)
+        for side, generator in zip(sides, (a, b), strict=True):
+            stage = generator.pipeline.stages.get("denoising")
+            if side.strategy is None:
+                continue
+            if not isinstance(stage, DenoisingStage):
+                raise CompositionError(
+                    f"strategy={side.strategy!r}: {generator.pipeline.model.name} has no denoising stage"
+                )
+            stage.strategy_cls = side.strategy
         return a, b
+
+    def close(self) -> None:
+        """End the processes of the generators that were opened here."""
+        for side, generator in zip((self.plan.a, self.plan.b), self.sides, strict=True):
+            if side.generator is None:
+                generator.close()
 
     def _options(self, side: Configuration) -> dict[str, Any]:
         return {"model": self.plan.model, **self.plan.options, **side.options}
@@ -165,7 +163,8 @@ class _Run:
                 raise InputError("the prompts should be one or more different ones")
             return list(self.plan.prompts)
         if self.world is None:
-            raise InputError(f"model {self.plan.model} has no prompts of its own; give --prompt or --prompts-file")
+            name = self.sides[0].pipeline.model.name
+            raise InputError(f"model {name} has no prompts of its own; give --prompt or --prompts-file")
         return [s.caption() for s in heldout_specs(self.world, DEFAULT_PROMPTS)]
 
     def all(self, on_pair: Report | None) -> Compared:

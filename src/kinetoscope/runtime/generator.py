@@ -329,14 +329,14 @@ class VideoGenerator(HasExecutor, HasLoras):
     ) -> Callable[[], Session | RemoteSession]:
         """What opens the session; the request is checked now."""
         batch = session_batch(self.pipeline, self.defaults(), prompt, fields)
-        for notice in self._notices(batch.params, [*batch.prompts, *batch.negative_prompts], streaming=True):
-            log_once(notice)
-            if on_event:
-                on_event(notice)
         if blocks is not None:
             if type(blocks) is not int or blocks < 1:
                 raise InputError(f"blocks={blocks!r} is not a positive whole number")
             self.pipeline.check_blocks(batch, blocks)
+        for notice in self._notices(batch.params, [*batch.prompts, *batch.negative_prompts], streaming=True):
+            log_once(notice)
+            if on_event:
+                on_event(notice)
         if isinstance(self.executor, Pool):
             check_pool(self.executor.name, fields.get("hooks") or (), None, self._changes())
             order = {"prompt": prompt, "blocks": blocks, "fields": dict(fields), "lora": list(self.options["lora"])}

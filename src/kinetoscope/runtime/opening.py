@@ -12,6 +12,7 @@ import torch
 from kinetoscope.attention import capabilities, resolve_attention
 from kinetoscope.core.config import settings
 from kinetoscope.core.errors import CompositionError, ConfigError, shown
+from kinetoscope.core.spec import unknown
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.engine.hooks import Hook, PerfLoggingHook
 from kinetoscope.engine.hooks.base import arrange
@@ -69,7 +70,7 @@ def open_pipeline(
     place = resolve_device(device if groups is None else groups.device)
     number = resolve_dtype(dtype, place)
     if cfg not in CFG_PLANS:
-        raise ConfigError(f"unknown cfg plan {cfg!r}; known: {', '.join(CFG_PLANS)}")
+        raise ConfigError(unknown("cfg plan", cfg, CFG_PLANS))
     if threads is not None:
         if not 1 <= threads <= MAX_THREADS:
             raise ConfigError(f"threads={shown(threads)} is outside [1, {MAX_THREADS}]")
@@ -114,7 +115,7 @@ def open_pipeline(
 
 def _check_text_mode(mode: str | None, kind: type[ComposedPipeline], name: str) -> None:
     if mode not in (None, "padded", "true_length"):
-        raise ConfigError(f"unknown text_mode {mode!r}; known: padded, true_length")
+        raise ConfigError(unknown("text_mode", mode, ("padded", "true_length")))
     if mode is not None and mode not in kind.text_modes:
         reads = f"reads its text as {' or '.join(kind.text_modes)}" if kind.text_modes else "has no such choice"
         raise CompositionError(f"text_mode={mode!r} and {name} cannot be used together: the model {reads}")

@@ -14,6 +14,7 @@ import torch
 from kinetoscope.core.config import settings
 from kinetoscope.core.errors import ModelLoadError
 from kinetoscope.core.files import path_exists
+from kinetoscope.core.spec import nearest
 from kinetoscope.core.types import ExecutionArgs
 from kinetoscope.loading import ModelDir
 from kinetoscope.loading.resolve import HUB_ID
@@ -150,9 +151,11 @@ def _find(name: str) -> ModelDir:
     try:
         path = snapshot_download(name, allow_patterns=["*.json", "*/*.json"], local_files_only=settings().offline)
     except Exception as error:  # which network errors there are depends on the hub client's HTTP library
+        near = nearest(name, PAPER)
+        hint = f"; did you mean {near}?" if near else "."
         raise ModelLoadError(
-            f"the configurations of {name!r} are neither here nor could they be fetched ({type(error).__name__}); give "
-            f"a directory that holds them, or one of {', '.join(PAPER)}"
+            f"the configurations of {name!r} are neither here nor could they be fetched ({type(error).__name__}){hint} "
+            f"Give a directory that holds them, or one of {', '.join(PAPER)}"
         ) from error
     return ModelDir(Path(path), name)
 

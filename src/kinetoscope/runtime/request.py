@@ -209,8 +209,8 @@ def _known_extra(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
     for name in given:
         if name not in defaults:
             near = nearest(name, [*defaults, *VideoRequest.__dataclass_fields__])
-            hint = f"; did you mean {near}?" if near else ""
-            raise InputError(f"unknown parameter {name!r}{hint}. This model's own: {', '.join(defaults) or 'none'}")
+            hint = f"; did you mean {near}?" if near else "."
+            raise InputError(f"unknown parameter {name!r}{hint} This model's own: {', '.join(defaults) or 'none'}")
     return {k: v for k, v in given.items() if v is not None} or None
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import yaml
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.engine.protocols import DenoisingStrategy
+from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.runtime.generator import VideoGenerator
 from kinetoscope.runtime.request import VideoRequest
 
@@ -34,11 +36,15 @@ class Configuration:
         text: as written; "" is the defaults.
         options: of `VideoGenerator.from_pretrained`.
         fields: of `VideoGenerator.generate_video`.
+        generator: opened already, in place of `options`; None: it is opened with them.
+        strategy: what makes the strategy of a run from its denoising stage; None: the model's own.
     """
 
     text: str = ""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    generator: VideoGenerator | None = None
+    strategy: Callable[[DenoisingStage], DenoisingStrategy] | None = None
 
 
 def known_options() -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kinetoscope.core.errors import InputError, shown
+from kinetoscope.core.spec import nearest
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
 from kinetoscope.diffusion.guidance import Guidance
 from kinetoscope.diffusion.solver import solver_names
@@ -144,7 +145,9 @@ def check_params(params: SamplingParams, geometry: VideoGeometry) -> None:
     if params.flow_shift is not None:
         _check_number("flow_shift", params.flow_shift, 0.01, MAX_SHIFT)
     if params.scheduler is not None and params.scheduler not in solver_names():  # a list takes unhashable values
-        raise InputError(f"unknown scheduler {shown(params.scheduler)}; known: {', '.join(solver_names())}")
+        near = nearest(params.scheduler, solver_names())
+        hint = f"did you mean {near}? Known" if near else "known"
+        raise InputError(f"unknown scheduler {shown(params.scheduler)}; {hint}: {', '.join(solver_names())}")
 
 
 def check_text(prompt: object, seed: object, negative_prompt: object = "") -> None:
