@@ -375,7 +375,7 @@ def test_first_command_of_a_model_card_runs(name: str, tmp_path: Path, monkeypat
         ("generate x --scheduler eulr", "unknown scheduler 'eulr'; did you mean euler? Known: "),
         ("generate x --cfg batchd", "unknown cfg plan 'batchd'; did you mean batched? Known: "),
         ("generate x --set sampling.num_inference_step=3", "did you mean num_inference_steps? This model's own"),
-        ("plan Wan-AI/Wan2.1-T2V-13B-Diffusers", "did you mean Wan-AI/Wan2.1-T2V-14B-Diffusers?"),
+        ("plan Wan-AI/Wan2.1-T2V-13B-Diffusers", "did you mean Wan-AI/Wan2.1-T2V-1.3B-Diffusers?"),
         ("generate --config empty.yaml", "configuration empty.yaml is empty"),
         ("train broken.yaml", "recipe broken.yaml is not valid YAML: line 2, column 1: "),
         ("generate --prompts-file bytes.txt", "prompts file bytes.txt cannot be read: it is not UTF-8 text"),
