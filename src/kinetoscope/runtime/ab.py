@@ -106,11 +106,13 @@ def compare_configurations(
     if not plan.seeds or len(set(plan.seeds)) != len(plan.seeds):
         raise InputError(f"seeds {list(plan.seeds)} should be one or more different numbers")
     threads = torch.get_num_threads()
-    run = _Run(plan, on_event)
     try:
-        return run.all(on_pair)
+        run = _Run(plan, on_event)
+        try:
+            return run.all(on_pair)
+        finally:
+            run.close()
     finally:
-        run.close()
         torch.set_num_threads(threads)
 
 
