@@ -101,12 +101,12 @@ def test_wrong_file_is_one_line(
 
 
 def test_configuration_written_from_a_video_makes_it_again(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "--config", str(config)]) == 0
     written, again = tmp_path / "written.yaml", tmp_path / "again.mp4"
     capsys.readouterr()
-    assert main(["replay", str(tmp_path / "a.mp4"), "--write-config", str(written)]) == 0
+    assert main(["replay", str(tmp_path / "a.mp4"), "--write-config", str(written), "--model", str(tiny)]) == 0
     assert capsys.readouterr().out == f"{written}\n"
     assert main(["generate", "--config", str(written), "-o", str(again)]) == 0
     assert np.array_equal(read_video(again)[0], read_video(tmp_path / "a.mp4")[0])

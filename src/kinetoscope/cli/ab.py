@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             out = compare(
                 args.a or "",
-                args.b,
+                args.b or "",
                 read_prompts(args.prompts_file) if args.prompts_file else args.prompts,
                 model=args.model,
                 seeds=args.seeds,
