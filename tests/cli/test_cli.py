@@ -378,7 +378,7 @@ def test_first_command_of_a_model_card_runs(name: str, tmp_path: Path, monkeypat
         ("plan Wan-AI/Wan2.1-T2V-13B-Diffusers", "did you mean Wan-AI/Wan2.1-T2V-1.3B-Diffusers?"),
         ("generate --config empty.yaml", "configuration empty.yaml is empty"),
         ("train broken.yaml", "recipe broken.yaml is not valid YAML: line 2, column 1: "),
-        ("generate --prompts-file bytes.txt", "prompts file bytes.txt cannot be read: it is not UTF-8 text"),
+        ("generate --prompts-file bytes.txt", "prompts file bytes.txt cannot be read: it is not text in UTF-8"),
         ("generate --prompts-file .", "prompts file . cannot be read: Is a directory"),
         ("stream x --model tiny-causal --blocks 0", "blocks=0 is not a positive whole number"),
     ],
