@@ -62,6 +62,7 @@ lint: $(DEV)
 	$(BIN)/ruff format --check
 	$(BIN)/python -m lint.bare_random src tests benchmarks lint
 	$(BIN)/lint-imports
+	$(BIN)/python -m lint.measure
 	$(BIN)/pyright
 
 format: $(DEV)
