@@ -22,7 +22,8 @@ class ShardPlan:
         roots: and of the whole model.
         may_be_whole: a model whose heads do not divide is on every device, instead of being refused; for encoders,
             whose heads are not chosen with the layout in mind.
-        twice: some of `outside` is called in every step, so that FSDP gathers each block twice a step.
+        twice: some of `outside` is called in every step where frames have timesteps of their own, so that FSDP gathers
+            each block twice a step of a video with given frames.
     """
 
     styles: Mapping[str, str]

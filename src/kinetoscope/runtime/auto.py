@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from kinetoscope.core.types import ExecutionArgs, SamplingParams
 from kinetoscope.loading import ModelDir
 from kinetoscope.parallel import ParallelConfig
 from kinetoscope.pipelines.presets import build_pipeline
-from kinetoscope.runtime.accelerators import ACCELERATORS, Accelerator
+from kinetoscope.runtime.accelerators import ACCELERATORS, MAX_FIGURE, Accelerator
 from kinetoscope.runtime.device import resolve_device, resolve_dtype
 from kinetoscope.runtime.layouts import choose
 from kinetoscope.runtime.parallel import check_layout
@@ -76,7 +75,7 @@ def auto_layout(
     here = accelerator_here(place, devices)
     if other := [name for name in LESS if options.get(name)]:
         say(f"parallel auto: {' and '.join(other)} leaves less on a device than is counted here, so all layouts fit")
-        here = replace(here, memory_gb=math.inf)
+        here = replace(here, memory_gb=MAX_FIGURE)
     choice = choose(devices, work, here, allowed=refuses(model, options))
     best = choice.best
     for line in choice.explain():

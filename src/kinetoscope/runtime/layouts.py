@@ -276,7 +276,7 @@ def bytes_a_step(config: ParallelConfig, work: Workload) -> dict[str, int]:
       rows (what models with one a row or a latent frame send more of it is little).
     - cfg: R c e (cfg - 1), with c numbers of latents a row.
     - fsdp: w (s - 1) / s a forward, with w bytes of the linear layers after tp and s = cfg x P; twice that in models
-      whose blocks make their modulation in every step before they run.
+      whose blocks make their modulation in every step before they run, as Cosmos with given frames does.
     """
     e, u, r, t = work.itemsize, config.ulysses, config.ring, config.tp
     rows = -(-work.branches // config.cfg)

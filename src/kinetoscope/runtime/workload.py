@@ -193,7 +193,7 @@ def workload(
         latent_size=size,
         modulation=sum(shapes[n][0] for n, style in cut.items() if style == "gathered" and n.endswith(".weight")),
         refined=2 * getattr(config, "num_refiner_layers", 0),
-        gathers=2 if plan is not None and plan.twice else 1,
+        gathers=2 if plan is not None and plan.twice and pipeline.inputs else 1,
         transformer=weighed[larger],
         transformers=sum(weighed.values(), Weights()),
         encoders=sum((weights_of(m, model.components()[n], kind) for n, m in parts.items() if n != "vae"), Weights()),

@@ -144,9 +144,10 @@ class CosmosTransformerBlock(nn.Module):
         self.norm3 = AdaptiveNorm(dim, rank, 3)
         self.ff = FeedForward(dim, int(dim * config.mlp_ratio))
 
-    def modulation(self, embedding: Tensor, shared: Tensor) -> Tensor:
-        """embedding [R, F, d], shared [R, F, 3 d] -> [R, F, 3 sublayers, 3, d]"""
-        return torch.stack([n.modulation(embedding, shared) for n in (self.norm1, self.norm2, self.norm3)], dim=2)
+    def modulation(self, embeddings: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Return [R, F, 3 sublayers, 3, d] for each embedding [R, F, d] with shared modulation [R, F, 3 d]."""
+        norms = (self.norm1, self.norm2, self.norm3)
+        return [torch.stack([n.modulation(*embedding) for n in norms], dim=2) for embedding in embeddings]
 
     def forward(
         self,
@@ -261,7 +262,7 @@ class CosmosTransformer3DModel(nn.Module):
 
         Each is computed alone, so a step has the same bits as a forward of one row that was given its timestep.
         """
-        steps = [self._modulation(t.view(1, -1)) for t in timesteps]
+        steps = self._modulation([t.view(1, -1) for t in timesteps])
         return {"modulation": Modulation(torch.cat([s.blocks for s in steps]), torch.cat([s.out for s in steps]))}
 
     def prepare_shared(self, latent_shape: Sequence[int], *, fps: float | None = None) -> dict[str, Tensor]:
@@ -320,7 +321,7 @@ class CosmosTransformer3DModel(nn.Module):
         if positions is None and self.learnable_pos_embed is not None:
             positions = self.learnable_pos_embed(grid)
         if modulation is None:
-            modulation = self._modulation(timestep if timestep.ndim == 2 else timestep.unsqueeze(1))
+            [modulation] = self._modulation([timestep if timestep.ndim == 2 else timestep.unsqueeze(1)])
         if text is None:
             if encoder_hidden_states is None:
                 raise InputError("the Cosmos transformer needs encoder_hidden_states or prepared text")
@@ -348,12 +349,15 @@ class CosmosTransformer3DModel(nn.Module):
     def _blocks(self) -> list[CosmosTransformerBlock]:
         return [block for block in self.transformer_blocks if isinstance(block, CosmosTransformerBlock)]
 
-    def _modulation(self, timestep: Tensor) -> Modulation:
-        """[R, F] -> tables of all blocks"""
-        embedding, shared = self.time_embed(timestep)  # [R, F, d], [R, F, 3 d]
-        blocks = torch.stack([block.modulation(embedding, shared) for block in self._blocks()], dim=2)
-        out = self.norm_out.modulation(embedding, shared)
-        return Modulation(blocks + unit_scales(3, blocks), out + unit_scales(2, out))
+    def _modulation(self, timesteps: Sequence[Tensor]) -> list[Modulation]:
+        """Return the tables of all blocks for each timestep [R, F]; each block is called once for all of them."""
+        embeddings = [self.time_embed(t) for t in timesteps]  # [R, F, d], [R, F, 3 d] each
+        by_block = [block.modulation(embeddings) for block in self._blocks()]
+        made: list[Modulation] = []
+        for embedding, *blocks in zip(embeddings, *by_block, strict=True):
+            table, out = torch.stack(blocks, dim=2), self.norm_out.modulation(*embedding)
+            made.append(Modulation(table + unit_scales(3, table), out + unit_scales(2, out)))
+        return made
 
     def _with_masks(self, x: Tensor, condition_mask: Tensor | None, padding_mask: Tensor | None) -> Tensor:
         """[R, C, T, H, W] -> [R, C', T, H, W]: what the patch embedding reads"""
