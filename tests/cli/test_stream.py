@@ -42,7 +42,7 @@ def test_stream_writes_the_offline_video(causal: Path, tmp_path: Path, capsys: p
     assert main(argv) == 0
     assert np.array_equal(read_video(out)[0], read_video(whole)[0])
     assert read_metadata(out) == read_metadata(whole), "it can be replayed as the same request"
-    assert replay(out).identical
+    assert replay(out, model=str(causal)).identical
 
 
 def test_stream_of_a_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

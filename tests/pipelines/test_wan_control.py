@@ -317,7 +317,7 @@ def test_a_camera_through_the_generator(tmp_path: Path) -> None:
     still = generator.generate_video(PROMPT, NEGATIVE, **{**told, "camera": "still"})
     assert not torch.equal(result.latents, seen.latents) and not torch.equal(result.latents, still.latents)
     poses.unlink()
-    assert replay(tmp_path / "video.mp4").identical
+    assert replay(tmp_path / "video.mp4", model=str(path)).identical
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_an_option_is_its_hook_and_is_replayed(tiny: Path, ours: VideoGenerator,
     first, second = (result.logging_info["step_trace"][i]["cache"] for i in (0, 1))
     assert first[0] == {"branch": "uncond", "sample": 0, "skipped": False, "score": None}
     assert second[1]["skipped"] is (second[1]["score"] <= 0.2)
-    assert replay(tmp_path / "a.mp4").identical
+    assert replay(tmp_path / "a.mp4", model=str(tiny)).identical
 
 
 @pytest.mark.parametrize(
@@ -357,11 +357,11 @@ def test_the_command_writes_beside_the_model_and_the_caches_read_it(copied: Path
         video = tmp_path / f"{cache[:3]}.mp4"
         run = ["generate", PROMPT, "--model", str(copied), "--cache", cache, "-o", str(video), *size[:-2]]
         assert main(run) == 0
-        assert replay(video).identical
+        assert replay(video, model=str(copied)).identical
     content["magcache"]["ratios"]["cond"][4] += 0.5
     (copied / CALIBRATION).write_text(json.dumps(content))
     with pytest.raises(ModelLoadError, match=r"calibration .* has changed"):
-        replay(tmp_path / "mag.mp4")
+        replay(tmp_path / "mag.mp4", model=str(copied))
 
 
 def test_a_calibration_of_other_weights_is_refused(copied: Path) -> None:

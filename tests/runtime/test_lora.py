@@ -287,15 +287,16 @@ def test_replay_loads_the_same_files_and_refuses_changed_ones(
     generator.generate_video("a cat", output_path=tmp_path / "a.mp4", **SMALL)
     recorded = read_metadata(tmp_path / "a.mp4")["options"]["lora"]
     assert [(r["path"], r["name"], r["weight"]) for r in recorded] == [
-        (str(copy), "mine", 0.5), (str(files["two"]), "two", 1.0),
+        (copy.name, "mine", 0.5), (files["two"].name, "two", 1.0),
     ]  # fmt: skip
-    assert replay(tmp_path / "a.mp4").identical
+    where: Any = {"model": str(tiny), "files": files["two"].parent}
+    assert replay(tmp_path / "a.mp4", **where).identical
     write(copy, tensors("kohya", factors(8), 4.0))
     with pytest.raises(ModelLoadError, match=r"mine.safetensors has changed since"):
-        replay(tmp_path / "a.mp4")
+        replay(tmp_path / "a.mp4", **where)
     copy.unlink()
-    with pytest.raises(ModelLoadError, match=r"no LoRA file .*mine"):
-        replay(tmp_path / "a.mp4")
+    with pytest.raises(ModelLoadError, match=r"LoRA mine: no file 'mine.safetensors' .*--files"):
+        replay(tmp_path / "a.mp4", **where)
 
 
 def test_command_line(tiny: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,8 @@ def test_record_holds_no_path_and_replay_finds_its_files(tiny: Path, tmp_path: P
     assert replay(path, files=folder).identical
     moved = tmp_path / "elsewhere"
     shutil.move(tiny, moved)
+    with pytest.raises(ModelLoadError, match=r"model 'model' .*--model"):
+        replay(path, files=folder)
     assert replay(path, model=str(moved), files=folder).identical
     write_lora(lora, seed=5)
     with pytest.raises(ModelLoadError, match="changed since"):

@@ -70,7 +70,7 @@ def test_four_steps_of_the_base_model(model: Path, made: Path, tmp_path: Path) -
         video = generator.generate_video("a red circle", **ASKED, output_path=tmp_path / "few.mp4")
         assert torch.equal(video.latents, expected.latents)
         assert (video.params.num_inference_steps, video.params.guidance_scale) == (4, 1.0)
-    assert replay(tmp_path / "few.mp4").identical
+    assert replay(tmp_path / "few.mp4", model=str(model), files=made).identical
     with pytest.raises(InputError, match=r"num_inference_steps=30, but this model was distilled for the 4 timesteps"):
         generator.generate_video("a red circle", **ASKED, num_inference_steps=30)
     two = generator.generate_video("a red circle", **ASKED, num_inference_steps=2, dmd_denoising_steps=[1000, 500])

@@ -14,7 +14,9 @@ import numpy as np
 from kinetoscope.core.errors import InputError, ModelLoadError
 from kinetoscope.core.extensions import load_extensions, missing_extensions
 from kinetoscope.loading.directory import file_digest
+from kinetoscope.loading.resolve import HUB_ID
 from kinetoscope.media import check_output, read_metadata, read_video, write_video
+from kinetoscope.reference import embedded_models
 from kinetoscope.runtime.caches import with_calibration
 from kinetoscope.runtime.generator import GenerationResult, RunEvent, VideoGenerator
 from kinetoscope.runtime.record import FILE, READ, frames_digest, versions
@@ -176,9 +178,20 @@ def negative_of(record: Mapping[str, Any]) -> str:
 
 
 def _model_of(record: Mapping[str, Any], places: Sequence[Path]) -> str:
-    """Return what opens the recorded model: its folder in one of the places, or its name."""
-    name = record["model"]
-    return next((str(place / name) for place in places if (place / name).is_dir()), name)
+    """Return what opens the recorded model: its folder in one of the places, or its embedded name or hub id.
+
+    Raises:
+        ModelLoadError: the record names a folder that is in none of the places.
+    """
+    name: str = record["model"]
+    if found := next((place / name for place in places if (place / name).is_dir()), None):
+        return str(found)
+    if name not in embedded_models() and not HUB_ID.fullmatch(name) and not Path(name).is_absolute():
+        raise ModelLoadError(
+            f"model {name!r} (hash {record['model_hash'][:12]}) is in none of {', '.join(map(str, places))}; a record "
+            "holds no path, so give the model's folder with --model"
+        )
+    return name
 
 
 def _found_options(options: Mapping[str, Any], places: Sequence[Path]) -> dict[str, Any]:
