@@ -8,10 +8,10 @@ matrix product, and agrees to rounding. Configurations that `covers` does not co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -167,8 +167,7 @@ def uni_update(signals: Sequence[LogSignal], start: int, order: int, kind: str, 
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    solve: Callable[[Tensor, Tensor], Tensor] = torch.linalg.solve  # pyright: ignore[reportUnknownMemberType]
-    return solve(matrix, right)
+    return cast(Tensor, torch.linalg.solve(matrix, right))  # pyright: ignore[reportUnknownMemberType]
 
 
 class UniStep(NamedTuple):

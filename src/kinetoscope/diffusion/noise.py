@@ -69,7 +69,7 @@ class SeededDraws(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call the function; a draw without a generator gets this one."""
-        given = dict(kwargs or {})
+        given: dict[str, Any] = dict(kwargs or {})
         if func is torch.randn_like:
             like: Tensor = args[0]
             given = {"dtype": like.dtype, "device": like.device, **given}
