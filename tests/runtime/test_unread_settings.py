@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from kinetoscope import KinetoscopeError, VideoGenerator
-from kinetoscope.core.errors import InputError
+from kinetoscope.core.errors import CompositionError, InputError
 from kinetoscope.core.types import SamplingParams
+from kinetoscope.engine.protocols import StrategyState
+from kinetoscope.engine.strategies.standard import StandardStrategy
 from kinetoscope.pipelines.composed import ComposedPipeline
 from kinetoscope.pipelines.presets import PIPELINES
+from kinetoscope.pipelines.stages import DenoisingStage
+from models.tiny_skyreels import make_tiny_skyreels
 from runtime.families import FAMILIES, edit, open_family
 from tiny import make_tiny_wan
 
@@ -115,3 +120,66 @@ def test_shift_that_the_schedule_does_not_read_is_refused_before_anything_is_loa
         with pytest.raises(InputError, match=f"flow_shift={shift:g}: the noise levels"):
             generator.generate_video("a cat", height=32, width=32, num_frames=5, flow_shift=shift)
     assert set(generator.pipeline.loaded_modules()) == {"scheduler"}
+
+
+class OwnSteps(StandardStrategy):
+    """Euler steps that leave the solver of the run out."""
+
+    def scheduler_step(self, state: StrategyState, noise_pred: Tensor, t: float) -> Tensor:
+        assert state.scheduler is not None
+        now, after = state.scheduler.sigmas[state.active.index : state.active.index + 2]
+        return state.latents + (after - now) * noise_pred
+
+
+def test_solver_that_a_strategy_leaves_out_is_refused(tmp_path: Path) -> None:
+    request: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+    path = make_tiny_wan(tmp_path, scheduler="euler")
+    own = VideoGenerator.from_pretrained(path, device="cpu")
+    plain = own.generate_video("a cat", **request)
+    stage = own.pipeline.stages["denoising"]
+    assert isinstance(stage, DenoisingStage)
+    stage.strategy_cls = OwnSteps
+    assert torch.equal(own.generate_video("a cat", **request).latents, plain.latents)  # nobody chose a solver
+    with pytest.raises(CompositionError, match=r"scheduler='heun': OwnSteps\.scheduler_step"):
+        own.generate_video("a cat", scheduler="heun", **request)
+    stage.strategy_cls = type("Calls", (OwnSteps,), {"scheduler_step": StandardStrategy.scheduler_step})
+    own.generate_video("a cat", scheduler="heun", **request)
+
+
+def test_default_shift_that_the_schedule_does_not_read_is_left_out(tmp_path: Path) -> None:
+    path = make_tiny_skyreels(tmp_path, "SkyReelsV2Pipeline")
+    edit(path / "scheduler" / "scheduler_config.json", use_karras_sigmas=True)
+    generator = VideoGenerator.from_pretrained(path, device="cpu")
+    usual = generator.defaults().flow_shift
+    assert usual is not None
+    request: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+    result = generator.generate_video("a cat", **request)
+    assert result.params.flow_shift is None
+    again = generator.generate_video("a cat", flow_shift=usual, **request)  # as records of it say
+    assert torch.equal(again.latents, result.latents)
+    with pytest.raises(InputError, match="flow_shift=2: the noise levels"):
+        generator.generate_video("a cat", flow_shift=2.0, **request)
+    other = generator.generate_video("a cat", scheduler="euler", **request)
+    assert other.params.flow_shift == usual
+
+
+def test_solver_of_a_few_step_model_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="scheduler='euler': this model was distilled"):
+        VideoGenerator.from_pretrained("tiny-t2v-4step", device="cpu", scheduler="euler")
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "said"),
+    [
+        ("tiny-t2v-4step", {"cfg": "batched"}, "cfg='batched': tiny-t2v-4step has one branch a step"),
+        ("tiny-t2v", {"autocast": True}, "autocast=True: the weights and dtype are both float32"),
+        ("tiny-t2v-4step", {"cfg": "auto"}, ""),
+        ("tiny-t2v", {"cfg": "batched"}, ""),
+        ("tiny-t2v", {"autocast": True, "dtype": "bfloat16"}, ""),
+    ],
+)
+def test_option_without_effect_is_said(
+    model: str, option: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    VideoGenerator.from_pretrained(model, device="cpu", **option)
+    assert said in caplog.text and ("changes nothing" in caplog.text) == bool(said)

@@ -97,6 +97,7 @@ class ForwardBatch:
         family: the typed extension of a model family that needs more, else None.
         data: objects of stages that are no part of the package, one for each type.
         streaming: blocks are made until their caller has enough; `params.num_frames` says nothing then.
+        solver_chosen: the request chose another solver than the defaults; a strategy that steps without it is refused.
         videos: indices of the samples among the videos of the request; every event of the run carries them.
     """
 
@@ -123,6 +124,7 @@ class ForwardBatch:
     family: object | None = None
     data: StageData = field(default_factory=StageData)
     streaming: bool = False
+    solver_chosen: bool = False
     videos: tuple[int, ...] = ()
 
     @property

@@ -186,7 +186,10 @@ class ScheduleRun:
         times: the same as Python numbers; decisions are made on these, so that no step waits for the device.
         evaluations: the solver's step and the noise level of each evaluation.
         sigmas: E + 1 Python floats, the level of each evaluation and the final one.
+        stepped: whether `step` was called.
     """
+
+    stepped: bool = False
 
     def __init__(
         self, solver: Solver, timesteps: Tensor, final: float, name: str = "", device: torch.device | str = "cpu"
@@ -208,6 +211,7 @@ class ScheduleRun:
 
     def step(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:
         """The sample after evaluation `index`, float32: [B, ...] prediction and sample in float32."""
+        self.stepped = True
         return self.solver.step(prediction, index, sample)
 
     def clean(self, prediction: Tensor, index: int, sample: Tensor) -> Tensor:

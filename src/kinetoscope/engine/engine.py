@@ -183,6 +183,8 @@ class DenoisingEngine:
         step.rows, step.why = pending.rows, pending.why
         step.guided = self.strategy.cfg_combine(state, step.prediction)
         state.latents = self.strategy.scheduler_step(state, step.guided, step.timestep)
+        if state.batch.solver_chosen and step.index == 0:
+            check_stepped(self.strategy, state)
         for hook in reversed(self.hooks):
             hook.on_step_end(state, step)
 
@@ -213,6 +215,19 @@ class DenoisingEngine:
             parts = getattr(self.strategy, "parts", None)
             check_stack(context, option, getattr(parts, "transformer", self.strategy))
         return output
+
+
+def check_stepped(strategy: DenoisingStrategy, state: StrategyState) -> None:
+    """Refuse a chosen solver that the strategy's step leaves out, after the first step of a run.
+
+    Raises:
+        CompositionError: names the solver and the strategy.
+    """
+    if state.scheduler is not None and not state.scheduler.stepped:
+        raise CompositionError(
+            f"scheduler={state.batch.params.scheduler!r}: {type(strategy).__name__}.scheduler_step moves the sample "
+            "without the solver of the run; leave scheduler out, or step with state.scheduler.step(...)"
+        )
 
 
 class PendingForward:

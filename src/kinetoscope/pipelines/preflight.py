@@ -8,9 +8,12 @@ from dataclasses import asdict, replace
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
+import torch
+
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.loading.components import check_files
 from kinetoscope.pipelines.composed import ComposedPipeline
+from kinetoscope.pipelines.stages.latents import TimestepPreparationStage
 from kinetoscope.pipelines.unread import PlannedRun, check_read
 
 logger = logging.getLogger("kinetoscope")
@@ -47,6 +50,48 @@ def log_lowered_defaults(pipeline: ComposedPipeline) -> None:
         )  # fmt: skip
 
 
+def without_unread_shift(
+    pipeline: ComposedPipeline, params: SamplingParams, defaults: SamplingParams, given: Mapping[str, Any]
+) -> SamplingParams:
+    """Return the parameters of a request without a default `flow_shift` that the directory's schedule does not read.
+
+    Nobody asked for it: the defaults of a published model are those of its published schedule.
+
+    Args:
+        pipeline, params, defaults, given: as for `check_settings`.
+    """
+    if params.flow_shift is None or given.get("flow_shift") not in (None, defaults.flow_shift):
+        return params
+    stages = [stage for stage in pipeline.stages.values() if isinstance(stage, TimestepPreparationStage)]
+    if all(stage.reads_shift(params.scheduler) for stage in stages):
+        return params
+    return replace(params, flow_shift=None)
+
+
+def chooses_solver(pipeline: ComposedPipeline, params: SamplingParams) -> bool:
+    """Return whether the solver of `params` is another one than the model's defaults name."""
+    return params.scheduler not in (None, pipeline.defaults().scheduler)
+
+
+def check_opened(pipeline: ComposedPipeline, defaults: SamplingParams) -> None:
+    """Refuse a solver that no run of an opened pipeline could take, and log settings of it that change nothing.
+
+    Args:
+        pipeline: opened.
+        defaults: what requests get for the fields that they leave out.
+
+    Raises:
+        InputError: the model has no solver to choose.
+    """
+    if chooses_solver(pipeline, defaults):
+        _check_stages(pipeline, without_unread_shift(pipeline, defaults, defaults, {}))
+    args = pipeline.args
+    if args.cfg in ("sequential", "batched") and not pipeline.guided:
+        logger.warning("cfg=%r: %s has one branch a step; it changes nothing", args.cfg, pipeline.model.name)
+    if args.autocast and args.dtype == torch.float32:
+        logger.warning("autocast=True: the weights and dtype are both float32; it changes nothing (give dtype=)")
+
+
 def check_settings(
     pipeline: ComposedPipeline,
     params: SamplingParams,
@@ -68,6 +113,10 @@ def check_settings(
     """
     usual = {**pipeline.extra_defaults, **asdict(defaults), **(defaults.extra or {})}
     check_read(pipeline.unread, PlannedRun(pipeline, params, frozenset(inputs)), given, usual)
+    _check_stages(pipeline, params)
+
+
+def _check_stages(pipeline: ComposedPipeline, params: SamplingParams) -> None:
     for stage in pipeline.stages.values():
         if isinstance(stage, ChecksParams):
             stage.check_params(params)

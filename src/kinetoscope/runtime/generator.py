@@ -22,7 +22,7 @@ from kinetoscope.parallel import Groups
 from kinetoscope.pipelines.catalogue import find_model
 from kinetoscope.pipelines.changes import PipelineSnapshot
 from kinetoscope.pipelines.composed import ComposedPipeline
-from kinetoscope.pipelines.preflight import fitting_defaults, log_lowered_defaults
+from kinetoscope.pipelines.preflight import check_opened, fitting_defaults, log_lowered_defaults
 from kinetoscope.pipelines.stages.validation import check_params
 from kinetoscope.runtime.device import resolve_device
 from kinetoscope.runtime.executors.base import POOLS, Executor, HasExecutor, Job
@@ -159,7 +159,7 @@ class VideoGenerator(HasExecutor, HasLoras):
             groups = join_launch(layout, resolve_device(device), spec.timeout)
         pipeline, options = open_pipeline(model, device, dtype, **given, **here, groups=groups)
         generator = cls(pipeline, {"scheduler": scheduler, **options, "parallel": of_one(layout)}, groups)
-        generator.defaults()  # refuses an unknown scheduler, or bad defaults of the directory, now
+        check_opened(pipeline, generator.defaults())  # refuses an unknown scheduler, or bad defaults of the directory
         log_lowered_defaults(pipeline)
         for one in loras:
             generator.load_lora(**one)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,12 @@ from kinetoscope.engine.hooks.base import arrange
 from kinetoscope.engine.protocols import Event
 from kinetoscope.media import write_video
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
-from kinetoscope.pipelines.preflight import check_component_files, check_settings
+from kinetoscope.pipelines.preflight import (
+    check_component_files,
+    check_settings,
+    chooses_solver,
+    without_unread_shift,
+)
 from kinetoscope.runtime.model_hash import ModelHash
 from kinetoscope.runtime.notices import NoticeEvent
 from kinetoscope.runtime.preview import PreviewEvent, Previews, load_preview_map
@@ -43,6 +48,7 @@ def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: 
     follows = "control" in pipeline.tasks
     plan = request.plan(defaults, pipeline.geometry, pipeline.inputs, pipeline.extra_defaults,
                         continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
+    plan = replace(plan, params=without_unread_shift(pipeline, plan.params, defaults, request.given()))
     check_settings(pipeline, plan.params, defaults, request.given(), plan.given())
     pipeline.check(plan.params)
     arrange([*pipeline.hooks, *plan.hooks])
@@ -93,6 +99,7 @@ def run_plan(
             plan.seeds[part],
             hooks=list(plan.hooks),
             videos=tuple(videos),
+            solver_chosen=chooses_solver(pipeline, plan.params),
             **given,
         )
         events = _run_batch(pipeline, batch)

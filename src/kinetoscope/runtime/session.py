@@ -16,7 +16,12 @@ from kinetoscope.core.events import drive
 from kinetoscope.core.types import ForwardBatch, SamplingParams
 from kinetoscope.engine.protocols import Event, PromptedStrategy
 from kinetoscope.pipelines.composed import ComposedPipeline, StageEvent
-from kinetoscope.pipelines.preflight import check_component_files, check_settings
+from kinetoscope.pipelines.preflight import (
+    check_component_files,
+    check_settings,
+    chooses_solver,
+    without_unread_shift,
+)
 from kinetoscope.pipelines.stages.decoding import DecodingStage, FrameStream
 from kinetoscope.pipelines.stages.denoising import DenoisingStage
 from kinetoscope.pipelines.stages.validation import check_text
@@ -62,6 +67,7 @@ def session_batch(
     common = {k: v for k, v in fields.items() if k not in own}
     request = VideoRequest(UNREAD if prompt is None else prompt, **common, extra=own)
     plan = request.plan(defaults, pipeline.geometry, pipeline.inputs, pipeline.extra_defaults)
+    plan = replace(plan, params=without_unread_shift(pipeline, plan.params, defaults, request.given()))
     check_settings(pipeline, plan.params, defaults, request.given(), plan.given())
     check_component_files(pipeline)
     given: dict[str, Any] = dict(plan.given())
@@ -72,6 +78,7 @@ def session_batch(
         plan.seeds,
         hooks=list(plan.hooks),
         streaming=True,
+        solver_chosen=chooses_solver(pipeline, plan.params),
         videos=(0,),
         **given,
     )

@@ -24,6 +24,10 @@ class TimestepPreparationStage(Stage):
     def __init__(self, scheduler: SchedulerAdapter | Lazy[SchedulerAdapter]) -> None:
         self._scheduler = scheduler
 
+    def reads_shift(self, scheduler: str | None) -> bool:
+        """Return whether the noise levels depend on the shift, with that solver or (None) the model's own."""
+        return resolve(self._scheduler).override(scheduler).reads_shift
+
     def check_params(self, params: SamplingParams) -> None:
         """Refuse a solver or a shift that the schedule cannot have.
 
