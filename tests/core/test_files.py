@@ -7,9 +7,20 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from full_disk import disk_of
 from kinetoscope.core.errors import OutputError
-from kinetoscope.core.files import check_output_path, replacing, write_bytes, write_text
+from kinetoscope.core.files import (
+    append_line,
+    check_output_path,
+    replacing,
+    replacing_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -87,3 +98,41 @@ def test_text_keeps_the_bytes_of_names_that_are_not_unicode(tmp_path: Path) -> N
     assert write_text(tmp_path / "a", name).read_bytes() == b"\xff.mp4"
     with pytest.raises(OutputError, match="not valid Unicode"):
         write_text(tmp_path / "a", "\ud800")
+
+
+def test_replacing_folder_leaves_what_was_there_after_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with replacing_folder(folder) as temporary:
+        write_json(temporary / "config.json", {"a": 1})
+    with pytest.raises(RuntimeError), replacing_folder(folder) as temporary:
+        (temporary / "half").touch()
+        raise RuntimeError
+    full = pytest.raises(OutputError, match=rf"^{folder}/part/a\.json cannot be written: File too large$")
+    with disk_of(100), full, replacing_folder(folder) as temporary:
+        write_json(temporary / "part" / "a.json", "a" * 200)
+    full = pytest.raises(OutputError, match=rf"^{folder} cannot be written: .*File too large")
+    with disk_of(100), full, replacing_folder(folder) as temporary:
+        save_file({"x": torch.zeros(900)}, temporary / "x.safetensors")
+    assert names(tmp_path) == ["model"] and names(folder) == ["config.json"]
+    with replacing_folder(folder) as temporary, replacing_folder(folder) as other:
+        (temporary / "first").touch()
+        (other / "second").touch()
+    assert names(tmp_path) == ["model"] and names(folder) == ["first"], "the last to end stays"
+
+
+def test_append_line_takes_back_a_line_that_does_not_fit(tmp_path: Path) -> None:
+    log = tmp_path / "folder" / "log.jsonl"
+    append_line(log, "one")
+    with disk_of(10), pytest.raises(OutputError, match=r"log\.jsonl cannot be written: File too large"):
+        append_line(log, "a longer line")
+    append_line(log, "two")
+    assert log.read_text() == "one\ntwo\n"
+
+
+def test_replacing_makes_no_folder_when_it_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="No such file"),
+        replacing(tmp_path / "gone" / "a", make_folder=False) as temporary,
+    ):
+        temporary.write_text("text")
+    assert names(tmp_path) == []

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -178,6 +182,49 @@ def test_replay_keeps_the_option(path: Path, tmp_path: Path) -> None:
 def test_refused_at_start(path: Path, options: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         VideoGenerator.from_pretrained(path, device="cpu", **options)
+
+
+PRODUCTS = """
+import json, os, sys
+import torch
+for limit in sys.argv[1:]:
+    if os.fork():
+        os.wait()
+        continue
+    os.environ["ONEDNN_MAX_CPU_ISA"] = limit  # read by oneDNN when it is first used, in this process
+    from kinetoscope.core.errors import CompositionError
+    from kinetoscope.loading.quantize import check_quantization
+    generator, wrong, refused = torch.Generator().manual_seed(0), False, ""
+    for rows, inner, columns in ((8, 16, 8), (1, 64, 64), (33, 48, 32), (17, 1024, 24)):
+        a = torch.randint(-128, 128, (rows, inner), dtype=torch.int8, generator=generator)
+        b = torch.randint(-128, 128, (columns, inner), dtype=torch.int8, generator=generator).t()
+        wrong = wrong or not torch.equal(torch._int_mm(a, b).long(), a.long() @ b.long())
+    try:
+        check_quantization("int8-dynamic", torch.device("cpu"), torch.float32)
+        check_quantization("int8", torch.device("cpu"), torch.float32)
+    except CompositionError as error:
+        refused = str(error)
+    print(json.dumps([limit, wrong, refused, torch.cpu._is_vnni_supported()]), flush=True)
+    os._exit(0)
+"""
+"""Compares `torch._int_mm` to products of integers with oneDNN limited to each instruction set, one process each."""
+
+
+def test_dynamic_int8_is_refused_exactly_where_its_products_are_wrong() -> None:
+    limits = ("", "AVX2", "AVX512_CORE", "AVX512_CORE_VNNI")
+    command = [sys.executable, "-c", PRODUCTS, *limits]
+    environment = {k: v for k, v in os.environ.items() if k != "DNNL_MAX_CPU_ISA"}  # noqa: TID251 - of the child
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [limit for limit, *_ in told] == list(limits), done.stderr
+    for limit, wrong, refused, vnni in told:
+        assert bool(refused) == wrong, (limit, refused)
+        assert not refused or refused == (
+            f"quantize='int8-dynamic': torch adds 8-bit products wrongly here, since ONEDNN_MAX_CPU_ISA={limit} holds "
+            "oneDNN below the 8-bit instructions (VNNI) of this processor; unset ONEDNN_MAX_CPU_ISA, set it to "
+            "AVX512_CORE_VNNI or higher, or use int8"
+        )
+        assert wrong == (vnni and limit in ("AVX2", "AVX512_CORE")), limit
 
 
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

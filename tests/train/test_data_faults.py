@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from full_disk import disk_of
 from kinetoscope.cli import main
 from kinetoscope.core.errors import ConfigError, InputError, OutputError
 from kinetoscope.train.data import preprocess as job
@@ -68,17 +67,6 @@ REASONS = {
 
 
 CLIPS = 4 + len(REASONS)
-
-
-@contextmanager
-def disk_of(size: int) -> Generator[None]:
-    """No file can have more bytes, as on a disk that is full then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def die(*_: Any) -> None:
@@ -175,6 +163,14 @@ def test_bad_clips_and_a_full_disk(model: Path, bad_clips: Path, clips: Path, tm
     more = preprocess(model, bad_clips, tmp_path / "more", **SETTINGS, upscale=True, uncaptioned=True)
     taken = {"tiny.mp4", "silent.mp4", "untold.mp4", "of the same name/a.mp4"}
     assert {r["key"] for r in more.rejected} == REASONS.keys() - taken
+
+
+def test_a_folder_that_is_removed_meanwhile_ends_the_job(model: Path, clips: Path, tmp_path: Path) -> None:
+    """A shard in a folder that was made anew would have no manifest."""
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=r"part-00000.parquet cannot be written: No such file.*; 0 of 4 clips"):
+        preprocess(model, clips, out, **SETTINGS, on_count=lambda *_: shutil.rmtree(out, ignore_errors=True))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("source", ["jsonl", "csv", "tars", "world"])

@@ -103,4 +103,12 @@ def launch() -> Launch | None:
 
 def onednn_limit() -> str:
     """Return the highest instruction set that oneDNN may use here, such as "AVX2"; "" where it may use all."""
-    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+    return onednn_limit_setting().partition("=")[2].upper()
+
+
+def onednn_limit_setting() -> str:
+    """Return the environment variable that limits oneDNN, as "ONEDNN_MAX_CPU_ISA=AVX2"; "" where none is set."""
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        if value := os.environ.get(name):
+            return f"{name}={value}"
+    return ""

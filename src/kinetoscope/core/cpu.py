@@ -87,6 +87,18 @@ def has_bfloat16_kernels() -> bool:
     return level >= CpuLevel.AVX512 or (level == CpuLevel.BASE and ONEDNN_BFLOAT16)
 
 
+def has_exact_int8_products() -> bool:
+    """Return whether `torch._int_mm`, which multiplies matrices of int8, gives the right sums on the CPU.
+
+    torch chooses oneDNN's product where the processor has VNNI instructions. oneDNN that an environment variable holds
+    below them adds pairs of products in 16 bits, where large ones saturate. The products that saturate most are
+    computed here, since torch tells neither its choice nor oneDNN's.
+    """
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    found = torch._int_mm(largest, largest.t())  # pyright: ignore[reportPrivateUsage]
+    return bool((found == 64 * 127**2).all())
+
+
 @contextmanager
 def override_cpu_level(level: CpuLevel) -> Generator[None, None, None]:
     """Choose kernels in this process as a CPU of another level does, for tests.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from kinetoscope.core.errors import InputError, KinetoscopeError, OutputError, shown
 
@@ -15,6 +20,8 @@ PART = ".part"
 """End of a temporary name; a file under it that no process writes any more may be deleted."""
 NAME_BYTES, PATH_BYTES = 255, 4096
 """Limits where the file system does not tell its own."""
+_WRITE_ERRORS = (OSError, SafetensorError)
+"""Errors of writing a file; safetensors reports a full disk by its own class."""
 
 
 def check_output_path(path: str | Path) -> Path:
@@ -49,15 +56,16 @@ def temporary_beside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, *, sync: bool = True) -> Generator[Path, None, None]:
+def replacing(path: str | Path, *, sync: bool = True, make_folder: bool = True) -> Generator[Path, None, None]:
     """Yield a temporary path in the folder of `path`; the file that is written there becomes `path` at the end.
 
-    The temporary name is short and no other process or thread has it. Missing folders are made. After any error the
-    temporary file is removed and what was at `path` before stays.
+    The temporary name is short and no other process or thread has it. After any error the temporary file is removed and
+    what was at `path` before stays.
 
     Args:
         path: the file to write.
         sync: wait until the data are on the disk before the file gets its name.
+        make_folder: make the folder of `path` if it is missing; False: a missing folder is an error.
 
     Raises:
         OutputError: the file cannot be written.
@@ -65,18 +73,96 @@ def replacing(path: str | Path, *, sync: bool = True) -> Generator[Path, None, N
     path = Path(path)
     temporary = temporary_beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if sync:
-            _sync(temporary)
-        temporary.replace(path)
-        if sync:
-            _sync(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        publish(temporary, path, sync=sync)
+    except _WRITE_ERRORS as error:
+        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
+    """Give a whole file its name; a file that has the name already is replaced.
+
+    Args:
+        temporary: the file, in the same file system as `path`.
+        path: its name.
+        sync: wait until the data are on the disk before the file gets its name.
+
+    Raises:
+        OSError: the file cannot get the name.
+    """
+    if sync:
+        _sync(temporary)
+    temporary.replace(path)
+    if sync:
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str | Path) -> Generator[Path, None, None]:
+    """Yield a new folder beside `folder`; with all that is written in it, it becomes `folder` at the end.
+
+    The temporary name is as in `replacing`. After any error the new folder is removed and what was at `folder` before
+    stays. A process that is killed leaves the folder of the temporary name.
+
+    Args:
+        folder: the folder to write.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    temporary = temporary_beside(folder)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish_folder(temporary, folder)
+    except OutputError as error:  # of a file in the folder
+        raise OutputError(str(error).replace(str(temporary), str(folder))) from error
+    except _WRITE_ERRORS as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Give a whole folder its name, when its data are on the disk; a folder that has the name already is replaced.
+
+    A file system cannot exchange two folders in one step. The old folder gets a temporary name first, so a process that
+    is killed at that moment leaves both folders under temporary names.
+
+    Args:
+        temporary: the folder, in the same file system as `folder`.
+        folder: its name.
+
+    Raises:
+        OSError: the folder cannot get the name; the old folder stays.
+    """
+    for path in (*temporary.rglob("*"), temporary):
+        _sync(path)
+    old = temporary_beside(folder)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            old.rename(folder)
+        raise
+    _sync(folder.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
@@ -101,6 +187,40 @@ def write_text(path: str | Path, text: str) -> Path:
     except UnicodeEncodeError as error:
         raise OutputError(f"{path} cannot be written: its text is not valid Unicode ({error.reason})") from error
     return write_bytes(path, data)
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a whole file of JSON, indented by two spaces, or nothing.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    return write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to the end of a log in UTF-8, whole or not at all; a missing folder is made.
+
+    Args:
+        path: the log; one process writes it.
+        line: the text without the line break.
+
+    Raises:
+        OutputError: the line cannot be written.
+    """
+    path, data = Path(path), f"{line}\n".encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def name_problem(path: str | Path) -> str:
@@ -148,6 +268,11 @@ def read_text(path: str | Path, error: type[KinetoscopeError] = InputError, what
         raise error(f"{what} {path} cannot be read: it is not text in UTF-8 (byte {cause.start})") from cause
     except OSError as cause:
         raise error(f"{what} {path} cannot be read: {cause.strerror or cause}") from cause
+
+
+def _unwritable(path: Path, error: Exception) -> OutputError:
+    """Return the error that a file or folder cannot be written."""
+    return OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def _check_name(path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kinetoscope.core.errors import ModelLoadError
+from kinetoscope.core.files import write_json
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.loading.weight_formats import UNQUANTIZED
 from kinetoscope.reference import embedded_models
@@ -153,22 +154,23 @@ class ModelDir:
         """The directory copied to `target`, which is whole: what was shared is copied too.
 
         Args:
+            target: a folder that `core.files.replacing_folder` makes.
             leave_out: files and folders that are not copied.
 
         Raises:
-            OSError: it cannot be written.
+            OSError, OutputError: it cannot be written.
         """
         skipped = set(leave_out)
 
         def ignored(at: str, names: list[str]) -> list[str]:
             return [name for name in names if Path(at, name) in skipped]
 
-        shutil.copytree(self.path, target, ignore=ignored)
+        shutil.copytree(self.path, target, ignore=ignored, dirs_exist_ok=True)
         if shared := self.sidecar.get("shared"):
             for component in shared:
                 shutil.copytree(self.folder(component), target / component, ignore=ignored)
             own = {k: v for k, v in self.sidecar.items() if k != "shared"}
-            (target / SIDECAR).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+            write_json(target / SIDECAR, own)
         return ModelDir(target, str(target))
 
     def config_file(self, component: str) -> Path:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kinetoscope.core.config import onednn_limit_setting
+from kinetoscope.core.cpu import has_exact_int8_products
 from kinetoscope.core.errors import CompositionError, ConfigError
 from kinetoscope.core.spec import unknown
 
@@ -54,12 +56,18 @@ def check_quantization(kind: str, device: torch.device, dtype: torch.dtype) -> N
 
     Raises:
         ConfigError: an unknown kind, or torchao is not installed.
-        CompositionError: the kind does not work on the device or in the dtype.
+        CompositionError: the kind does not work on the device or in the dtype, or gives wrong sums on this CPU.
     """
     if kind not in QUANTIZATIONS:
         raise ConfigError(unknown("quantization", kind, QUANTIZATIONS))
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(f"quantize={kind!r} needs torchao; install it with: pip install 'kinetoscope[quant]'")
+    if kind == "int8-dynamic" and device.type == "cpu" and not has_exact_int8_products():
+        why, action = "", "use int8"
+        if setting := onednn_limit_setting():
+            why = f", since {setting} holds oneDNN below the 8-bit instructions (VNNI) of this processor"
+            action = f"unset {setting.partition('=')[0]}, set it to AVX512_CORE_VNNI or higher, or use int8"
+        raise CompositionError(f"quantize='int8-dynamic': torch adds 8-bit products wrongly here{why}; {action}")
     if kind == "fp8-dynamic":
         if device.type != "cuda":
             raise CompositionError(

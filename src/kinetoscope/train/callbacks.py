@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import TracebackType
 
+from kinetoscope.core.files import append_line
 from kinetoscope.media import contact_sheet
 from kinetoscope.train.post import STUDENT
 from kinetoscope.train.post_export import export_sampling
@@ -76,6 +77,5 @@ class Callbacks:
         scores = videos.scores(frames)
         labels = [shot.label for shot in videos.shots]
         contact_sheet(frames, self._folder / "validation" / f"step-{step:08d}.png", labels=labels, columns=9)
-        with (self._folder / "validation.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "videos": len(frames), **scores}) + "\n")
+        append_line(self._folder / "validation.jsonl", json.dumps({"step": step, "videos": len(frames), **scores}))
         return scores

@@ -6,14 +6,13 @@ the few steps that it will be sampled with. What it makes before it is trained i
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from kinetoscope.core.errors import ConfigError, OutputError
+from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.files import replacing_folder, write_json
 from kinetoscope.engine.strategies.causal import CONTEXT_NOISE
 from kinetoscope.engine.strategies.dmd import STEPS, WARP
 from kinetoscope.loading import ModelDir
@@ -75,25 +74,16 @@ def make_causal(name: str, section: CausalSection, folder: Path) -> Path:
     CausalWanConfig.from_dict({**model.config("transformer"), **sizes}).check()
     if folder.exists():
         return folder
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing_folder(folder) as temporary:
         copied = model.copy(temporary, [model.path / name for name in LEFT_OUT])
         _rewrite(copied, section.defaults(), sizes)
-        temporary.replace(folder)
-    except OSError as error:
-        raise OutputError(f"the causal model cannot be written to {folder}: {error}") from error
     return folder
 
 
 def _rewrite(model: ModelDir, defaults: dict[str, Any], sizes: dict[str, Any]) -> None:
     library, config = model.model_index["transformer"][0], model.config("transformer")
     index = {**model.model_index, "_class_name": PIPELINE, "transformer": [library, TO]}
-    _json(model.path / "model_index.json", index)
+    write_json(model.path / "model_index.json", index)
     old = {k: v for k, v in model.sidecar.get("defaults", {}).items() if k not in ("guidance", "scheduler")}
-    _json(model.path / "kinetoscope.json", {**model.sidecar, "defaults": {**old, **defaults}})
-    _json(model.config_file("transformer"), {**config, "_class_name": TO, **sizes})
-
-
-def _json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(model.path / "kinetoscope.json", {**model.sidecar, "defaults": {**old, **defaults}})
+    write_json(model.config_file("transformer"), {**config, "_class_name": TO, **sizes})

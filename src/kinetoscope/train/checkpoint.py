@@ -8,21 +8,19 @@ from typing import Any
 import torch
 
 from kinetoscope.core.errors import ConfigError, OutputError
+from kinetoscope.core.files import replacing
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` through a temporary name.
+    """Write `state` to `path`, whole or not at all. The same state gives the same bytes.
 
     Raises:
         OutputError: the file cannot be written; an older checkpoint is left as it was.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)  # given a path, torch writes its name into the file
+    except RuntimeError as error:  # torch's, where the disk is full
         raise OutputError(f"checkpoint {path} cannot be written: {error}") from error
 
 

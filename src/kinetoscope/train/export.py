@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from kinetoscope.core.files import replacing_folder, write_json, write_text
 from kinetoscope.core.version import __version__
 from kinetoscope.diffusion.scheduler import SCHEDULERS
 from kinetoscope.train.recipe import PlayedRecipe, VideoRecipe
@@ -61,22 +60,17 @@ def export_played(folder: Path, recipe: PlayedRecipe, image_encoder: Any, vae: A
 def _directory(
     folder: Path, recipe: VideoRecipe | PlayedRecipe, index: dict[str, Any], vae: Any, transformer: nn.Module
 ) -> Iterator[Path]:
-    """A directory in diffusers layout under a temporary name, that of `folder` once all is there. Weights are stored in
-    bfloat16."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _json(temporary / "model_index.json", index)
-    _json(temporary / "kinetoscope.json", {"world": recipe.world.name, "defaults": recipe.defaults})
-    _half(vae).save_pretrained(temporary / "vae")
-    (temporary / "transformer").mkdir()
-    config = {"_class_name": index["transformer"][1], "_diffusers_version": diffusers.__version__}
-    _json(temporary / "transformer" / "config.json", config | recipe.transformer.config)
-    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in transformer.state_dict().items()}
-    save_file(weights, temporary / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    """Yield a directory in diffusers layout, which becomes `folder` at the end. Weights are stored in bfloat16."""
+    with replacing_folder(folder) as temporary:
+        write_json(temporary / "model_index.json", index)
+        write_json(temporary / "kinetoscope.json", {"world": recipe.world.name, "defaults": recipe.defaults})
+        _half(vae).save_pretrained(temporary / "vae")
+        (temporary / "transformer").mkdir()
+        config = {"_class_name": index["transformer"][1], "_diffusers_version": diffusers.__version__}
+        write_json(temporary / "transformer" / "config.json", config | recipe.transformer.config)
+        weights = {k: v.to(torch.bfloat16).contiguous() for k, v in transformer.state_dict().items()}
+        save_file(weights, temporary / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        yield temporary
 
 
 def write_card(
@@ -117,13 +111,9 @@ def write_card(
         "![loss curves](loss.png)",
         "",
     ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "README.md", "\n".join(lines))
 
 
 def _half(module: nn.Module) -> Any:
     """The module with its weights rounded to bfloat16, in place: what is measured afterwards is what was shipped."""
     return module.to(torch.bfloat16)
-
-
-def _json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

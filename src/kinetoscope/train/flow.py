@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import UMT5Config
 
-from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.errors import ConfigError, OutputError
 from kinetoscope.core.file_lock import file_lock
-from kinetoscope.core.files import write_text
+from kinetoscope.core.files import publish, write_text
 from kinetoscope.core.types import SamplingParams
 from kinetoscope.diffusion.convention import shift_sigma
 from kinetoscope.diffusion.denoiser import Denoiser
@@ -61,7 +62,11 @@ def prepare_latents(
     if not path.exists():
         with file_lock(path):
             if not path.exists():
-                _encode_clips(make_encoder(), clips, count, path, on_clip)
+                encoder = make_encoder()
+                try:
+                    _encode_clips(encoder, clips, count, path, on_clip)
+                except OSError as error:
+                    raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
@@ -71,7 +76,10 @@ def prepare_latents(
 def _encode_clips(
     encoder: LatentEncoder, clips: Clips, count: int, path: Path, on_clip: Callable[[int, int], None] | None
 ) -> None:
-    """Write the latents of `prepare_latents`; the file gets its name when all of them are there."""
+    """Write the latents of `prepare_latents`; the file gets its name when all of them are there.
+
+    The unfinished file has a fixed name, under which the next start continues it; `prepare_latents` holds its lock.
+    """
     part, progress = path.with_suffix(".part.npy"), path.with_suffix(".count")
     done = _clips_done(part, progress, count)
     latents: Any = np.load(part, mmap_mode="r+") if done else None
@@ -79,14 +87,27 @@ def _encode_clips(
         seeds = range(start, min(start + BATCH, count))
         z = encoder.latents(torch.cat([clips.whole(s) for s in seeds]))
         if latents is None:
-            latents = np.lib.format.open_memmap(part, "w+", np.float16, (count, *z.shape[1:]))
+            latents = _new_array(part, (count, *z.shape[1:]))
         latents[seeds.start : seeds.stop] = z.to(torch.float16).numpy()
         latents.flush()
         write_text(progress, str(seeds.stop))
         if on_clip:
             on_clip(seeds.stop, count)
-    part.replace(path)
+    publish(part, path)
     progress.unlink()
+
+
+def _new_array(path: Path, shape: tuple[int, ...]) -> Any:
+    """Return a new float16 array of this shape in a file whose blocks are reserved on the disk.
+
+    Where the disk is full when a mapped page is written, a signal ends the process.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _clips_done(part: Path, progress: Path, count: int) -> int:

@@ -6,7 +6,6 @@ is read by any number of processes, as a file is, and each takes its part.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kinetoscope.core.errors import ConfigError, OutputError
+from kinetoscope.core.files import PART, publish_folder, remove, temporary_beside
 from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
 from kinetoscope.train.team import Team, is_of_others
+
+HALF_WRITTEN = (f".*{PART}", "step-*.tmp")
+"""Names of checkpoints that a kill left half written; the second is of earlier versions."""
 
 
 def save_shared(path: Path, state: dict[str, Any], team: Team) -> None:
@@ -30,13 +33,15 @@ def save_shared(path: Path, state: dict[str, Any], team: Team) -> None:
     Raises:
         OutputError: one of them cannot write.
     """
-    temporary = path.with_suffix(".tmp")
-    team.alone(lambda: _remove(temporary))
+    temporary = team.alone(lambda: temporary_beside(path))
     try:
         state_dict_saver.save(state, checkpoint_id=temporary)
+        team.alone(lambda: _publish(temporary, path))
     except (CheckpointException, OSError) as error:
         raise _unwritable(path, error) from error
-    team.alone(lambda: _rename(temporary, path))
+    finally:
+        if team.leads:
+            remove(temporary)
 
 
 def load_shared(path: Path, like: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +83,9 @@ class KeptCheckpoints:
         else:
             save_checkpoint(path, state)
         if self.team.leads:
-            for old in (*self._found()[: -self.keep], *self.folder.glob("step-*.tmp")):
-                _remove(old)
+            left = (name for pattern in HALF_WRITTEN for name in self.folder.glob(pattern))
+            for old in (*self._found()[: -self.keep], *left):
+                remove(old)
 
     def holds_any(self) -> bool:
         """Return whether there is a checkpoint."""
@@ -108,17 +114,9 @@ def _taken(found: Any, like: Any) -> Any:
     return found
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _rename(temporary: Path, path: Path) -> None:
+def _publish(temporary: Path, path: Path) -> None:
     try:
-        _remove(path)
-        temporary.replace(path)
+        publish_folder(temporary, path)
     except OSError as error:
         raise _unwritable(path, error) from error
 

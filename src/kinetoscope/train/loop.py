@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kinetoscope.core.errors import KinetoscopeError, RunCancelled
+from kinetoscope.core.files import append_line, write_text
 from kinetoscope.diffusion.noise import NoiseSource, generator_for
 from kinetoscope.train.checkpoint import load_checkpoint, save_checkpoint
 from kinetoscope.train.recipe import OptimizerSection
@@ -354,23 +355,14 @@ def _lines(log: Path | None, steps: int) -> Iterator[Callable[[dict[str, Any]], 
         yield lambda values: None
         return
     _keep_log(log, steps)
-    with log.open("a", encoding="utf-8") as lines:
-
-        def write(values: dict[str, Any]) -> None:
-            lines.write(json.dumps(values) + "\n")
-            lines.flush()
-
-        yield write
+    yield lambda values: append_line(log, json.dumps(values))
 
 
 def _keep_log(log: Path, steps: int) -> None:
     """Drop the lines of steps that the checkpoint does not hold; they will be written again."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
         kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _logged_step(line) <= steps]
-        temporary = log.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(log)
+        write_text(log, "".join(line + "\n" for line in kept))
 
 
 def _logged_step(line: str) -> float:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kinetoscope.core.errors import ConfigError
+from kinetoscope.core.files import replacing
 from kinetoscope.loading.lora_sampling import LoraSampling
 from kinetoscope.nn.original_names import VIDEO_TRANSFORMER, renamer
 from kinetoscope.train.post import LoraSection
@@ -89,8 +90,10 @@ def save_lora(layers: LoraLayers, folder: Path, sampling: LoraSampling | None = 
 
     Returns:
         the files.
+
+    Raises:
+        OutputError: a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     section = layers.section
     alpha = float(section.rank if section.alpha is None else section.alpha)
     pairs = {n: (down.cpu().contiguous(), up.cpu().contiguous()) for n, (down, up) in layers.pairs().items()}
@@ -124,6 +127,6 @@ def authors_name(name: str) -> str | None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> Path:
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, header)
-    return temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, header)
+    return path

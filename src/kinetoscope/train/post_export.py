@@ -13,8 +13,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from kinetoscope.core.errors import ConfigError, OutputError
+from kinetoscope.core.errors import ConfigError
 from kinetoscope.core.file_lock import file_lock
+from kinetoscope.core.files import replacing_folder, write_json, write_text
 from kinetoscope.core.version import __version__
 from kinetoscope.loading import ModelDir, resolve_model
 from kinetoscope.loading.directory import file_digest
@@ -52,20 +53,14 @@ def export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: 
 
 def _export(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path, logs: Path, made: Made) -> Path:
     student = trainer.roles[STUDENT]
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing_folder(folder) as temporary:
         if student.lora is not None:
             save_lora(student.lora, temporary, export_sampling(trainer))
         else:
             _directory(trainer, weights, temporary)
         draw_curves(logs, temporary / "loss.png")
         card = _card(trainer.recipe, made, student.lora is not None)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    except OSError as error:
-        raise OutputError(f"the model cannot be written to {folder}: {error}") from error
+        write_text(temporary / "README.md", card)
     return folder
 
 
@@ -101,14 +96,14 @@ def _directory(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) ->
     transformer = model.folder("transformer")
     old = [f for pattern in ("*.safetensors*", "*.bin*") for f in transformer.glob(pattern)]
     copied = model.copy(folder, [*old, *(model.path / name for name in STALE)])
-    _json(folder / "model_index.json", {**model.model_index, **section.index})
+    write_json(folder / "model_index.json", {**model.model_index, **section.index})
     sidecar = {**copied.sidecar, "defaults": {**model.sidecar.get("defaults", {}), **section.defaults}}
     if section.scheduler:
         file = copied.config_file("scheduler")
-        _json(file, {**json.loads(file.read_text(encoding="utf-8")), **section.scheduler})
+        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **section.scheduler})
     if section.share is not None:
         sidecar["shared"] = _share(copied, section.share)
-    _json(folder / "kinetoscope.json", sidecar)
+    write_json(folder / "kinetoscope.json", sidecar)
     dtype = getattr(torch, section.dtype)
     save_torch_state_dict(
         {k: v.to(dtype).contiguous() if v.is_floating_point() else v for k, v in weights.items()},
@@ -185,7 +180,3 @@ def _shared(recipe: PostRecipe) -> str:
 
 def _told(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k}={v!r}" for k, v in values.items() if v not in (None, {}))
-
-
-def _json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from kinetoscope.parallel.placement import average_gradients, clip_gradients, pl
 from kinetoscope.parallel.sequence import SequenceShard
 from kinetoscope.train.loop import clip_norm
 
+ResultT = TypeVar("ResultT")
 PATIENCE = timedelta(days=2)
 """How long processes wait for what the first one does alone: data to be encoded, a model to be written."""
 
@@ -105,18 +106,26 @@ class Team:
             dist.all_reduce(told, dist.ReduceOp.MAX, group=self.words)
         return int(told)
 
-    def alone(self, work: Callable[[], object]) -> None:
-        """Let the first process do `work`, however long it takes, and the others wait; its errors are everyone's."""
-        told: list[KinetoscopeError | None] = [None]
+    def alone(self, work: Callable[[], ResultT]) -> ResultT:
+        """Let the first process do `work`, however long it takes, while the others wait.
+
+        Returns:
+            The result of `work` in every process; it can be pickled.
+
+        Raises:
+            KinetoscopeError: the error of `work`, in every process.
+        """
+        told: list[Any] = [None, None]
         if self.leads:
             try:
-                work()
+                told[1] = work()
             except KinetoscopeError as error:
-                told = [error]
+                told[0] = error
         if self.groups is not None:
             dist.broadcast_object_list(told, src=0, group=self.patience)
         if told[0] is not None:
             raise told[0]
+        return told[1]
 
 
 def is_of_others(error: BaseException) -> bool:

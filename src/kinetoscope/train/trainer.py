@@ -142,8 +142,12 @@ class Trainer:
 
     def prepare(self) -> None:
         """Open the data, so that its mistakes are told before the first step; one process makes what is not there."""
-        self.team.alone(lambda: self.source)
-        _ = self.source
+
+        def make() -> None:
+            _ = self.source
+
+        self.team.alone(make)
+        make()
 
     def inputs(self, files: FileDigests, *, data: bool = False) -> RunInputs:
         """Return digests of what is trained from: the transformer of each role, all components of the student, and,

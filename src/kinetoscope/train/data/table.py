@@ -172,7 +172,7 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], rejected: Sequence[d
         made: the manifest's text.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or its folder was removed.
     """
     buckets: list[list[int]] = []
     content = hashlib.sha256()
@@ -180,7 +180,7 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], rejected: Sequence[d
         "compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True,
     }  # fmt: skip
     with (
-        replacing(path) as temporary,
+        replacing(path, make_folder=False) as temporary,
         temporary.open("wb") as file,
         pq.ParquetWriter(file, SCHEMA, **options) as writer,
     ):
