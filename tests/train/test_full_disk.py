@@ -97,7 +97,6 @@ def test_latents_continue_when_the_disk_was_full(tmp_path: Path) -> None:
 def test_exported_model_stays_whole_when_the_disk_is_full(model: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, model)
     folder = run_post_recipe(recipe, ["loop.steps=1"])
-    before = contents(folder.parent)
     (folder / "README.md").write_text("a model of an earlier export")
     before = contents(folder.parent)
     with disk_of(8000), pytest.raises(OutputError, match="model cannot be written"):

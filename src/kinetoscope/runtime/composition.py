@@ -90,6 +90,10 @@ MODEL_CONFLICTS: tuple[tuple[str, str, str], ...] = (
     ("guidance=cfg-zero", "Cosmos Predict 1 and 2", "they are guided on clean estimates, not on velocities"),
     ("compile=reduce-overhead", "a device without CUDA graphs", "that is what it means"),
     ("quantize=fp8-dynamic", "a device that does not multiply 8-bit floats", "use fp8, or int8-dynamic"),
+    (
+        "quantize=int8-dynamic", "a CPU whose oneDNN an environment variable holds below its 8-bit instructions",
+        "sums would saturate; unset it, or use int8",
+    ),
 )  # fmt: skip
 """(setting, what it meets, why it is refused): checked where model and device are known; the message names both."""
 
