@@ -95,7 +95,7 @@ def has_exact_int8_products() -> bool:
     computed here, since torch tells neither its choice nor oneDNN's.
     """
     largest = torch.full((16, 64), 127, dtype=torch.int8)
-    found = torch._int_mm(largest, largest.t())  # pyright: ignore[reportPrivateImportUsage]
+    found = torch._int_mm(largest, largest.t())  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     return bool((found == 64 * 127**2).all())
 
 
