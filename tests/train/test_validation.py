@@ -116,6 +116,10 @@ def test_validation_attends_as_the_student_is_trained(tmp_path: Path) -> None:
         ({"images": ["a.png"]}, r"validation\.images: .* takes no image"),
         ({"prompts": PROMPTS, "params": {"num_frames": 4}}, r"callbacks\.validation: num_frames=4"),
         (
+            {"prompts": PROMPTS, "params": {"guidance_scale": 1.0, "guidance_rescale": 0.5}},
+            r"callbacks\.validation: guidance_rescale=0\.5: needs an unconditional row",
+        ),
+        (
             {"prompts": PROMPTS, "params": {"extra": {"actions": "a"}}},
             r"params\.extra\.actions: this model has no such",
         ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
-from kinetoscope.core.errors import ConfigError, InputError, ModelLoadError
+from kinetoscope.core.errors import ConfigError, ModelLoadError
 from kinetoscope.core.events import drive
 from kinetoscope.core.serial import serialize_calls
 from kinetoscope.core.types import ExecutionArgs, ForwardBatch, SamplingParams
@@ -153,18 +153,6 @@ class ComposedPipeline:
     def rows(self, params: SamplingParams) -> int:
         """Rows of a step for one sample."""
         return 2 if params.guided else 1
-
-    def check(self, params: SamplingParams) -> None:
-        """Refuse what means nothing to this model.
-
-        Raises:
-            InputError: a kind of guidance for a run that evaluates one branch alone.
-        """
-        if params.guidance is not None and self.rows(params) == 1:
-            raise InputError(
-                f"guidance={params.guidance!r} needs an unconditional row, and this run has none; set guidance_scale "
-                "above 1, if the model is not distilled"
-            )
 
     @classmethod
     def teacache_coefficients(cls, model: ModelDir) -> Sequence[float] | None:

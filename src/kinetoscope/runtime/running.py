@@ -50,7 +50,6 @@ def plan_request(pipeline: ComposedPipeline, defaults: SamplingParams, request: 
                         continues="v2v" not in pipeline.tasks and not follows, follows=follows)  # fmt: skip
     plan = replace(plan, params=without_unread_shift(pipeline, plan.params, defaults, request.given()))
     check_settings(pipeline, plan.params, defaults, request.given(), plan.given())
-    pipeline.check(plan.params)
     arrange([*pipeline.hooks, *plan.hooks])
     check_component_files(pipeline)
     return plan

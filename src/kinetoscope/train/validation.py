@@ -18,6 +18,7 @@ from kinetoscope.engine.strategies.matrix_game import Actions
 from kinetoscope.evaluation import Report, heldout_specs, prompt_following
 from kinetoscope.evaluation.playing import Walk, action_following
 from kinetoscope.media import Array, fit_picture, load_picture
+from kinetoscope.pipelines.preflight import check_settings
 from kinetoscope.train.plugins import Opened
 from kinetoscope.train.post import ValidationSection
 from kinetoscope.worlds import get_world
@@ -175,7 +176,9 @@ class ValidationVideos:
     def _check(self) -> None:
         """Refuse, before the first step, what a validation would refuse."""
         pipeline = self._opened.pipeline
-        pipeline.check(self.params)
+        asked = self._section.params
+        inputs = ["image"] if self.shots[0].image is not None else []
+        check_settings(pipeline, self.params, pipeline.defaults(), {**asked, **(asked.get("extra") or {})}, inputs)
         if (stage := pipeline.stages.get("validation")) is not None:
             stage.forward(self._batch(range(min(VIDEOS_AT_ONCE, len(self.shots)))), pipeline.args)
         try:
