@@ -47,6 +47,9 @@ HOST_READS = frozenset(["nonzero", "equal", "is_nonzero", "masked_select", "uniq
 HOST_INDEX = frozenset(["index", "index_put", "index_put_", "_index_put_impl_"])
 """Operators that accept index tensors of the host, and copy them to the device."""
 
+PHYSICAL: dict[str, Any] = {"_conj": torch.ops.aten._conj_physical.default, "_neg_view": torch.ops.aten.neg.default}
+"""Operators whose result is a view with a mark, which a wrapped tensor cannot carry, and those that compute it."""
+
 
 @dataclass
 class Counts:
@@ -174,6 +177,7 @@ def _call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
             COUNTS.mixes[f"{name} {_place()}"] += 1
     if _is_pretend(target):
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    func = PHYSICAL.get(name, func)
     out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
     if (target is None and not ours) or (target is not None and not _is_pretend(target)):
         return out

@@ -213,25 +213,27 @@ def settings(group: str) -> str:
 
 
 def launches() -> str:
-    """Kernels, synchronisations and host copies of a step, beside diffusers'."""
+    """Kernels, synchronisations and copies of a step, beside diffusers'."""
     result = _result("launches")
     if result is None:
         return ""
+    heads = ("family", "launches", "`--cfg sequential`", "diffusers", "ratios", "host waits", "diffusers")
     lines = [
-        f"`python -m benchmarks.launches` (torch {result['torch']}, diffusers {result['diffusers']}); tiny models of "
-        f"{result['layers']} layers, one step with its guidance and solver:",
+        f"`python -m benchmarks.launches` (torch {result['torch']}, diffusers {result['diffusers']}): one step with "
+        f"guidance and solver, tiny models of {result['layers']} layers in {result['dtype']}; host waits are reads of "
+        "a device value and copies from pageable memory:",
         "",
-        "| family | float32 | diffusers | ratio | bfloat16 | diffusers | ratio | host copies and reads | diffusers |",
-        "|---" * 9 + "|",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
     ]
     for name, found in result["families"].items():
-        cells: list[str] = []
-        for dtype in ("float32", "bfloat16"):
-            own, other = found[dtype]["ours"], found[dtype].get("diffusers")
-            cells += [str(own["launches"])]
-            cells += [str(other["launches"]), f"{found[dtype]['ratio']:.2f}"] if other else ["", ""]
-        own, other = found["float32"]["ours"], found["float32"].get("diffusers")
-        cells += [str(own["copies"] + own["syncs"]), str(other["copies"] + other["syncs"]) if other else ""]
+        own, other = [found["auto"], found["sequential"]], found.get("diffusers")
+        cells = [str(each["launches"]) for each in own]
+        if other:
+            cells += [str(other["launches"]), ", ".join(f"{each['launches'] / other['launches']:.2f}" for each in own)]
+        else:
+            cells += ["", ""]
+        cells += [str(each["syncs"] + each["copies"]) if each else "" for each in (own[0], other)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

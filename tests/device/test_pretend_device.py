@@ -34,7 +34,11 @@ with pretend_device() as counts:
         "view": after(lambda: x.view(3, 1).expand(3, 2)),
         "gradient": after(lambda: (x.clone().requires_grad_() ** 2).sum().backward()),
     }
-print(json.dumps({k: {n: c for n, c in v.items() if c} for k, v in found.items()}), flush=True)
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    y = z.to(DEVICE)
+    same = [torch.equal((y * y.conj()).cpu(), z * z.conj()), torch.equal(y.conj().imag.cpu(), z.conj().imag)]
+found = {k: {n: c for n, c in v.items() if c} for k, v in found.items()}
+print(json.dumps(found | {"conjugate": same}), flush=True)
 os._exit(0)  # a backward pass leaves a thread of the device behind, which torch cannot end
 """
 
@@ -55,3 +59,4 @@ def test_pretend_device_counts_what_a_gpu_punishes() -> None:
     assert found["number"] == {"launches": 2}
     assert found["view"] == {}
     assert found["gradient"].keys() == {"launches"}
+    assert found["conjugate"] == [True, True]

@@ -7,8 +7,6 @@ largest number of launches of a step by row and dtype; when a change lowers it, 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-TESTS = Path(__file__).parents[1]
+from device.processes import LIMIT, made_in_a_process
+
 RECORDED = Path(__file__).parent / "launches.json"
-LIMIT = 240.0
-"""Seconds that the process of a quick test may take; it takes a tenth of them on a quiet machine."""
 SAME = 1e-5
 """Largest relative difference of float32 latents from those of the CPU, whose kernels are others."""
 FRAMES = 1.5 / 255
@@ -36,19 +33,8 @@ QUICK_OPTIONS = (
 
 def measured(names: Sequence[str], dtypes: Sequence[str], folder: Path, limit: float) -> dict[str, Any]:
     """Run rows in a process of their own; return what `rows.measure_rows` wrote."""
-    out = folder / "rows.json"
-    paths = [str(TESTS), str(TESTS.parent)]
-    code = (
-        f"import sys; sys.path[:0] = {paths}\n"
-        f"from pathlib import Path; from device.rows import measure_rows\n"
-        f"measure_rows({list(names)}, Path({str(folder)!r}), Path({str(out)!r}), {list(dtypes)})"
-    )
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"the rows {', '.join(names)} took more than {limit:.0f} s on the pretend device")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())
+    call = f"rows.measure_rows({list(names)}, FOLDER, OUT, {list(dtypes)})"
+    return made_in_a_process(call, folder, f"the rows {', '.join(names)}", limit)
 
 
 def problems(name: str, row: dict[str, Any]) -> list[str]:

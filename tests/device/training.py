@@ -1,7 +1,13 @@
-"""A step of each training method on the pretend device; see `rows`."""
+"""One step of each training method on the pretend device, beside the same step on the CPU.
+
+`measure_trainings` is the program of a process of its own, which it ends: a backward pass leaves a thread of the device
+behind that aborts the interpreter's own end.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,69 +16,77 @@ from typing import Any
 from benchmarks.pretend_device import DEVICE, Counts, pretend_device
 
 from kinetoscope.train.post import load_post_recipe
-from kinetoscope.train.post_run import run_post_recipe
 from kinetoscope.train.trainer import Trainer
 from tiny import make_tiny_wan
 from train.post_runs import write_recipe
 
+TRAINED: dict[str, Any] = {"trainable": True}
+CAUSAL = TRAINED | {"causal": {"num_frames_per_block": 1}}
+ROLES: dict[str, dict[str, Any]] = {"student": TRAINED, "teacher": {}, "critic": TRAINED}
+MATCHED: dict[str, Any] = {"steps": [1000, 500], "student_every": 1, "guidance": 2.0}
+PAIRS: dict[str, Any] = {
+    "source": "ode_pairs",
+    "prompts": "shapes",
+    "count": 2,
+    "batch": 2,
+    "steps": [1000, 500],
+    "sampling": {"height": 16, "width": 32, "num_frames": 5, "num_inference_steps": 4, "scheduler": "euler"},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "finetune": {},
-    "lora": {"lora": True},
-    "consistency": {},
-    "dmd2": {},
+    "lora": {"models": {"student": TRAINED | {"lora": {"rank": 2}}}},
+    "checkpointing": {"models": {"student": TRAINED | {"checkpointing": True}}},
+    "sparse_finetune": {"method": {"name": "sparse_finetune", "start": 0.5, "sparsity": 0.5, "tile": [1, 2, 2]}},
+    "consistency": {"models": {"student": TRAINED, "teacher": {}}, "method": {"name": "consistency"}},
+    "dmd2": {"models": ROLES, "method": {"name": "dmd2", **MATCHED}},
+    "self_forcing": {"models": {**ROLES, "student": CAUSAL}, "method": {"name": "self_forcing", **MATCHED}},
+    "diffusion_forcing": {"models": {"student": CAUSAL}, "method": {"name": "diffusion_forcing"}},
+    "teacher_forcing": {"models": {"student": CAUSAL}, "method": {"name": "teacher_forcing"}},
+    "ode_distill": {"models": {"student": CAUSAL}, "method": {"name": "ode_distill"}, "data": PAIRS},
 }
+"""What the recipe of a row has in place of what `write_recipe` writes for a fine-tuning."""
 
 
-def sections(name: str, model: Path) -> dict[str, Any]:
-    """The sections of a recipe of a method that differ from those of a fine-tuning."""
-    student: dict[str, Any] = {"init_from": str(model), "trainable": True}
-    frozen = {"init_from": str(model), "trainable": False}
-    if name == "lora":
-        return {"models": {"student": student | {"lora": {"rank": 2}}}}
-    if name == "consistency":
-        return {"models": {"student": student, "teacher": frozen}, "method": {"name": "consistency"}}
-    if name == "dmd2":
-        roles = {"student": student, "critic": dict(student), "teacher": frozen}
-        return {"models": roles, "method": {"name": "dmd2", "steps": [1000, 500], "student_every": 1}}
-    return {}
+def open_trainer(name: str, folder: Path, device: str) -> Trainer:
+    """The trainer of a row, with its data, in a folder for the device."""
+    model, place = folder / "wan", folder / f"{name}-{device.partition(':')[0]}"
+    if not model.exists():
+        make_tiny_wan(model)
+    sections = {"loop": {}, **METHODS[name]}
+    sections["loop"] = {"steps": 1, **sections["loop"]}
+    roles = sections.get("models", {"student": TRAINED})
+    sections["models"] = {role: {"init_from": str(model), **section} for role, section in roles.items()}
+    if "data" in sections:
+        sections["data"] = {"folder": str(place / "pairs"), "teacher": str(model), **sections["data"]}
+    trainer = Trainer(load_post_recipe(write_recipe(place, model, device=device, **sections)), place)
+    trainer.prepare()
+    return trainer
 
 
 def measure_training(name: str, folder: Path, counts: Counts) -> dict[str, Any]:
-    """What the updates of one method do, and how far its losses are from those of the CPU."""
-    model = folder / "wan"
-    if not model.exists():
-        make_tiny_wan(model)
-    updates: list[Counts] = []
-    losses: dict[str, list[float]] = {}
-    original = Trainer._update
-
-    def update(self: Trainer, *args: Any) -> dict[str, float]:
-        before = counts.copy()
-        values = original(self, *args)
-        updates.append(counts.since(before))
-        losses.setdefault(self.recipe.device, []).append(values["total"])
-        return values
-
+    """What a step of a row mixes and reads, and how far its losses are from those of the CPU."""
     whole = counts.copy()
-    Trainer._update = update
-    try:
-        for device in (DEVICE, "cpu"):
-            place = folder / f"{name}-{device.partition(':')[0]}"
-            run_post_recipe(load_post_recipe(write_recipe(place, model, device=device, **sections(name, model))))
-    finally:
-        Trainer._update = original
-    ours, theirs = losses[DEVICE], losses["cpu"]
+    trainer = open_trainer(name, folder, DEVICE)
+    before = counts.copy()
+    ours = trainer.step(0)
+    step = counts.since(before)
+    theirs = open_trainer(name, folder, "cpu").step(0)
+    assert ours.keys() == theirs.keys()
+    parameters = [p for role in trainer.roles.values() for p in role.model.transformer.parameters()]
     return {
         "mixes": counts.since(whole).mixes,
-        "syncs": max(c.syncs.total() for c in updates),
-        "copies": max(c.copies.total() for c in updates),
-        "places": {k: n for c in updates[-1:] for k, n in [*c.syncs.items(), *c.copies.items()]},
-        "difference": max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)),
+        "syncs": step.syncs,
+        "values": ours,
+        "devices": sorted({p.device.type for p in parameters}),
+        "difference": max(abs(ours[k] - v) / max(abs(v), 1e-3) for k, v in theirs.items()),
     }
 
 
-def measure_trainings(names: Sequence[str], folder: Path) -> dict[str, Any]:
-    """What each method does, or its error."""
+def measure_trainings(names: Sequence[str], folder: Path, out: Path) -> None:
+    """Write what each row does as JSON, or its error, and end the process."""
+    import torch
+
+    torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with pretend_device() as counts:
         for name in names:
@@ -80,4 +94,5 @@ def measure_trainings(names: Sequence[str], folder: Path) -> dict[str, Any]:
                 found[name] = measure_training(name, folder, counts)
             except Exception:
                 found[name] = {"error": traceback.format_exc()}
-    return found
+    out.write_text(json.dumps(found, indent=1))
+    os._exit(0)
