@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -105,9 +107,9 @@ def their_step(family: Family, path: Path, counts: Counts) -> Counts:
     kind: Any = getattr(diffusers, family.oracle)
     marks: list[Counts] = []
 
-    def mark(*_: Any) -> dict[str, Any]:
-        marks.append(counts.copy())
-        return {}
+    @contextmanager
+    def progress_bar(*_: Any, **__: Any) -> Iterator[Any]:
+        yield SimpleNamespace(update=lambda *_: marks.append(counts.copy()))
 
     with ExitStack() as stack:
         fields: dict[str, Any] = {**SIZE, "num_frames": family.frames, "negative_prompt": NEGATIVE, **family.fields}
@@ -123,10 +125,10 @@ def their_step(family: Family, path: Path, counts: Counts) -> Counts:
         pipeline = kind.from_pretrained(path, torch_dtype=dtypes, **more)
         encode = pipeline.vae.encode
         pipeline.vae.encode = lambda video: encode(video.float())
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.progress_bar = progress_bar  # which every pipeline tells of its steps
         pipeline.to(DEVICE)
         source = torch.Generator().manual_seed(0)
-        fields |= {"generator": source, "output_type": "latent", "callback_on_step_end": mark, **family.theirs}
+        fields |= {"generator": source, "output_type": "latent", **family.theirs}
         pipeline(prompt=PROMPT, **fields)
     return marks[-2].since(marks[-3])
 
