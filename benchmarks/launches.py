@@ -35,7 +35,7 @@ from models.tiny_cosmos import NoGuardrail, without_torchvision
 STEPS = 4
 DTYPE = "bfloat16"
 PLANS = ("auto", "sequential")
-"""Our plans of guidance: at this size `auto` computes both branches in one forward; diffusers has one for each."""
+"""Our plans of guidance: at this size `auto` computes both branches in one forward, as diffusers does for LTX alone."""
 PROMPT, NEGATIVE = "a red circle moving left on black", "a blue cat"
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": STEPS}
 
