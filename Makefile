@@ -52,7 +52,7 @@ test-cpus: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/cpus.py $(LEVELS)
 
 slow: $(DEV)
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not distributed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu and not distributed"
 
 gpu: $(DEV)
 	$(BIN)/python -m pytest -q -m gpu
