@@ -87,9 +87,7 @@ def test_a_resume_is_refused_when_the_data_set_was_replaced(model: Path, tmp_pat
     run_post_recipe(recipe, ["loop.steps=1"])
     shutil.rmtree(tmp_path / "latents")
     preprocess(model, "world:shapes", tmp_path / "latents", clips=4, **made)
-    with pytest.raises(
-        ConfigError, match=r"trained from another data rows than there is now; put back .*output=FOLDER"
-    ):
+    with pytest.raises(ConfigError, match=r"changed since this run began: data rows; put back .*output=FOLDER"):
         run_post_recipe(recipe, ["loop.steps=2"])
     shutil.rmtree(tmp_path / "latents")
     preprocess(model, "world:shapes", tmp_path / "latents", clips=3, **made)
@@ -106,13 +104,13 @@ def test_a_resume_is_refused_when_base_weights_were_replaced(tmp_path: Path, cap
     weights["proj_out.bias"] += 1
     save_file(weights, file)
     for export in (False, True):
-        with pytest.raises(ConfigError, match=r"from another models\.student transformer than there is now"):
+        with pytest.raises(ConfigError, match=r"changed since this run began: models\.student transformer;"):
             run_post_recipe(recipe, ["loop.steps=2"], export_only=export)
     file.write_bytes(kept)
     vae = next((model / "vae").glob("*.safetensors"))
     of_vae = vae.read_bytes()
     vae.write_bytes(of_vae[:-1] + bytes([of_vae[-1] ^ 1]))
-    with pytest.raises(ConfigError, match=r"another models\.student vae"):
+    with pytest.raises(ConfigError, match=r"began: models\.student vae;"):
         run_post_recipe(recipe, ["loop.steps=2"])
     vae.write_bytes(of_vae)
     with caplog.at_level(logging.WARNING, "kinetoscope.train"):

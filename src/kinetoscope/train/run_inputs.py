@@ -140,8 +140,8 @@ class RunInputs:
         changed = [k for k in self.digests if found.digests.get(k, self.digests[k]) != self.digests[k]]
         if changed:
             raise ConfigError(
-                f"output={root}: this run was trained from another {', another '.join(changed)} than there is now; put "
-                "back what it was trained from, or set output=FOLDER to start another run"
+                f"output={root}: changed since this run began: {', '.join(changed)}; put back what it was "
+                "trained from, or set output=FOLDER to start another run"
             )
         others = {k: (v, found.environment[k]) for k, v in self.environment.items() if k in found.environment}
         told = [f"{k}={now} (was {before})" for k, (before, now) in others.items() if now != before]
