@@ -126,6 +126,11 @@ def test_addresses_that_are_none_are_input_errors(address: str) -> None:
         load_picture(address)
 
 
+def test_refused_connection_is_told_without_its_number() -> None:
+    with pytest.raises(InputError, match="cannot be read: Connection refused; give the address"):
+        load_picture("http://127.0.0.1:1/a.png")
+
+
 def test_downloads_end_at_their_limits(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
     with pytest.raises(InputError, match=r"longer than 0\.2 s"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from kinetoscope.core.errors import InputError, OutputError
 from kinetoscope.media import check_output, contact_sheet, read_metadata, read_video, write_video
+from kinetoscope.media.video import VideoWriter
 from kinetoscope.worlds import get_world
 
 FRAMES = get_world("shapes").sample(0, num_frames=9).frames
@@ -86,6 +87,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     try:
         with pytest.raises(OutputError, match=r"a\.mp4"):
             write_video(tmp_path / "a.mp4", noise, 8)
+        with pytest.raises(OutputError) as error, VideoWriter(tmp_path / "b.mp4", 8) as writer:
+            writer.write(noise)
+            writer.finish()
+        assert str(error.value) == f"{tmp_path / 'b.mp4'} cannot be written: File too large"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, previous)

@@ -135,6 +135,19 @@ def test_what_is_no_picture(source: object, says: str) -> None:
         load_picture(source)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("source", ["file:///a.png", "FTP://host/a.png", "data:image/png;base64,AAAA", "s3://a/b.png"])
+def test_addresses_of_another_scheme_are_refused_by_their_scheme(source: str) -> None:
+    with pytest.raises(InputError, match=rf"addresses are http:// or https://, not {source.partition(':')[0]}:"):
+        load_picture(source)
+
+
+def test_a_file_whose_name_looks_like_an_address_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data:1,2.png").write_bytes(b"")
+    Image.new("RGB", (4, 4)).save(tmp_path / "data:1,2.png")
+    assert load_picture("data:1,2.png").size == (4, 4)
+
+
 def test_a_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
@@ -146,6 +159,9 @@ def test_a_damaged_file(tmp_path: Path) -> None:
         load_picture(tmp_path / "text.png")
     with pytest.raises(InputError, match="cannot be read"):
         load_picture(tmp_path)
+    with pytest.raises(InputError) as error:
+        load_picture(tmp_path)
+    assert str(error.value) == f"image {tmp_path} cannot be read: Is a directory"
 
 
 def test_clips(tmp_path: Path) -> None:

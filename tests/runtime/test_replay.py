@@ -102,6 +102,15 @@ def test_changed_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
         replay(path)
 
 
+def test_folders_that_were_searched_are_named_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = VideoGenerator.from_pretrained(tiny, device="cpu")
+    path = generator.generate_video("a cat", output_path=tmp_path / "a.mp4", **SMALL).path
+    tiny.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelLoadError, match=rf"is in none of {tmp_path}; .*--model"):
+        replay(path)
+
+
 def test_what_a_file_cannot_hold_is_refused(tiny: Path, tmp_path: Path) -> None:
     class Mine(Interceptor):
         name = "mine"
@@ -109,7 +118,7 @@ def test_what_a_file_cannot_hold_is_refused(tiny: Path, tmp_path: Path) -> None:
     generator = VideoGenerator.from_pretrained(tiny, device="cpu")
     noise = torch.zeros(16, 2, 4, 4)
     path = generator.generate_video("a cat", latents=noise, output_path=tmp_path / "a.mp4", **SMALL).path
-    with pytest.raises(InputError, match="latents"):
+    with pytest.raises(InputError, match=r"made with latents of the request, .* make it again as it was made"):
         replay(path)
     path = generator.generate_video("a cat", hooks=[Mine()], output_path=tmp_path / "b.mp4", **SMALL).path
     with pytest.raises(InputError, match="mine"):

@@ -41,7 +41,7 @@ def check_output_path(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise OutputError(f"output {path}: cannot write in {parent} ({error.strerror})") from error
+        raise OutputError(f"output {path}: cannot write in {parent} ({system_reason(error)})") from error
     return path
 
 
@@ -267,12 +267,17 @@ def read_text(path: str | Path, error: type[KinetoscopeError] = InputError, what
     except UnicodeDecodeError as cause:
         raise error(f"{what} {path} cannot be read: it is not text in UTF-8 (byte {cause.start})") from cause
     except OSError as cause:
-        raise error(f"{what} {path} cannot be read: {cause.strerror or cause}") from cause
+        raise error(f"{what} {path} cannot be read: {system_reason(cause)}") from cause
+
+
+def system_reason(error: BaseException) -> str:
+    """Return what an error of the system or of FFmpeg says, without its number and without the paths it names."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _unwritable(path: Path, error: Exception) -> OutputError:
     """Return the error that a file or folder cannot be written."""
-    return OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+    return OutputError(f"{path} cannot be written: {system_reason(error)}")
 
 
 def _check_name(path: Path) -> None:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import http.client
+import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 
 from kinetoscope.core.errors import InputError
+from kinetoscope.core.files import system_reason
 
 MAX_BYTES = 64 * 2**20
 TIMEOUT_S = 30.0
 """Seconds for a whole download; also the longest silence of a server."""
 _CHUNK = 2**16
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(data):[^,]*,", re.IGNORECASE)
 _SAFE = "/%:@!$&'()*+,;=-._~"
 
 
 def is_address(source: object) -> bool:
     """Return whether a source is an http(s) address."""
     return isinstance(source, str) and source[:8].casefold().startswith(("http://", "https://"))
+
+
+def other_scheme(source: object) -> str | None:
+    """Return the scheme of an address that is not http(s), such as `ftp` or `data`; None for paths."""
+    found = _SCHEME.match(source) if isinstance(source, str) and not is_address(source) else None
+    return found[1] or found[2] if found else None
 
 
 def to_uri(address: str) -> str:
@@ -67,7 +76,10 @@ def fetch_picture(address: str) -> bytes:
         raise InputError(f"image {address} cannot be read: the server was silent for {TIMEOUT_S:g} s") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         why = getattr(error, "reason", None) or error
-        raise InputError(f"image {address} cannot be read: {why}") from error
+        why = system_reason(why) if isinstance(why, BaseException) else why
+        raise InputError(
+            f"image {address} cannot be read: {why}; give the address of a picture, or download it"
+        ) from error
 
 
 def _read(response: http.client.HTTPResponse, address: str) -> bytes:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from kinetoscope.core.errors import InputError
-from kinetoscope.media.download import fetch_picture, is_address
+from kinetoscope.core.errors import InputError, shown
+from kinetoscope.core.files import path_exists, system_reason
+from kinetoscope.media.download import fetch_picture, is_address, other_scheme
 
 Array = np.ndarray[Any, Any]
 Picture = str | Path | Image.Image | Array
@@ -60,6 +61,8 @@ def fit_picture(image: Image.Image, height: int, width: int) -> Array:
 
 def _open(source: str | Path) -> Image.Image:
     """Return a picture whose file has been read."""
+    if (scheme := other_scheme(source)) and not path_exists(source):
+        raise InputError(f"image {shown(str(source))}: addresses are http:// or https://, not {scheme}:; give a path")
     try:
         data = fetch_picture(str(source)) if is_address(source) else Path(source).read_bytes()
         with warnings.catch_warnings():
@@ -74,7 +77,7 @@ def _open(source: str | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise InputError(f"image {source} is not a picture in a known format") from error
     except _DAMAGE as error:
-        raise InputError(f"image {source} cannot be read: {error}") from error
+        raise InputError(f"image {source} cannot be read: {system_reason(error)}") from error
     return image
 
 

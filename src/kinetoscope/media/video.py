@@ -17,7 +17,7 @@ from av.error import FFmpegError
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from kinetoscope.core.errors import InputError, OutputError
-from kinetoscope.core.files import check_output_path, replacing, temporary_beside
+from kinetoscope.core.files import check_output_path, replacing, system_reason, temporary_beside
 from kinetoscope.media.clips import bounded
 from kinetoscope.media.decoding import SWS, open_container, open_video
 
@@ -64,7 +64,7 @@ def write_video(path: str | Path, frames: Frames, fps: float, *, metadata: dict[
             _encode(container, stream, frames)
             container.mux(stream.encode())
     except FFmpegError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from error
+        raise OutputError(f"{path} cannot be written: {system_reason(error)}") from error
     return path
 
 
@@ -105,7 +105,7 @@ class VideoWriter:
                 raise InputError(f"frames are {frames.shape[2]}x{frames.shape[1]}; those before had another size")
             _encode(self._container, self._stream, frames)
         except (OSError, FFmpegError) as error:
-            raise OutputError(f"{self.path} cannot be written: {error}") from error
+            raise OutputError(f"{self.path} cannot be written: {system_reason(error)}") from error
 
     def finish(self, metadata: dict[str, Any] | None = None) -> Path:
         """Return the finished file; `metadata` as in `write_video`.
@@ -122,7 +122,7 @@ class VideoWriter:
             with replacing(self.path) as whole:
                 _copy_with(metadata, self._part, whole)
         except (OSError, FFmpegError) as error:
-            raise OutputError(f"{self.path} cannot be written: {error}") from error
+            raise OutputError(f"{self.path} cannot be written: {system_reason(error)}") from error
         return self.path
 
     def __enter__(self) -> VideoWriter:

@@ -65,7 +65,10 @@ def check_repeatable(path: str | Path, record: Mapping[str, Any]) -> None:
     digests = [n for n, v in extra.items() if str(v).lstrip("['").startswith("sha256:")]
     if outside := [*record["given"], *digests]:
         names = ", ".join(outside)
-        raise InputError(f"{path} was made with {names} of the request, which the file does not hold")
+        raise InputError(
+            f"{path} was made with {names} of the request, which the file does not hold; so it cannot "
+            "be replayed: make it again as it was made, and give the same"
+        )
     load_extensions()
     if missing := missing_extensions(record.get("extensions", [])):
         modules = " ".join(f"--import {name.partition(' ')[0]}" for name in missing)
@@ -188,7 +191,7 @@ def _model_of(record: Mapping[str, Any], places: Sequence[Path]) -> str:
         return str(found)
     if name not in embedded_models() and not HUB_ID.fullmatch(name) and not Path(name).is_absolute():
         raise ModelLoadError(
-            f"model {name!r} (hash {record['model_hash'][:12]}) is in none of {', '.join(map(str, places))}; a record "
+            f"model {name!r} (hash {record['model_hash'][:12]}) is in none of {_listed(places)}; a record "
             "holds no path, so give the model's folder with --model"
         )
     return name
@@ -227,9 +230,12 @@ def _found(name: str, what: str, sha256: str | None, places: Sequence[Path]) -> 
         found = file_digest(there[0])
         raise ModelLoadError(f"{what}: {there[0]} has changed since (hash {sha256!s:.12} then, {found[:12]} now)")
     digest = f" (SHA-256 {sha256[:12]})" if sha256 else ""
-    raise ModelLoadError(
-        f"{what}: no file {name!r}{digest} in {', '.join(map(str, places))}; give its folder with --files"
-    )
+    raise ModelLoadError(f"{what}: no file {name!r}{digest} in {_listed(places)}; give its folder with --files")
+
+
+def _listed(places: Sequence[Path]) -> str:
+    """Return the folders that were searched, each once."""
+    return ", ".join(dict.fromkeys(str(place.resolve()) for place in places))
 
 
 def _compare(path: Path, result: GenerationResult) -> tuple[float | None, bool]:
